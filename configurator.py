@@ -1,0 +1,153 @@
+"""Configuration: a dataclass per script, a file of plain assignments, `--key=value` on top.
+
+    python train.py config/cpu/seed.py --learning_rate=1e-3
+
+The dataclass gives every key its name, type, default and help text. A config file reads like
+Python (`learning_rate = 1e-3  # why`) but is parsed, never executed. Unknown keys and wrong
+types are errors that name the file and line and suggest the nearest key.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import os
+import sys
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
+
+
+def key(default, help, choices=None):
+    """A dataclass field with a default, a help text and, optionally, the values it may take."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _checked(field, value, where):
+    """Return `value` as the field's type, or raise UserError. An int is a fine float, nothing else mixes."""
+    if field.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not field.type:
+        raise UserError(f"{where}: {field.name} must be {field.type.__name__}, got {value!r} ({type(value).__name__})")
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{where}: {field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def _field(fields, name, where):
+    if name in fields:
+        return fields[name]
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
+    raise UserError(f"{where}: unknown key {name!r}; {hint}")
+
+
+def _read_file(path, fields):
+    """Parse `name = literal` lines of a config file into a dict, checked against the fields."""
+    try:
+        with open(path) as file:
+            tree = ast.parse(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    values, lines = {}, {}
+    for statement in tree.body:
+        where = f"{path}:{statement.lineno}"
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        simple = isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+        if not simple or len(statement.targets) > 1:
+            raise UserError(f"{where}: a config file holds only lines of the form `key = value`")
+        name = statement.targets[0].id
+        field = _field(fields, name, where)
+        if name in values:
+            raise UserError(f"{where}: {name} is set a second time (first on line {lines[name]})")
+        try:
+            value = ast.literal_eval(statement.value)
+        except ValueError:
+            raise UserError(f"{where}: {name} must be a plain number, string or True/False") from None
+        values[name], lines[name] = _checked(field, value, where), statement.lineno
+    return values
+
+
+def _read_flag(argument, fields):
+    """Parse one `--key=value`; the field's type decides how the text is read."""
+    name, equals, text = argument[2:].partition("=")
+    field = _field(fields, name, argument)
+    if not equals:
+        raise UserError(f"{argument}: write --{name}=VALUE")
+    if field.type is str:
+        return name, _checked(field, text, argument)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # not a literal: the type check says what was expected
+    return name, _checked(field, value, argument)
+
+
+def _print_help(cls, fields):
+    print(f"{cls.__doc__.strip()}\n\nusage: python {sys.argv[0]} [config file] [--key=value ...]\n")
+    for name, field in fields.items():
+        choices = field.metadata["choices"]
+        print(f"  --{name} ({field.type.__name__}, default {field.default!r})")
+        print(f"      {field.metadata['help']}" + (f"; one of {', '.join(map(repr, choices))}" if choices else ""))
+
+
+def parse(cls, argv=None):
+    """Build a config of dataclass `cls` from an optional config file and `--key=value` flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if {"-h", "--help"} & set(argv):
+        _print_help(cls, fields)
+        raise SystemExit(0)
+    values = {}
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            name, value = _read_flag(argument, fields)
+            values[name] = value
+        elif position == 0:
+            values = _read_file(argument, fields)
+        else:
+            raise UserError(f"{argument}: one config file comes first, then only --key=value")
+    return cls(**values)
+
+
+def read_json(path, remedy):
+    """Read a JSON file, or raise UserError with the remedy when it is missing or damaged."""
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
+
+
+def write_atomically(path, data):
+    """Write bytes or text so that `path` holds either the old content or the new, never a part."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise UserError(f"{path} could not be written: {error.strerror}; what was there before is intact") from None
+
+
+def command(main):
+    """Run a script's main function; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
