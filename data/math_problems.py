@@ -1,0 +1,174 @@
+"""Generated grade-school word problems with worked solutions, made from math_templates.txt.
+
+    Question: Mia has 3 boxes with 4 shells in each. How many shells does Mia have?
+    Answer: There are 3 * 4 = 12 shells.
+    #### 12
+
+The solution computes itself while it is written, so its arithmetic is right by construction.
+"""
+
+import json
+import os
+import random
+import re
+from dataclasses import dataclass, field
+from operator import add, floordiv, mul, sub
+
+from data.split import split_of
+
+TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")
+SMALLEST, LARGEST = 2, 999  # no value leaves this range, so plurals are always right
+OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
+EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
+MAX_REPEATS = 10_000  # as many problems in a row that were there before: the templates are exhausted
+
+GIRLS = "Anna Bella Clara Dina Ella Fatima Grace Hana Ida Julia Kim Lina Mia Nora Olga Priya Rosa Sara Tara Zoe".split()
+BOYS = "Adam Ben Carl David Eli Felix George Hugo Ivan Jack Karim Leo Max Noah Oscar Paul Ravi Sam Tom Yusuf".split()
+THINGS = "apple marble pencil sticker cookie coin card shell bead button stamp orange pear balloon candle cup flower "
+THINGS += "stone ticket ring ribbon banana lemon muffin carrot egg plum bell pen toy"
+THINGS = THINGS.split()
+CONTAINERS = [("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("crate", "crates")]
+PLACES = "market shop store fair bazaar school".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+ANIMALS = "cows goats sheep horses dogs pigs".split()
+
+
+@dataclass
+class Template:
+    """A kind of problem; see math_templates.txt for the notation."""
+
+    name: str
+    numbers: list = field(default_factory=list)  # of (name, low, high) or (name, left, operator, right)
+    questions: list = field(default_factory=list)
+    steps: list = field(default_factory=list)  # of lists of phrasings
+
+
+@dataclass
+class Problem:
+    """A question, its solution in sentences, and the number that solves it."""
+
+    template: str
+    question: str
+    solution: str
+    answer: int
+    steps: int
+
+    @property
+    def prompt(self):
+        """What a model is asked: up to where its own answer starts."""
+        return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def text(self):
+        """The problem as a training document."""
+        return f"{self.prompt} {self.solution}\n#### {self.answer}\n"
+
+
+def read_templates(path=TEMPLATE_FILE):
+    """Parse the template file into a list of Template."""
+    templates = []
+    with open(path) as file:
+        for line in file.read().splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind.startswith("["):
+                templates.append(Template(kind[1:-1]))
+            elif kind == "let":
+                for item in rest.split(", "):
+                    name, value = item.split(" = ")
+                    limits = [int(limit) for limit in value.split("..")] if ".." in value else value.split(" ")
+                    templates[-1].numbers.append((name, *limits))
+            elif kind == "Q":
+                templates[-1].questions.append(rest)
+            elif kind == "A":
+                templates[-1].steps.append(rest.split(" | "))
+    return templates
+
+
+def _compute(values, left, operator, right):
+    """Apply an operator to two names or literals. None unless the result is a whole number in range."""
+    left, right = (int(side) if side.isdigit() else values[side] for side in (left, right))
+    if operator == "/" and left % right:
+        return None
+    result = OPERATORS[operator](left, right)
+    return result if SMALLEST <= result <= LARGEST else None
+
+
+def _draw_numbers(template, equations, rng):
+    """Values for all names of a template, drawn again until every step has a good result."""
+    while True:
+        values = {}
+        for name, *rule in [*template.numbers, *equations]:
+            values[name] = rng.randint(*rule) if len(rule) == 2 else _compute(values, *rule)
+            if values[name] is None:
+                break
+        else:
+            return values
+
+
+def _draw_words(rng):
+    """One value for each word slot."""
+    name = rng.choice(GIRLS + BOYS)
+    he, his = ("she", "her") if name in GIRLS else ("he", "his")
+    thing, other = rng.sample(THINGS, 2)
+    box, boxes = rng.choice(CONTAINERS)
+    day = rng.randrange(7)
+    return {
+        "name": name,
+        "friend": rng.choice([friend for friend in GIRLS + BOYS if friend != name]),
+        "he": he,
+        "He": he.capitalize(),
+        "his": his,
+        "thing": thing,
+        "things": thing + "s",
+        "others": other + "s",
+        "box": box,
+        "boxes": boxes,
+        "place": rng.choice(PLACES),
+        "day": DAYS[day],
+        "next": DAYS[(day + 1) % 7],
+        "animals": rng.choice(ANIMALS),
+    }
+
+
+def make_problem(template, rng):
+    """Draw words, numbers and phrasings from `rng` (random.Random) and return the Problem."""
+    words = _draw_words(rng)
+    steps = [rng.choice(phrasings) for phrasings in template.steps]
+    equations = [EQUATION.search(step).groups() for step in steps]
+    values = _draw_numbers(template, equations, rng)
+
+    def written(match):
+        result, left, operator, right = match.groups()
+        return f"{values.get(left, left)} {operator} {values.get(right, right)} = {values[result]}"
+
+    solution = " ".join(EQUATION.sub(written, step) for step in steps).format(**words, **values)
+    question = rng.choice(template.questions).format(**words, **values)
+    return Problem(template.name, question, solution, values[equations[-1][0]], len(steps))
+
+
+def math_documents(seed):
+    """(key, read) for problems without end (in practice); the key is the question, numbers and all."""
+    rng, templates = random.Random(f"math {seed}"), read_templates()
+    seen, repeats = set(), 0
+    while repeats < MAX_REPEATS:
+        problem = make_problem(rng.choice(templates), rng)
+        if problem.question in seen:
+            repeats += 1
+            continue
+        seen.add(problem.question)
+        repeats = 0
+        yield problem.question, lambda problem=problem: problem.text
+
+
+def task_jsonl(seed, count=500):
+    """Held-out problems as JSON lines (prompt, answer, template, steps), evenly spread over the templates."""
+    rng, templates = random.Random(f"math task {seed}"), read_templates()
+    lines, seen = [], set()
+    while len(lines) < count:
+        template = templates[len(lines) % len(templates)]
+        problem = make_problem(template, rng)
+        if split_of(problem.question) == "val" and problem.question not in seen:
+            seen.add(problem.question)
+            row = {"prompt": problem.prompt, "answer": str(problem.answer)}
+            lines.append(json.dumps({**row, "template": problem.template, "steps": problem.steps}) + "\n")
+    return "".join(lines)

@@ -1,0 +1,90 @@
+"""A domain of one's own: a file or a folder of .txt, .md, .py or .jsonl files."""
+
+import hashlib
+import json
+import os
+
+from configurator import UserError
+from data.split import in_hash_order
+
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+PIECE_BYTES = 8000  # longer files are cut at blank lines, so that one long file can be split too
+
+
+def _list_files(path):
+    """The files at `path` as [(key, full path)], the key being the path relative to the folder."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist; a domain of your own is NAME=FOLDER or NAME=FILE")
+    if os.path.isfile(path):
+        found = [(os.path.basename(path), path)]
+    else:
+        found = []
+        for folder, subfolders, names in os.walk(path):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            for name in sorted(names):
+                full = os.path.join(folder, name)
+                found.append((os.path.relpath(full, path).replace(os.sep, "/"), full))
+    found = [(key, full) for key, full in found if full.endswith(SUFFIXES)]
+    if not found:
+        raise UserError(f"{path} has no readable text; put {', '.join(SUFFIXES)} files there")
+    return found
+
+
+def _jsonl_documents(text, key, path):
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError):
+            document = None
+        if not isinstance(document, str):
+            raise UserError(f'{path}:{number}: expected a JSON object with a string under "text"')
+        yield f"{key}:{number}", document
+
+
+def _pieces(text):
+    """Cut a long text at blank lines into pieces of about PIECE_BYTES."""
+    piece, size = [], 0
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        size += len(paragraph.encode()) + 2
+        if size >= PIECE_BYTES:
+            yield "\n\n".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def read_own(path):
+    """Read all documents at `path`: {key: text}, and the hash (hex) of what the files hold.
+
+    Raises UserError when the path is missing, holds no such files, or a file cannot be read.
+    """
+    path = os.path.expanduser(path)
+    documents, digest = {}, hashlib.sha256()
+    for key, full in _list_files(path):
+        try:
+            with open(full, encoding="utf-8") as file:
+                text = file.read()
+        except UnicodeDecodeError:
+            raise UserError(f"{full} is not UTF-8 text; convert it or move it away") from None
+        except OSError as error:
+            raise UserError(f"{full}: {error.strerror}") from None
+        digest.update(f"{key}\0{text}\0".encode())
+        if full.endswith(".jsonl"):
+            documents.update(_jsonl_documents(text, key, full))
+        elif full.endswith(".py"):
+            documents[key] = text
+        else:
+            documents.update((f"{key}#{number}", piece) for number, piece in enumerate(_pieces(text)))
+    documents = {key: text for key, text in documents.items() if text.strip()}
+    if not documents:
+        raise UserError(f"{path} has no readable text; its files are empty")
+    return documents, digest.hexdigest()
+
+
+def own_documents(documents, seed):
+    """(key, read) for each document, in hash order; read() returns its text."""
+    for key in in_hash_order(documents, seed):
+        yield key, lambda key=key: documents[key]

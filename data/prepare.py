@@ -1,0 +1,226 @@
+"""Turn text into tokens: one folder per domain, all with the same tokenizer.
+
+    python -m data.prepare config/cpu/data.py
+    python -m data.prepare config/cpu/data.py --domains=poems=~/poems     # one more, later
+
+writes <out_dir>/tokenizer.{json,tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,meta.json}. What is
+already there is kept: running the same command again continues, or does nothing.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError, command, key, parse, read_json, write_atomically
+from data.math_problems import math_documents, task_jsonl
+from data.own_text import own_documents, read_own
+from data.python_text import code_documents, prose_documents, python_sources
+from data.split import VALIDATION_SHARE, split_of
+from data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
+
+BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents}
+MAX_VALIDATION_BYTES = 1_000_000
+TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
+
+
+@dataclass
+class DataConfig:
+    """Prepare the training data of one or more domains."""
+
+    out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
+    domains: str = key("code,prose,math", "comma list of built-in domains (code, prose, math) or NAME=PATH")
+    tokenizer: str = key("bpe", "train a small tokenizer here, or use GPT-2's", choices=("bpe", "gpt2"))
+    vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included")
+    max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is")
+    seed: int = key(0, "decides which documents are taken, and the math problems")
+    overwrite: bool = key(False, "prepare again what is there with other settings")
+
+
+@dataclass
+class Domain:
+    """A domain to prepare: what to make it from, and afterwards its texts."""
+
+    name: str
+    folder: str
+    recipe: dict  # what decides the content; a finished domain with the same recipe is not made again
+    documents: object  # iterator of (key, read)
+    texts: dict = field(default_factory=lambda: {"train": [], "val": []})
+
+
+def domain_of(entry, config):
+    """The Domain of one entry of `domains`: a built-in name or NAME=PATH."""
+    name, equals, path = entry.strip().partition("=")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"--domains: {name!r} cannot name a folder; use letters, digits, - and _")
+    recipe = {"domain": name, "max_bytes": config.max_bytes, "seed": config.seed}
+    if equals:
+        texts, recipe["files_hash"] = read_own(path)
+        documents = own_documents(texts, config.seed)
+    elif name in BUILT_IN:
+        documents = BUILT_IN[name](config.seed)
+    else:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}"
+        raise UserError(f"--domains: unknown domain {name!r}; {hint} (your own: {name}=FOLDER)")
+    if name == "math" and not equals and not config.max_bytes:
+        raise UserError("--max_bytes=0: math problems have no end; give a number of bytes")
+    return Domain(name, os.path.join(config.out_dir, name), recipe, documents)
+
+
+def is_finished(domain, config):
+    """True when the domain is there as asked for; UserError when it is there but made differently."""
+    path = os.path.join(domain.folder, "meta.json")
+    if config.overwrite or not os.path.exists(path):
+        return False
+    remedy = "use --overwrite=True or another --out_dir"
+    meta = read_json(path, remedy)
+    if meta["recipe"] != domain.recipe:
+        names = [
+            name for name in {**meta["recipe"], **domain.recipe} if meta["recipe"].get(name) != domain.recipe.get(name)
+        ]
+        raise UserError(f"{domain.folder} was prepared with other settings ({', '.join(names)}); {remedy}")
+    if meta["tokenizer_hash"] != tokenizer_hash(config.out_dir):
+        raise UserError(f"{domain.folder} was prepared with another tokenizer; {remedy}")
+    return True
+
+
+def collect(domain, max_bytes):
+    """Read documents into domain.texts until both splits hold their share of max_bytes (0: all)."""
+    limits = {"train": max_bytes * (1 - VALIDATION_SHARE) or np.inf, "val": max_bytes * VALIDATION_SHARE or np.inf}
+    limits["val"] = min(limits["val"], MAX_VALIDATION_BYTES)
+    sizes = {"train": 0, "val": 0}
+    total = None if limits["train"] == np.inf else int(sum(limits.values()))
+    with tqdm(desc=f"{domain.name}: reading", total=total, unit="B", unit_scale=True, leave=False) as bar:
+        for document_key, read in domain.documents:
+            split = split_of(document_key)
+            if sizes[split] >= limits[split]:
+                if all(sizes[name] >= limits[name] for name in sizes):
+                    break
+                continue
+            text = read()
+            if text:
+                domain.texts[split].append(text)
+                sizes[split] += len(text.encode())
+                bar.update(len(text.encode()))
+    if not all(domain.texts.values()):
+        count = sum(map(len, domain.texts.values()))
+        raise UserError(
+            f"domain {domain.name!r} is too small: {count} documents leave nothing for "
+            f"{'validation' if not domain.texts['val'] else 'training'}; add more or longer texts"
+        )
+
+
+def tokenizer_sample(domains):
+    """Training text of the domains, the same amount (in bytes, nearly) of each."""
+    sizes = [sum(len(text.encode()) for text in domain.texts["train"]) for domain in domains]
+    share = min(*sizes, TOKENIZER_SAMPLE_BYTES)
+    for domain in domains:
+        size = 0
+        for text in domain.texts["train"]:
+            if size >= share:
+                break
+            size += len(text.encode())
+            yield text
+
+
+def write_domain(domain, encoding, config):
+    """Tokenize a domain and write its folder; meta.json comes last. Returns the meta dict."""
+    os.makedirs(domain.folder, exist_ok=True)
+    dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
+    end = [encoding.encode_single_token(END_OF_TEXT)]
+    digest, counts = hashlib.sha256(), {}
+    for split, texts in domain.texts.items():
+        parts = []
+        for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False):
+            parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), np.array(end, dtype)]
+            digest.update(text.encode() + b"\0")
+        tokens = np.concatenate(parts)
+        counts[split] = {
+            "documents": len(texts),
+            "tokens": len(tokens),
+            "bytes": sum(len(text.encode()) for text in texts),
+        }
+        write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
+    if domain.name == "math" and "files_hash" not in domain.recipe:
+        write_atomically(os.path.join(domain.folder, "task.jsonl"), task_jsonl(config.seed))
+    meta = {
+        "recipe": domain.recipe,
+        **counts,
+        "dtype": dtype,
+        "content_hash": digest.hexdigest(),
+        "tokenizer_hash": tokenizer_hash(config.out_dir),
+        "sources": python_sources(),
+    }
+    write_atomically(os.path.join(domain.folder, "meta.json"), json.dumps(meta, indent=2) + "\n")
+    return meta
+
+
+def prepare_tokenizer(config, missing):
+    """Make sure out_dir has the tokenizer that was asked for, training it on the `missing` domains."""
+    path = os.path.join(config.out_dir, "tokenizer.json")
+    remake = {domain.name for domain in missing}
+    others = [name for name in finished_domains(config.out_dir) if name not in remake]
+    if os.path.exists(path) and (others or not config.overwrite):
+        description = read_json(path, "use another --out_dir")
+        same = description["name"] == config.tokenizer
+        if not same or (config.tokenizer == "bpe" and description["vocab_size"] != config.vocab_size):
+            has = f"{description['name']} with {description['vocab_size']} entries"
+            remedy = f"use --overwrite=True with {', '.join(others)} in --domains" if others else "use --overwrite=True"
+            raise UserError(f"{config.out_dir} already has a tokenizer ({has}); {remedy} or another --out_dir")
+        return
+    if others:
+        raise UserError(f"{config.out_dir} has lost the tokenizer of {', '.join(others)}; use another --out_dir")
+    for name in finished_domains(config.out_dir):
+        os.remove(os.path.join(config.out_dir, name, "meta.json"))  # no longer valid with a new tokenizer
+    print(f"{config.out_dir}: making the {config.tokenizer} tokenizer")
+    save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(missing))
+
+
+def finished_domains(out_dir):
+    """The names of the domains that are complete in out_dir."""
+    return sorted(name for name in os.listdir(out_dir) if os.path.exists(os.path.join(out_dir, name, "meta.json")))
+
+
+def print_table(metas):
+    """Print documents, tokens and bytes of each domain: {name: meta}."""
+    print(f"{'domain':12} {'split':5} {'documents':>9} {'tokens':>11} {'bytes':>11} {'bytes/token':>11}")
+    for name, meta in metas.items():
+        for split in ("train", "val"):
+            documents, tokens, size = (meta[split][column] for column in ("documents", "tokens", "bytes"))
+            print(f"{name:12} {split:5} {documents:9,} {tokens:11,} {size:11,} {size / tokens:11.2f}")
+
+
+def main():
+    config = parse(DataConfig)
+    if config.max_bytes < 0:
+        raise UserError(f"max_bytes must be 0 or more, got {config.max_bytes}")
+    domains = [domain_of(entry, config) for entry in config.domains.split(",")]
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir={config.out_dir}: {error.strerror}") from None
+    missing = []
+    for domain in domains:
+        if is_finished(domain, config):
+            print(f"{domain.folder}: already there, kept")
+        else:
+            missing.append(domain)
+    for domain in missing:
+        collect(domain, config.max_bytes)
+    prepare_tokenizer(config, missing)
+    encoding = load_tokenizer(config.out_dir)
+    for domain in missing:
+        write_domain(domain, encoding, config)
+    remedy = "prepare it again with --overwrite=True"
+    print_table({domain.name: read_json(os.path.join(domain.folder, "meta.json"), remedy) for domain in domains})
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
