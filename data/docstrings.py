@@ -3,19 +3,18 @@
 import inspect
 import re
 
-SKIPPED_SECTIONS = {
-    *("args", "arguments", "parameters", "other parameters", "keyword args", "keyword arguments", "returns"),
-    *("return", "return value", "yields", "raises", "warns", "see also", "references", "example", "examples"),
-    *("attributes", "methods", "usage", "shape", "inputs", "outputs", "doctest", "signature", "kwargs", "code"),
-}
+SKIPPED_SECTIONS = {"see also", "references", "example", "examples", "methods", "usage", "doctest", "signature", "code"}
 KEPT_DIRECTIVE = re.compile(r"\.\. (note|warning|tip|important|seealso|caution|attention)::")
 UNDERLINE = re.compile(r"""([-=~^*#"'`+])\1{2,}\s*$""")
+# "name:" or ":param name:" or "name (type):", which a description of that name follows
+TERM = re.compile(r"(:[a-z]+( [^:`]*)?:|[*`]*[\w.]+[*`]*( ?\([^()]*\))?:)\s+")
+NAME_AND_TYPE = re.compile(r"[*`\w., ]+ : ")  # numpy's way; the description is on the lines below
 LIST_ITEM = re.compile(r"([-*•]|\(?[0-9a-z][.)])\s+")
 WORD = re.compile(r"[A-Za-z][a-z]*(?:'[a-z]+)?")
-COMMON = set(
-    "the a an of to in is are be it if for and or that this with as by on not from which can when will was has have "
-    "at you all any its one used no but may each must should than only other into does do these then also so there".split()
-)
+BLOCK_STARTS = (LIST_ITEM, TERM, NAME_AND_TYPE)
+COMMON = """the a an of to in is are be it if for and or that this with as by on not from which can when will was has
+have at you all any its one used no but may each must should than only other into does do these then also so there"""
+COMMON = set(COMMON.split())
 MARKUP = [
     (re.compile(r":[a-zA-Z:+-]+:`~?([^`<]*?)(?:\s*<[^`>]*>)?`"), r"\1"),  # :func:`name`, :ref:`text <target>`
     (re.compile(r"`([^`<]+?)\s*<[^`>]*>`_+"), r"\1"),  # `text <address>`_
@@ -27,17 +26,21 @@ MARKUP = [
 
 
 def _blocks(text):
-    """Runs of lines without a blank one: [(indent, lines)], each list item being a block of its own."""
-    block, indent = [], 0
+    """Runs of lines without a blank one: [(indent, lines)]. A list item, a term and, below "name : type",
+    the deeper indented description are blocks of their own."""
+    block, indent, last_indent = [], 0, 0
     for line in [*inspect.cleandoc(text).split("\n"), ""]:
         stripped = line.strip()
-        if block and (not stripped or LIST_ITEM.match(stripped)):
+        line_indent = len(line) - len(line.lstrip())
+        described = line_indent > last_indent and len(block) == 1 and NAME_AND_TYPE.match(block[0])
+        if block and (not stripped or described or any(start.match(stripped) for start in BLOCK_STARTS)):
             yield indent, block
             block = []
         if stripped:
             if not block:
-                indent = len(line) - len(line.lstrip())
+                indent = line_indent
             block.append(stripped)
+            last_indent = line_indent
 
 
 def _is_english(paragraph):
@@ -50,7 +53,7 @@ def _is_english(paragraph):
         and common >= 0.2 * len(words)
         and letters >= 0.9 * len(paragraph)
         and paragraph[-1] in ".!?)"
-        and not re.search(r"\\|https?:|[{}<>$^|@=~]|__|\w\(|\.\.\.", paragraph)
+        and not re.search(r"\\|https?:|[{}<>$^|@=~]|__|\w\(|\.\.\.| : ", paragraph)
     )
 
 
@@ -77,9 +80,9 @@ def english_paragraphs(text):
             continue
         if lines[-1].endswith("::"):
             skip_deeper_than = indent
-        if any(line.startswith((">>>", ":", "@", "|", "+-", "In [", "$ ")) for line in lines):
+        if any(line.startswith((">>>", "@", "|", "+-", "In [", "$ ")) for line in lines):
             continue
-        paragraph = " ".join(lines)
+        paragraph = TERM.sub("", " ".join(lines), count=1) if TERM.match(lines[0]) else " ".join(lines)
         for pattern, replacement in MARKUP:
             paragraph = pattern.sub(replacement, paragraph)
         paragraph = paragraph.strip()

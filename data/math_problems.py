@@ -22,15 +22,17 @@ OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
 MAX_REPEATS = 10_000  # as many problems in a row that were there before: the templates are exhausted
 
-GIRLS = "Anna Bella Clara Dina Ella Fatima Grace Hana Ida Julia Kim Lina Mia Nora Olga Priya Rosa Sara Tara Zoe".split()
-BOYS = "Adam Ben Carl David Eli Felix George Hugo Ivan Jack Karim Leo Max Noah Oscar Paul Ravi Sam Tom Yusuf".split()
-THINGS = "apple marble pencil sticker cookie coin card shell bead button stamp orange pear balloon candle cup flower "
-THINGS += "stone ticket ring ribbon banana lemon muffin carrot egg plum bell pen toy"
-THINGS = THINGS.split()
+GIRLS = ["Anna", "Bella", "Clara", "Dina", "Ella", "Fatima", "Grace", "Hana", "Ida", "Julia"]
+GIRLS += ["Kim", "Lina", "Mia", "Nora", "Olga", "Priya", "Rosa", "Sara", "Tara", "Zoe"]
+BOYS = ["Adam", "Ben", "Carl", "David", "Eli", "Felix", "George", "Hugo", "Ivan", "Jack"]
+BOYS += ["Karim", "Leo", "Max", "Noah", "Oscar", "Paul", "Ravi", "Sam", "Tom", "Yusuf"]
+THINGS = ["apple", "marble", "pencil", "sticker", "cookie", "coin", "card", "shell", "bead", "button"]
+THINGS += ["stamp", "orange", "pear", "balloon", "candle", "cup", "flower", "stone", "ticket", "ring"]
+THINGS += ["ribbon", "banana", "lemon", "muffin", "carrot", "egg", "plum", "bell", "pen", "toy"]
 CONTAINERS = [("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("crate", "crates")]
-PLACES = "market shop store fair bazaar school".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ANIMALS = "cows goats sheep horses dogs pigs".split()
+PLACES = ["market", "shop", "store", "fair", "bazaar"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+ANIMALS = ["cows", "goats", "sheep", "horses", "dogs", "pigs"]
 
 
 @dataclass
@@ -147,7 +149,7 @@ def make_problem(template, rng):
 
 
 def math_documents(seed):
-    """(key, read) for problems without end (in practice); the key is the question, numbers and all."""
+    """(split, read) for problems, in practice without end; the question, numbers and all, decides the split."""
     rng, templates = random.Random(f"math {seed}"), read_templates()
     seen, repeats = set(), 0
     while repeats < MAX_REPEATS:
@@ -157,7 +159,7 @@ def math_documents(seed):
             continue
         seen.add(problem.question)
         repeats = 0
-        yield problem.question, lambda problem=problem: problem.text
+        yield split_of(problem.question), lambda problem=problem: problem.text
 
 
 def task_jsonl(seed, count=500):

@@ -5,10 +5,10 @@ import json
 import os
 
 from configurator import UserError
-from data.split import in_hash_order
+from data.split import VALIDATION_SHARE, in_hash_order
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-PIECE_BYTES = 8000  # longer files are cut at blank lines, so that one long file can be split too
+PIECE_BYTES = 4000  # longer files are cut at blank lines, so that one long file can be split too
 
 
 def _list_files(path):
@@ -85,6 +85,11 @@ def read_own(path):
 
 
 def own_documents(documents, seed):
-    """(key, read) for each document, in hash order; read() returns its text."""
+    """(split, read) for each document, in hash order; read() returns its text.
+
+    About 5% are for validation, but always at least one: these texts may be few.
+    """
+    count = max(1, round(VALIDATION_SHARE * len(documents)))
+    validation = set(in_hash_order(documents, "split")[:count])
     for key in in_hash_order(documents, seed):
-        yield key, lambda key=key: documents[key]
+        yield "val" if key in validation else "train", lambda key=key: documents[key]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +21,7 @@ from configurator import UserError, command, key, parse, read_json, write_atomic
 from data.math_problems import math_documents, task_jsonl
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, prose_documents, python_sources
-from data.split import VALIDATION_SHARE, split_of
+from data.split import VALIDATION_SHARE
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
 
 BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents}
@@ -40,7 +39,13 @@ class DataConfig:
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is")
     seed: int = key(0, "decides which documents are taken, and the math problems")
-    overwrite: bool = key(False, "prepare again what is there with other settings")
+    overwrite: bool = key(False, "prepare again what is there already")
+
+    def __post_init__(self):
+        if self.max_bytes < 0:
+            raise UserError(f"max_bytes must be 0 or more, got {self.max_bytes}")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise UserError(f"vocab_size={self.vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257 or more")
 
 
 @dataclass
@@ -50,7 +55,8 @@ class Domain:
     name: str
     folder: str
     recipe: dict  # what decides the content; a finished domain with the same recipe is not made again
-    documents: object  # iterator of (key, read)
+    sources: dict  # the versions of what the texts are made from
+    documents: object  # iterator of (split, read)
     texts: dict = field(default_factory=lambda: {"train": [], "val": []})
 
 
@@ -60,9 +66,10 @@ def domain_of(entry, config):
     if not re.fullmatch(r"[\w-]+", name):
         raise UserError(f"--domains: {name!r} cannot name a folder; use letters, digits, - and _")
     recipe = {"domain": name, "max_bytes": config.max_bytes, "seed": config.seed}
+    sources = python_sources()
     if equals:
         texts, recipe["files_hash"] = read_own(path)
-        documents = own_documents(texts, config.seed)
+        documents, sources = own_documents(texts, config.seed), {"files": path}
     elif name in BUILT_IN:
         documents = BUILT_IN[name](config.seed)
     else:
@@ -71,7 +78,7 @@ def domain_of(entry, config):
         raise UserError(f"--domains: unknown domain {name!r}; {hint} (your own: {name}=FOLDER)")
     if name == "math" and not equals and not config.max_bytes:
         raise UserError("--max_bytes=0: math problems have no end; give a number of bytes")
-    return Domain(name, os.path.join(config.out_dir, name), recipe, documents)
+    return Domain(name, os.path.join(config.out_dir, name), recipe, sources, documents)
 
 
 def is_finished(domain, config):
@@ -97,9 +104,8 @@ def collect(domain, max_bytes):
     limits["val"] = min(limits["val"], MAX_VALIDATION_BYTES)
     sizes = {"train": 0, "val": 0}
     total = None if limits["train"] == np.inf else int(sum(limits.values()))
-    with tqdm(desc=f"{domain.name}: reading", total=total, unit="B", unit_scale=True, leave=False) as bar:
-        for document_key, read in domain.documents:
-            split = split_of(document_key)
+    with tqdm(desc=f"{domain.name}: reading", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        for split, read in domain.documents:
             if sizes[split] >= limits[split]:
                 if all(sizes[name] >= limits[name] for name in sizes):
                     break
@@ -110,11 +116,8 @@ def collect(domain, max_bytes):
                 sizes[split] += len(text.encode())
                 bar.update(len(text.encode()))
     if not all(domain.texts.values()):
-        count = sum(map(len, domain.texts.values()))
-        raise UserError(
-            f"domain {domain.name!r} is too small: {count} documents leave nothing for "
-            f"{'validation' if not domain.texts['val'] else 'training'}; add more or longer texts"
-        )
+        lacking = "validation" if domain.texts["train"] else "training"
+        raise UserError(f"domain {domain.name!r} is too small to split: nothing is left for {lacking}; add more text")
 
 
 def tokenizer_sample(domains):
@@ -131,14 +134,14 @@ def tokenizer_sample(domains):
 
 
 def write_domain(domain, encoding, config):
-    """Tokenize a domain and write its folder; meta.json comes last. Returns the meta dict."""
+    """Tokenize a domain and write its folder; meta.json comes last."""
     os.makedirs(domain.folder, exist_ok=True)
     dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
     end = [encoding.encode_single_token(END_OF_TEXT)]
     digest, counts = hashlib.sha256(), {}
     for split, texts in domain.texts.items():
         parts = []
-        for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False):
+        for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None):
             parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), np.array(end, dtype)]
             digest.update(text.encode() + b"\0")
         tokens = np.concatenate(parts)
@@ -148,7 +151,7 @@ def write_domain(domain, encoding, config):
             "bytes": sum(len(text.encode()) for text in texts),
         }
         write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
-    if domain.name == "math" and "files_hash" not in domain.recipe:
+    if domain.name == "math" and "files_hash" not in domain.recipe:  # the built-in one
         write_atomically(os.path.join(domain.folder, "task.jsonl"), task_jsonl(config.seed))
     meta = {
         "recipe": domain.recipe,
@@ -156,31 +159,32 @@ def write_domain(domain, encoding, config):
         "dtype": dtype,
         "content_hash": digest.hexdigest(),
         "tokenizer_hash": tokenizer_hash(config.out_dir),
-        "sources": python_sources(),
+        "sources": domain.sources,
     }
     write_atomically(os.path.join(domain.folder, "meta.json"), json.dumps(meta, indent=2) + "\n")
-    return meta
 
 
-def prepare_tokenizer(config, missing):
-    """Make sure out_dir has the tokenizer that was asked for, training it on the `missing` domains."""
-    path = os.path.join(config.out_dir, "tokenizer.json")
-    remake = {domain.name for domain in missing}
-    others = [name for name in finished_domains(config.out_dir) if name not in remake]
-    if os.path.exists(path) and (others or not config.overwrite):
-        description = read_json(path, "use another --out_dir")
-        same = description["name"] == config.tokenizer
-        if not same or (config.tokenizer == "bpe" and description["vocab_size"] != config.vocab_size):
-            has = f"{description['name']} with {description['vocab_size']} entries"
-            remedy = f"use --overwrite=True with {', '.join(others)} in --domains" if others else "use --overwrite=True"
-            raise UserError(f"{config.out_dir} already has a tokenizer ({has}); {remedy} or another --out_dir")
-        return
-    if others:
-        raise UserError(f"{config.out_dir} has lost the tokenizer of {', '.join(others)}; use another --out_dir")
-    for name in finished_domains(config.out_dir):
-        os.remove(os.path.join(config.out_dir, name, "meta.json"))  # no longer valid with a new tokenizer
-    print(f"{config.out_dir}: making the {config.tokenizer} tokenizer")
-    save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(missing))
+def keeps_tokenizer(config, names):
+    """True when out_dir has the tokenizer asked for and keeps it, False when one is to be made.
+
+    Checkpoints and all domains of out_dir depend on it, so it is made anew only with overwrite and only
+    when all finished domains are among `names`, those to prepare. UserError when it is another one.
+    """
+    finished = finished_domains(config.out_dir)
+    others = [name for name in finished if name not in names or not config.overwrite]
+    if not os.path.exists(os.path.join(config.out_dir, "tokenizer.json")):
+        if others:
+            raise UserError(f"{config.out_dir} has lost the tokenizer of {', '.join(others)}; use another --out_dir")
+        return False
+    if config.overwrite and not others:
+        return False
+    encoding = load_tokenizer(config.out_dir)
+    wanted = encoding.n_vocab if config.tokenizer == "gpt2" else config.vocab_size
+    if (encoding.name, encoding.n_vocab) != (config.tokenizer, wanted):
+        remedy = f"--overwrite=True, preparing {','.join(finished)} again," if others else "--overwrite=True"
+        has = f"{encoding.name}, {encoding.n_vocab} entries"
+        raise UserError(f"{config.out_dir} already has another tokenizer ({has}); use {remedy} or another --out_dir")
+    return True
 
 
 def finished_domains(out_dir):
@@ -199,22 +203,29 @@ def print_table(metas):
 
 def main():
     config = parse(DataConfig)
-    if config.max_bytes < 0:
-        raise UserError(f"max_bytes must be 0 or more, got {config.max_bytes}")
     domains = [domain_of(entry, config) for entry in config.domains.split(",")]
+    names = [domain.name for domain in domains]
+    if len(set(names)) < len(names):
+        raise UserError(f"--domains={config.domains}: a name comes twice")
     try:
         os.makedirs(config.out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={config.out_dir}: {error.strerror}") from None
-    missing = []
+
+    keep = keeps_tokenizer(config, names)
+    missing = [domain for domain in domains if not is_finished(domain, config)]
     for domain in domains:
-        if is_finished(domain, config):
+        if domain not in missing:
             print(f"{domain.folder}: already there, kept")
-        else:
-            missing.append(domain)
     for domain in missing:
         collect(domain, config.max_bytes)
-    prepare_tokenizer(config, missing)
+    for domain in missing:
+        meta = os.path.join(domain.folder, "meta.json")
+        if os.path.exists(meta):
+            os.remove(meta)  # from here on the domain counts as missing until it is complete again
+    if not keep:
+        print(f"{config.out_dir}: making the {config.tokenizer} tokenizer")
+        save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(missing))
     encoding = load_tokenizer(config.out_dir)
     for domain in missing:
         write_domain(domain, encoding, config)
@@ -223,4 +234,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    command(main)

@@ -10,6 +10,7 @@ import heapq
 import json
 import os
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import regex
@@ -45,10 +46,8 @@ def train_bpe(texts, vocab_size):
     frequent pair of neighbours; of equally frequent ones the first in byte order. A pair is
     identified by the bytes it spells, as tiktoken does when it encodes.
 
-    Raises UserError when vocab_size is below 257 or the text has too few pairs for it.
+    vocab_size is 257 or more. Raises UserError when the text has too few pairs for it.
     """
-    if vocab_size < 257:
-        raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} need at least 257")
     frequency = Counter()
     for text in texts:
         frequency.update(regex.findall(PATTERN, text))
@@ -60,7 +59,7 @@ def train_bpe(texts, vocab_size):
 
     def count_pairs(index, sign):
         symbols = words[index]
-        pairs = [left + right for left, right in zip(symbols, symbols[1:], strict=False)]
+        pairs = [left + right for left, right in pairwise(symbols)]
         for pair in pairs:
             counts[pair] += sign * frequency[index]
             places[pair].add(index)
@@ -74,7 +73,9 @@ def train_bpe(texts, vocab_size):
     ranks = {bytes([byte]): byte for byte in range(256)}
     while len(ranks) < vocab_size - 1:
         if not heap:
-            raise UserError(f"vocab_size={vocab_size} is more than the text supports; at most {len(ranks) + 1} here")
+            raise UserError(
+                f"vocab_size={vocab_size} is too large for this little text; --vocab_size={len(ranks) + 1} or less"
+            )
         count, target = heapq.heappop(heap)
         if -count != counts[target] or not count:
             continue  # the count has changed since; a newer entry is in the heap

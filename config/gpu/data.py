@@ -1,4 +1,4 @@
-"""Everything that the built-in domains have, with GPT-2's tokenizer replaced by one that fits this text."""
+"""All the code and prose there is, and as much math."""
 
 out_dir = "out/gpu/data"
 vocab_size = 4096
