@@ -8,6 +8,7 @@ types are errors that name the file and line and suggest the nearest key.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -126,19 +127,28 @@ def read_json(path, remedy):
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
 
 
-def write_atomically(path, data):
-    """Write bytes or text so that `path` holds either the old content or the new, never a part."""
+@contextlib.contextmanager
+def atomic_file(path):
+    """A binary file to write whose content replaces `path` at the end: a crash leaves the old content or the new."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise UserError(f"{path} could not be written: {error.strerror}; what was there before is intact") from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "the previous one is intact" if os.path.exists(path) else "nothing was written"
+        raise UserError(f"{path} could not be written ({reason}); {kept}; free some space and run again") from None
+
+
+def write_atomically(path, data):
+    """Write text or bytes to `path`, all or nothing."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def command(main):

@@ -1,0 +1,16 @@
+"""A branch at toy size; --domain, --out_dir and --init_from say which one."""
+
+init_from = "out/smoke/seed"
+out_dir = "out/smoke/expert-code"
+data_dir = "out/smoke/data"
+domain = "code"
+
+max_steps = 30
+batch_size = 8
+micro_batch_size = 8
+sequence_length = 128
+learning_rate = 2e-3
+warmup_steps = 5
+eval_interval = 15
+eval_windows = 4
+save_interval = 15

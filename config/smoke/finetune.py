@@ -1,0 +1,16 @@
+"""The mixture's finetuning at toy size."""
+
+init_from = "out/smoke/mixed"
+out_dir = "out/smoke/btx"
+data_dir = "out/smoke/data"
+domain = "all"
+
+max_steps = 30
+batch_size = 8
+micro_batch_size = 8
+sequence_length = 128
+learning_rate = 2e-3
+warmup_steps = 5
+eval_interval = 15
+eval_windows = 4
+save_interval = 15

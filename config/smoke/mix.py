@@ -1,0 +1,4 @@
+"""The mixture of the three experts and the seed."""
+
+experts = "out/smoke/expert-code,out/smoke/expert-prose,out/smoke/expert-math,out/smoke/seed"
+out_dir = "out/smoke/mixed"

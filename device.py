@@ -1,0 +1,102 @@
+"""Where to compute and in which precision, and which of torchrun's processes this one is."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError, key
+
+DEVICE = ("auto", "cpu", "cuda")
+DTYPE = ("auto", "float32", "bfloat16")
+
+
+def device_key():
+    return key("auto", "where to compute; auto is cuda where there is one", DEVICE)
+
+
+def dtype_key():
+    return key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPE)
+
+
+def threads_key():
+    return key(0, "CPU threads; 0 leaves the choice to torch")
+
+
+def pick_device(name, threads=0):
+    """The torch device for a config's `device`: under torchrun each process gets its own GPU."""
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but torch finds no CUDA GPU; use --device=cpu or --device=auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device, config):
+    """The activations' dtype for a config's `dtype`.
+
+    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for dense models wide enough to gain. A mixture's row
+    counts differ at every step and oneDNN compiles a bf16 matmul anew for each shape: several times slower.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    wide_dense = config.hidden_size >= 128 and not config.num_local_experts
+    return torch.bfloat16 if wide_dense and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def place(model, device, dtype):
+    """Move a model to its device, and set the precision it computes in."""
+    model.compute_dtype = pick_dtype(dtype, device, model.config)
+    return model.to(device)
+
+
+class Processes:
+    """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU)."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.world > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def wrap(self, model):
+        return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+
+    def mean(self, values):
+        """Average a list of floats over all processes."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return (tensor / self.world).tolist()
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a number to look at between two steps, so that no step is cut in half."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.number = number

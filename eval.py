@@ -1,0 +1,192 @@
+"""Evaluate checkpoints: bits per byte on fixed windows, exact-match answers, and where the router sends tokens.
+
+    python eval.py config/cpu/eval.py --model=out/cpu/btx
+    python eval.py config/cpu/eval.py --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/seed
+
+The second is Branch-Train-Merge: the experts as an ensemble (btm.py).
+Each model becomes a row of out_dir/results.json. Every model sees the same windows and the same problems.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+from importlib.metadata import version
+
+import torch
+from tqdm import tqdm
+
+import btm
+import checkpoint
+from configurator import UserError, command, key, parse, write_atomically
+from data.loader import list_domains, read_meta, validation_windows
+from data.tokenizer import load_tokenizer, token_bytes
+from device import device_key, pick_device, place, threads_key
+from model import generate
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    """Evaluate one or several checkpoints, and the ensembles of Branch-Train-Merge."""
+
+    model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
+    experts: str = key("", "checkpoint folders to run as an ensemble: rows btm-top1 and btm-top2")
+    out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
+    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    sequence_length: int = key(256, "tokens a validation window")
+    eval_windows: int = key(128, "validation windows per domain")
+    task_problems: int = key(200, "held-out problems per task, answered by greedy decoding")
+    max_new_tokens: int = key(128, "the longest answer, in tokens")
+    device: str = device_key()
+    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
+    threads: int = threads_key()
+    overwrite: bool = key(False, "discard a results.json made with other settings or data")
+
+
+class Validation:
+    """Fixed validation windows of every domain, and how many bytes each token stands for."""
+
+    def __init__(self, data_dir, sequence_length, count, batch_size=16):
+        self.windows = {
+            domain: validation_windows(data_dir, domain, sequence_length, count) for domain in list_domains(data_dir)
+        }
+        self.bytes = torch.from_numpy(token_bytes(load_tokenizer(data_dir)))
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def scores(self, model):
+        """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
+
+        Bits per byte = nats summed over tokens / (ln 2 * bytes summed), comparable between tokenizers. A share is
+        the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
+        """
+        device = next(model.parameters()).device
+        bpb, load = {}, {}
+        for domain, (inputs, targets) in self.windows.items():
+            nats, pairs = 0.0, 0
+            for x, y in zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True):
+                output = model(x.to(device), y.to(device))
+                nats += output.loss.item() * y.numel()
+                if output.gates is not None:
+                    pairs = pairs + (output.gates > 0).sum(dim=(1, 2)).cpu()  # (L, E)
+            bpb[domain] = nats / math.log(2) / int(self.bytes[targets].sum())
+            if torch.is_tensor(pairs):
+                shares = pairs / pairs.sum(dim=1, keepdim=True)
+                load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
+        bpb["avg"] = sum(bpb.values()) / len(bpb)
+        return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
+
+
+def final_answer(text):
+    """The answer a solution ends with, as in 'so 3 + 4 = 7.\\n#### 7' -> '7'; None where there is none."""
+    found = re.search(r"####[ ]*(.*)", text)
+    return found.group(1).strip() if found else None
+
+
+def accuracy(model, config):
+    """{task: share of held-out problems whose greedy answer ends with exactly the right value}."""
+    encoding = load_tokenizer(config.data_dir)
+    scores = {}
+    for domain in list_domains(config.data_dir):
+        path = os.path.join(config.data_dir, domain, "task.jsonl")
+        if not os.path.exists(path):
+            continue
+        with open(path) as file:
+            problems = [json.loads(line) for line in file][: config.task_problems]
+        right = 0
+        for start in range(0, len(problems), 100):
+            batch = problems[start : start + 100]
+            prompts = [encoding.encode_ordinary(problem["prompt"]) for problem in batch]
+            room = model.max_length - max(map(len, prompts))
+            if room < 1:
+                raise UserError(f"{path}: a problem has {max(map(len, prompts))} tokens, more than the model can take")
+            answers = generate(model, prompts, min(room, config.max_new_tokens), encoding.eot_token)
+            for problem, answer in zip(batch, answers, strict=True):
+                right += final_answer(encoding.decode(answer)) == problem["answer"]
+        scores[domain] = right / len(problems)
+    return scores
+
+
+def load_rows(config):
+    """Yield (row name, its id, history of training runs, function that loads the model)."""
+    for folder in filter(None, config.model.split(",")):
+        identity, history = checkpoint.parent(folder)
+        yield os.path.basename(os.path.normpath(folder)), identity, history, lambda f=folder: checkpoint.load_model(f)
+    if config.experts:
+        folders = config.experts.split(",")
+        parents = [checkpoint.parent(folder) for folder in folders]
+        history = {name: cost for _, one in parents for name, cost in one.items()}
+        for k in (1, 2):
+            identity = checkpoint.recipe_id(["btm", k, *(identity for identity, _ in parents)])
+            yield f"btm-top{k}", identity, history, lambda k=k: btm.load_ensemble(folders, config.data_dir, k)
+
+
+def evaluate_row(name, identity, history, model, validation, config):
+    """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
+    cost = checkpoint.total_cost(history)
+    active, total = model.num_parameters()
+    return {
+        "name": name,
+        "id": identity,
+        "accuracy": accuracy(model, config),
+        "active_params": active,
+        "total_params": total,
+        "train_tokens": cost["tokens"],
+        "train_flops": cost["flops"],
+        "seconds": cost["seconds"],
+        "runs": list(history),
+        **validation.scores(model),
+    }
+
+
+def read_results(config):
+    """results.json as it stands, or an empty one; refused when its settings or data differ."""
+    settings = ("data_dir", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
+    metas = {domain: read_meta(config.data_dir, domain) for domain in list_domains(config.data_dir)}
+    fresh = {
+        "rows": [],
+        "config": {name: getattr(config, name) for name in settings},
+        "data": {
+            domain: {name: meta[name] for name in ("content_hash", "tokenizer_hash")} for domain, meta in metas.items()
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
+    }
+    path = os.path.join(config.out_dir, "results.json")
+    if not os.path.exists(path):
+        return fresh
+    with open(path) as file:
+        found = json.load(file)
+    if any(found[name] != fresh[name] for name in ("config", "data")) and not config.overwrite:
+        raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
+    return fresh if config.overwrite else found
+
+
+def main():
+    config = parse(EvalConfig)
+    if not config.model and not config.experts:
+        raise UserError("nothing to evaluate; give --model=DIR or --experts=DIR,DIR")
+    device = pick_device(config.device, config.threads)
+    validation = Validation(config.data_dir, config.sequence_length, config.eval_windows)
+    results = read_results(config)
+    os.makedirs(config.out_dir, exist_ok=True)
+    rows = {row["name"]: row for row in results["rows"]}
+    todo = list(load_rows(config))
+    checkpoint.same_tokenizer([config.data_dir, *filter(None, f"{config.model},{config.experts}".split(","))])
+    for name, identity, history, load in tqdm(todo, desc="evaluate", unit="model"):
+        if name not in rows or rows[name]["id"] != identity:
+            model = place(load(), device, config.dtype)
+            if config.sequence_length > model.max_length:
+                raise UserError(
+                    f"--sequence_length={config.sequence_length} is longer than {name} takes: {model.max_length}"
+                )
+            rows[name] = evaluate_row(name, identity, history, model, validation, config)
+            results["rows"] = list(rows.values())
+            write_atomically(os.path.join(config.out_dir, "results.json"), json.dumps(results, indent=1) + "\n")
+        scores = {**{f"{d} bits per byte": v for d, v in rows[name]["bpb"].items()}, **rows[name]["accuracy"]}
+        tqdm.write(f"{name:14s}" + "  ".join(f"{what} {value:.3f}" for what, value in scores.items()))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,369 @@
+"""The transformer: a Llama-shaped dense model, or a Mixtral-shaped mixture of experts.
+
+Configuration keys and parameter names are Hugging Face's, so a checkpoint loads on either side.
+Tensor sizes in comments:
+
+    B sequences   T tokens   S = B * T   D hidden_size   V vocab_size   L layers
+    H heads   G key-value heads   K head_dim   F intermediate_size   E experts   k experts a token
+
+Reading order: ModelConfig, Attention, MLP, MoE, load_balancing_loss, Layer, Transformer, generate.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+IGNORE = -100  # a target that does not count, cross_entropy's default
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The shape of a model, in Hugging Face's words. `num_local_experts = 0` is a dense model."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.01  # alpha of the balancing loss
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError("hidden_size must be num_attention_heads times an even head size")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.hidden_size % 8 or self.intermediate_size % 8:
+            raise ValueError("hidden_size and intermediate_size must be multiples of 8")  # grouped_mm's alignment
+        if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ValueError("num_experts_per_tok must lie between 1 and num_local_experts")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    logits: (B, T, V) in compute dtype, or None with targets, where only the loss is wanted.
+    loss: mean negative log-likelihood in nats, or None without targets.
+    aux_loss: the balancing loss summed over layers, times alpha; 0 for a dense model.
+    gates: (L, B, T, E) gate weights in fp32, zero where an expert was not used; None for a dense model.
+    """
+
+    logits: torch.Tensor | None
+    loss: torch.Tensor | None
+    aux_loss: torch.Tensor | float
+    gates: torch.Tensor | None
+
+
+class Linear(nn.Linear):
+    """A linear map without bias. Weights stay in fp32 and are cast to the input's dtype where they are used."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_table(config):
+    """cos and sin of the rotary position embedding (Su et al. 2021), each (max_position_embeddings, K / 2)."""
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle. x: (B, heads, T, K); cos, sin: (T, K / 2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for generation. Holds room for `length` tokens."""
+
+    def __init__(self, config, batch_size, length, device, dtype):
+        shape = config.num_hidden_layers, batch_size, config.num_key_value_heads, length, config.head_dim
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Store k, v (B, G, T, K) behind what is there; return all of the layer's keys and values."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023) with rotary positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, cos, sin, cache=None, layer=None):
+        B, T, D = x.shape
+        shape = B, T, -1, self.config.head_dim
+        q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, H, T, K)
+        k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, G, T, K)
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, G, T, K)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        grouped = self.config.num_key_value_heads < self.config.num_attention_heads
+        # with a cache T is either the whole prompt or one new token, which may see everything
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)  # (B, H, T, K)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """The dense feed-forward sublayer: SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """E feed-forward networks, stacked: w1 is `gate_proj`, w3 `up_proj`, w2 `down_proj` (Mixtral's names)."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, F_ = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.w1 = nn.Parameter(torch.empty(E, F_, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, F_))
+        self.w3 = nn.Parameter(torch.empty(E, F_, D))
+
+    def forward(self, x, ends):
+        """x: (rows, D) sorted by expert; expert e owns the rows before ends[e] (int32) that e - 1 does not."""
+        w1, w2, w3 = (w.to(x.dtype).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
+        h = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)  # (rows, F)
+        return F.grouped_mm(h, w2, offs=ends)  # (rows, D)
+
+
+class MoE(nn.Module):
+    """FF_MoE(x) = sum_i g_i(W x) FF_i(x) with g = SoftMax(TopK(W x)) (Branch-Train-MiX, eqs. 1 and 2).
+
+    One routing decision a token; no capacity, so no token is ever dropped.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.gate = Linear(config.hidden_size, config.num_local_experts)
+        self.experts = Experts(config)
+
+    def forward(self, x):
+        """x: (B, T, D). Returns y (B, T, D), gates (S, E) and probs (S, E), the softmax over all experts, in fp32."""
+        shape, x = x.shape, x.flatten(0, 1)  # (S, D)
+        logits = self.gate(x.float())  # (S, E), in fp32: near-ties must not flip with rounding
+        top_logits, top_experts = logits.topk(self.k, dim=-1)  # (S, k)
+        top_gates = top_logits.softmax(dim=-1)  # (S, k)
+
+        # sort the S * k (token, expert) pairs by expert, run each expert on its run of rows, undo the sort
+        pair_expert = top_experts.flatten()  # (S * k,)
+        order = pair_expert.argsort(stable=True)  # (S * k,)
+        ends = F.one_hot(pair_expert, logits.size(-1)).sum(dim=0).cumsum(dim=0).int()  # (E,)
+        rows = x.index_select(0, order // self.k)  # (S * k, D)
+        rows = self.experts(rows, ends).index_select(0, order.argsort())  # (S * k, D), in token order again
+        y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
+
+        gates = torch.zeros_like(logits).scatter(1, top_experts, top_gates)  # (S, E)
+        return y.view(shape), gates, logits.softmax(dim=-1)
+
+
+def load_balancing_loss(gates, probs):
+    """N * sum_i u_i * p_i (Branch-Train-MiX, section 3.2), in fp32, without its factor alpha; 1 at perfect balance.
+
+    gates: (S, E), u_i their mean over tokens (Switch Transformers would take the fraction of tokens instead).
+    probs: (S, E), p_i the mean of the softmax over all router logits. The gradient flows through both.
+    """
+    return gates.size(-1) * (gates.mean(dim=0) * probs.mean(dim=0)).sum()
+
+
+class Layer(nn.Module):
+    """One transformer block. Its feed-forward sublayer is an MLP or a MoE; all the rest is the same."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.num_local_experts:
+            self.block_sparse_moe = MoE(config)
+        else:
+            self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, cache=None, layer=None):
+        """x: (B, T, D). Returns the new x and the router's (gates, probs), or None where there is no router."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        h = self.post_attention_layernorm(x)
+        if hasattr(self, "mlp"):
+            return x + self.mlp(h), None
+        y, gates, probs = self.block_sparse_moe(h)
+        return x + y, (gates, probs)
+
+
+class Transformer(nn.Module):
+    """LlamaForCausalLM or, with experts, MixtralForCausalLM. `compute_dtype` is the activations' dtype."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(layers),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        cos, sin = rotary_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, std=0.02):
+        """All matrices normal(0, std), but those that write to the residual stream std / sqrt(2 L); norms 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                to_residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.model.layers)) if to_residual else std)
+
+    def forward(self, ids, targets=None, cache=None):
+        """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back."""
+        start = cache.length if cache is not None else 0
+        end = start + ids.size(1)
+        if end > self.max_length:
+            raise ValueError(f"{end} tokens, but the model knows {self.max_length} positions")
+        x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
+        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+        routed = []
+        for i, layer in enumerate(self.model.layers):
+            x, routing = layer(x, cos, sin, cache, i)
+            routed.append(routing)
+        if cache is not None:
+            cache.length = end
+        x = self.model.norm(x)  # (B, T, D)
+
+        logits, loss, aux_loss, gates = None, None, 0.0, None
+        if targets is None:
+            logits = self.lm_head(x)  # (B, T, V)
+        else:
+            loss = self._loss(x.flatten(0, 1), targets.flatten())
+        if self.config.num_local_experts:
+            aux_loss = self.config.router_aux_loss_coef * sum(load_balancing_loss(*routing) for routing in routed)
+            gates = torch.stack([gates for gates, _ in routed]).unflatten(1, ids.shape)  # (L, B, T, E)
+        return Output(logits, loss, aux_loss, gates)
+
+    def _loss(self, x, targets):
+        """Mean cross-entropy of x (S, D) and targets (S,). On a CPU in chunks whose logits fit its cache: faster."""
+        rows = max(1, 2**20 // self.config.vocab_size) if x.device.type == "cpu" else len(x)
+        chunks = zip(x.split(rows), targets.split(rows), strict=True)
+        total = sum(F.cross_entropy(self.lm_head(h).float(), t, reduction="sum") for h, t in chunks)
+        return total / (targets != IGNORE).sum()
+
+    @property
+    def max_length(self):
+        """The longest sequence, in tokens."""
+        return self.config.max_position_embeddings
+
+    def new_cache(self, batch_size, length):
+        return KVCache(self.config, batch_size, length, self.cos.device, self.compute_dtype)
+
+    def _active(self, name, parameter):
+        """How many of a parameter's weights one token uses: k of E experts, all of everything else."""
+        share = self.config.num_experts_per_tok / self.config.num_local_experts if ".experts." in name else 1
+        return int(parameter.numel() * share)
+
+    def num_parameters(self):
+        """(active for one token, total); tied embeddings count once."""
+        named = list(self.named_parameters())
+        return sum(self._active(*pair) for pair in named), sum(parameter.numel() for _, parameter in named)
+
+    def flops_per_token(self, sequence_length):
+        """Training FLOPs a token: 2 each for forward, activation gradient and weight gradient, per active weight in
+        a matmul (head and routers included, embedding look-up not; frozen weights need no weight gradient), plus
+        12 L D T for attention, with no discount for the causal mask (Chowdhery et al. 2022, appendix B)."""
+        flops = 12 * self.config.num_hidden_layers * self.config.hidden_size * sequence_length
+        for name, parameter in self.named_parameters():
+            looked_up = name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings
+            if parameter.dim() > 1 and not looked_up:
+                flops += self._active(name, parameter) * (6 if parameter.requires_grad else 4)
+        return flops
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, stop=None, temperature=0.0, top_k=0, generator=None):
+    """Continue each prompt (a list of token ids) and return the new ids, a list for each, without the stop token.
+
+    All sequences advance together, one position a step, from the end of the shortest prompt; a longer prompt's own
+    tokens take precedence over sampled ones, so no padding is needed. temperature 0 is greedy; top_k 0 is no limit.
+    model: anything with `new_cache` and the forward pass of Transformer.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    total = max(lengths) + max_new_tokens
+    cache = model.new_cache(len(prompts), total)
+    sequences = [list(prompt) for prompt in prompts]
+    done = [False] * len(prompts)
+    device = next(model.parameters()).device
+    feed = torch.tensor([prompt[: min(lengths)] for prompt in prompts], device=device)  # (B, T)
+    for position in range(min(lengths), total):
+        logits = model(feed, cache=cache).logits[:, -1].float()  # (B, V)
+        if temperature > 0:
+            logits = logits / temperature
+            if top_k:
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
+            sampled = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).flatten().tolist()
+        else:
+            sampled = logits.argmax(dim=-1).tolist()
+        for row, token in enumerate(sampled):
+            if position >= lengths[row] and not done[row]:
+                done[row] = token == stop or position >= lengths[row] + max_new_tokens
+                if not done[row]:
+                    sequences[row].append(token)
+        if all(done):
+            break
+        column = [[sequence[min(position, len(sequence) - 1)]] for sequence in sequences]
+        feed = torch.tensor(column, device=device)  # (B, 1)
+    return [sequence[length:] for sequence, length in zip(sequences, lengths, strict=True)]

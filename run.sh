@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The whole pipeline, one plain command a stage; each also works when typed alone.
+#
+#   bash run.sh          config/cpu: about 10 minutes on 2 CPU cores
+#   bash run.sh gpu      config/gpu: one CUDA GPU
+#   bash run.sh smoke    every stage at toy size, under a minute
+#
+# Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
+# chooses the domains; PYTHON=python3 uses an environment of your own instead of .venv.
+set -euo pipefail
+cd "$(dirname "$0")"
+size=${1:-cpu}
+domains=${DOMAINS:-code prose math}
+config=config/$size
+out=out/$size
+[ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
+source setup.sh
+
+# 1. data: text, tokenizer, token files
+$python -m data.prepare "$config/data.py" --domains="${domains// /,}"
+
+# 2. seed: one small language model for all domains
+$python train.py "$config/seed.py"
+
+# 3. branch: one expert a domain, processes that share nothing; side by side where each has a GPU of its own
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+names=() experts=() jobs=() failed=()
+for domain in $domains; do names+=("${domain%%=*}"); done
+for i in "${!names[@]}"; do
+    expert=$out/expert-${names[i]}
+    experts+=("$expert")
+    branch="$python train.py $config/expert.py --domain=${names[i]} --init_from=$out/seed --out_dir=$expert"
+    if [ "$gpus" -gt 1 ]; then
+        CUDA_VISIBLE_DEVICES=$((i % gpus)) $branch & jobs+=($!)
+    else
+        $branch || failed+=("$expert")
+    fi
+done
+for i in "${!jobs[@]}"; do wait "${jobs[i]}" || failed+=("${experts[i]}"); done
+[ ${#failed[@]} -eq 0 ] || { echo "error: these branches failed: ${failed[*]}; run again to resume them" >&2; exit 1; }
+experts=$(IFS=,; echo "${experts[*]}")
+
+# 4. mix: feed-forward sublayers become a mixture of experts, the rest is averaged; soup averages everything
+$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed"
+$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup
+
+# 5. finetune: all domains together, so that the routers learn
+$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx"
+
+# 6. evaluate every model on the same windows and problems, then draw
+$python eval.py "$config/eval.py" --model="$out/seed,$experts,$out/soup,$out/mixed,$out/btx" --experts="$experts,$out/seed"
+#$python report.py --report="$out/report"

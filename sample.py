@@ -1,0 +1,54 @@
+"""Let any checkpoint continue a text.
+
+python sample.py --model=out/cpu/btx --prompt="Question: Tom has 3 apples"
+"""
+
+import dataclasses
+
+import torch
+
+import checkpoint
+from configurator import UserError, command, key, parse
+from data.tokenizer import load_tokenizer
+from device import device_key, dtype_key, pick_device, place, threads_key
+from model import generate
+
+
+@dataclasses.dataclass
+class SampleConfig:
+    """Continue a prompt with a checkpoint, dense or mixed."""
+
+    model: str = key("out/cpu/btx", "the checkpoint folder")
+    prompt: str = key("Question:", "the text to continue")
+    num_samples: int = key(1, "how many continuations")
+    max_new_tokens: int = key(120, "tokens to add at most; a continuation also ends with its document")
+    temperature: float = key(0.8, "0 always takes the likeliest token")
+    top_k: int = key(50, "sample among the k likeliest tokens; 0 is all of them")
+    seed: int = key(1, "random seed")
+    device: str = device_key()
+    dtype: str = dtype_key()
+    threads: int = threads_key()
+
+
+def main():
+    config = parse(SampleConfig)
+    device = pick_device(config.device, config.threads)
+    model = place(checkpoint.load_model(config.model), device, config.dtype)
+    encoding = load_tokenizer(config.model)
+    ids = encoding.encode_ordinary(config.prompt)
+    if not ids:
+        raise UserError("--prompt is empty; give the text to continue")
+    room = model.max_length - len(ids)
+    if room < 1:
+        raise UserError(f"--prompt has {len(ids)} tokens, the model takes {model.max_length}; shorten it")
+    generator = torch.Generator(device).manual_seed(config.seed)
+    prompts = [ids] * config.num_samples
+    new_tokens = min(room, config.max_new_tokens)
+    for answer in generate(model, prompts, new_tokens, encoding.eot_token, config.temperature, config.top_k, generator):
+        print(config.prompt + encoding.decode(answer))
+        if config.num_samples > 1:
+            print("---")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,384 @@
+"""Data preparation: the tokenizer against a recount from scratch, the splits, the math, and every error line."""
+
+import ast
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+
+from configurator import UserError
+from data import python_text
+from data.docstrings import english_paragraphs
+from data.math_problems import make_problem, math_documents, read_templates, task_jsonl
+from data.prepare import main
+from data.split import split_of
+from data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DOMAINS = ("code", "prose", "math")
+
+
+def prepare(*arguments, hash_seed="0", environment=None):
+    """Run data.prepare as a user would; returns the finished process."""
+    command = [sys.executable, "-m", "data.prepare", *arguments]
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A folder with the three built-in domains at smoke size."""
+    folder = str(tmp_path_factory.mktemp("data") / "smoke")
+    done = prepare("config/smoke/data.py", f"--out_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def poems(tmp_path):
+    """A small domain of one's own."""
+    folder = tmp_path / "poems"
+    folder.mkdir()
+    (folder / "long.txt").write_text("\n\n".join(f"Verse {n}: the rain, the river and the sea." for n in range(400)))
+    lines = [json.dumps({"text": f"Line {n} sings of the sea."}) for n in range(30)]
+    (folder / "more.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def read_split(folder, domain, split):
+    """The documents of one split, decoded, and its meta.json."""
+    with open(os.path.join(folder, domain, "meta.json")) as file:
+        meta = json.load(file)
+    tokens = np.fromfile(os.path.join(folder, domain, f"{split}.bin"), dtype=meta["dtype"])
+    documents = load_tokenizer(folder).decode(tokens.tolist()).split(END_OF_TEXT)
+    assert documents.pop() == ""  # every document ends with the special token
+    return documents, tokens, meta
+
+
+def recounted_bpe(text, vocab_size):
+    """BPE by counting all pairs again for each merge: slow and plain. Returns the tokens in order."""
+    words = Counter(tuple(bytes([b]) for b in word.encode()) for word in regex.findall(PATTERN, text))
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < vocab_size - 1:
+        pairs = Counter()
+        for word, count in words.items():
+            for i in range(len(word) - 1):
+                pairs[word[i] + word[i + 1]] += count
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        tokens.append(best)
+        merged = Counter()
+        for word, count in words.items():
+            new = []
+            for symbol in word:
+                if new and new[-1] is not None and new[-1] + symbol == best:
+                    new[-1:] = [best, None]  # None: a merged token takes no part in a second merge
+                else:
+                    new = [s for s in new if s is not None] + [symbol]
+            merged[tuple(s for s in new if s is not None)] += count
+        words = merged
+    return tokens
+
+
+def test_bpe_equals_a_recount():
+    text = open(os.path.join(ROOT, "configurator.py")).read()[:5000] + "aaaa aaaaa äöü 12 345 banana bananas\n" * 20
+    ranks = train_bpe([text[:2000], text[2000:]], 400)
+    assert sorted(ranks.values()) == list(range(399))
+    whole = train_bpe([text], 400)
+    assert list(whole) == recounted_bpe(text, 400)
+
+
+def test_bpe_pieces_are_what_tiktoken_makes():
+    """Merging in the order learned, word by word, gives what tiktoken's encoder gives."""
+    text = open(os.path.join(ROOT, "configurator.py")).read()
+    ranks = train_bpe([text], 500)
+    encoding = tiktoken.Encoding("test", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 499})
+    merges = list(ranks)[256:]
+    for word in set(regex.findall(PATTERN, text)):
+        symbols = [bytes([b]) for b in word.encode()]
+        for merge in merges:
+            position = 0
+            while position < len(symbols) - 1:
+                if symbols[position] + symbols[position + 1] == merge:
+                    symbols[position : position + 2] = [merge]
+                position += 1
+        assert [encoding.decode_single_token_bytes(t) for t in encoding.encode(word)] == symbols
+
+
+def test_round_trip_and_digits(smoke):
+    encoding = load_tokenizer(smoke)
+    text = "def f(x):\n\n        return x_1 + 2048\r\n\t  naïve ½ ٣ 漢字 🙂 \x1c\x85  <|endoftext|> \n"
+    tokens = encoding.encode_ordinary(text)
+    assert encoding.decode(tokens) == text
+    assert encoding.eot_token == encoding.n_vocab - 1 == 511 and 511 not in tokens
+    assert [encoding.decode([t]) for t in encoding.encode_ordinary(" 2048")] == [" ", "2", "0", "4", "8"]
+    assert token_bytes(encoding)[tokens].sum() == len(text.encode())
+    assert token_bytes(encoding)[encoding.eot_token] == 0
+
+
+def test_files_agree_with_meta(smoke):
+    for domain in DOMAINS:
+        for split in ("train", "val"):
+            documents, tokens, meta = read_split(smoke, domain, split)
+            assert meta[split]["documents"] == len(documents)
+            assert meta[split]["tokens"] == len(tokens)
+            assert meta[split]["bytes"] == sum(len(text.encode()) for text in documents)
+            assert meta[split]["bytes"] == token_bytes(load_tokenizer(smoke))[tokens].sum()
+            assert meta["tokenizer_hash"] == tokenizer_hash(smoke)
+        assert 0.9 < meta["train"]["bytes"] / 285_000 < 1.2
+
+
+def test_train_and_val_share_no_document(smoke):
+    for domain in DOMAINS:
+        train, val = (read_split(smoke, domain, split)[0] for split in ("train", "val"))
+        assert not set(train) & set(val)
+        assert len(set(train)) == len(train)
+
+
+def test_code_and_prose_of_a_file_are_in_the_same_split(monkeypatch):
+    """No file is in one domain's training and in the other's validation text."""
+    files = python_text.list_python_files()
+    few = {key: files[key] for key in sorted(files)[::40]}
+    monkeypatch.setattr(python_text, "list_python_files", lambda: few)
+    splits = [dict(zip(order, documents, strict=True)) for order, documents in _with_keys(few)]
+    shared = set(splits[0]) & set(splits[1])
+    assert len(shared) == len(few)
+    assert all(splits[0][key] == splits[1][key] == split_of(key) for key in shared)
+
+
+def _with_keys(files):
+    """(keys in order, their splits) of the code and of the prose domain."""
+    topics = [f"python/pydoc_data/topics.py#{name}" for name in __import__("pydoc_data.topics").topics.topics]
+    for documents, keys in ((python_text.code_documents, files), (python_text.prose_documents, [*files, *topics])):
+        yield python_text.in_hash_order(keys, 3), [split for split, _ in documents(3)]
+
+
+def test_code_parses_and_has_no_docstrings(smoke):
+    for text in read_split(smoke, "code", "train")[0] + read_split(smoke, "code", "val")[0]:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                first = node.body[0]  # what remains shares its line with other code
+                assert text.split("\n")[first.lineno - 1].strip().startswith(("def", "class"))
+
+
+def test_docstrings_are_cut_exactly():
+    source = (
+        '"""Module."""\nclass A:\n    "One."\n\ndef f(x):\n    """Two\n    lines."""  # noqa\n    return """kept"""\n'
+    )
+    source += 'def g(): "same line"; return 1\n'
+    cut = python_text.without_docstrings(source, ast.parse(source))
+    assert cut == 'class A:\n    pass\n\ndef f(x):\n    return """kept"""\ndef g(): "same line"; return 1\n'
+
+
+def test_prose_is_english_sentences():
+    text = """Return the sum of all numbers that were added to the ``total`` so far.
+
+    >>> total(1, 2)
+    3
+
+    Use it like this, with a number of your own::
+
+        total(1)
+        this is the code that must not appear in what is kept.
+
+    Parameters
+    ----------
+    x : int
+        The number that is added to the sum in :attr:`total`.
+
+    See Also
+    --------
+    other : A function which does the same as this one but in a slower way.
+    """
+    assert list(english_paragraphs(text)) == [
+        "Return the sum of all numbers that were added to the total so far.",
+        "The number that is added to the sum in total.",
+    ]
+
+
+def check_arithmetic(text):
+    """Evaluate each equation of a solution; the last result must be the final answer."""
+    question, rest = text.split("\nAnswer: ")
+    solution, answer = rest.split("\n#### ")
+    assert question.startswith("Question: ") and answer.endswith("\n") and "{" not in text and "[" not in text
+    equations = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", solution)
+    assert len(equations) == solution.count("=") > 0
+    told = set(re.findall(r"\d+", question)) | {"2", "4"}  # twice, half, legs
+    for left, operator, right, result in equations:
+        assert eval(f"{left} {operator} {right}") == int(result)
+        assert left in told and right in told, text  # nothing is used that is not told or computed
+        told.add(result)
+    assert result == answer.strip()
+
+
+def test_math_is_right():
+    rng, templates = random.Random(7), read_templates()
+    assert len(templates) >= 30
+    assert {len(template.steps) for template in templates} == {1, 2, 3, 4, 5}
+    for template in templates:
+        assert len(template.questions) >= 2
+        for _ in range(60):
+            problem = make_problem(template, rng)
+            check_arithmetic(problem.text)
+            numbers = [int(number) for number in re.findall(r"\d+", problem.question)]
+            assert max(numbers) <= 200 and 2 <= problem.answer <= 999
+
+
+def test_math_splits_and_task(smoke):
+    train, val = (read_split(smoke, "math", split)[0] for split in ("train", "val"))
+    questions = [{text.split("\nAnswer:")[0] for text in texts} for texts in (train, val)]
+    assert not questions[0] & questions[1]
+    assert 0.03 < len(val) / len(train + val) < 0.07
+    with open(os.path.join(smoke, "math", "task.jsonl")) as file:
+        task = [json.loads(line) for line in file]
+    assert len(task) == len({row["prompt"] for row in task}) == 500
+    assert not {row["prompt"].split("\nAnswer:")[0] for row in task} & questions[0]
+    counts = Counter(row["template"] for row in task)
+    assert set(counts) == {template.name for template in read_templates()}
+    assert max(counts.values()) - min(counts.values()) <= 1
+    # A solution is not needed to check an answer, but a prompt must end where a training text goes on.
+    assert all(row["prompt"].endswith("\nAnswer:") and row["answer"].isdigit() for row in task)
+
+
+def test_task_is_never_in_training_text_of_another_seed():
+    held_out = {json.loads(line)["prompt"] for line in task_jsonl(0, count=100).splitlines()}
+    stream = math_documents(seed=1)
+    for _ in range(5000):
+        split, read = next(stream)
+        assert split == "val" or read().split("Answer:")[0] + "Answer:" not in held_out
+
+
+def test_same_bytes_on_every_run(smoke, tmp_path):
+    done = prepare("config/smoke/data.py", f"--out_dir={tmp_path}", hash_seed="12345")
+    assert done.returncode == 0, done.stderr
+    for folder, _, names in os.walk(smoke):
+        for name in names:
+            path = os.path.join(folder, name)
+            with open(path, "rb") as first, open(os.path.join(tmp_path, os.path.relpath(path, smoke)), "rb") as second:
+                assert first.read() == second.read(), path
+
+
+def run_main(monkeypatch, capsys, *arguments):
+    """main() in this process; returns (what it printed, None) or (None, the UserError's text)."""
+    monkeypatch.setattr(sys, "argv", ["data.prepare", *arguments])
+    try:
+        main()
+    except UserError as error:
+        assert "\n" not in str(error)
+        return None, str(error)
+    return capsys.readouterr().out, None
+
+
+def test_a_domain_of_ones_own_is_added_and_kept(smoke, poems, monkeypatch, capsys):
+    arguments = ["config/smoke/data.py", f"--out_dir={smoke}", f"--domains=poems={poems}"]
+    before = tokenizer_hash(smoke)
+    out, _ = run_main(monkeypatch, capsys, *arguments)
+    assert "poems" in out and tokenizer_hash(smoke) == before
+    train, val = (read_split(smoke, "poems", split)[0] for split in ("train", "val"))
+    assert not set(train) & set(val) and len(train) > len(val) >= 1
+    assert {f"Line {n} sings of the sea." for n in range(30)} <= set(train + val)
+
+    out, _ = run_main(monkeypatch, capsys, *arguments)
+    assert "already there" in out
+    _, error = run_main(monkeypatch, capsys, *arguments, "--seed=9")
+    assert "poems" in error and "seed" in error and "--overwrite=True" in error
+    with open(os.path.join(poems, "new.md"), "w") as file:
+        file.write("A new file changes the domain.")
+    _, error = run_main(monkeypatch, capsys, *arguments)
+    assert "files_hash" in error
+    out, _ = run_main(monkeypatch, capsys, *arguments, "--overwrite=True")
+    assert tokenizer_hash(smoke) == before  # code, prose and math still depend on it
+    _, error = run_main(monkeypatch, capsys, *arguments, "--vocab_size=600")
+    assert "already has another tokenizer" in error
+
+
+def test_overwrite_makes_a_new_tokenizer_when_nothing_else_depends_on_it(poems, tmp_path, monkeypatch, capsys):
+    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}"]
+    run_main(monkeypatch, capsys, *arguments, "--vocab_size=270")
+    _, error = run_main(monkeypatch, capsys, *arguments, "--vocab_size=280")
+    assert "270 entries" in error
+    run_main(monkeypatch, capsys, *arguments, "--vocab_size=280", "--overwrite=True")
+    assert load_tokenizer(tmp_path / "out").n_vocab == 280
+
+
+def test_damaged_tokenizer(poems, tmp_path, monkeypatch, capsys):
+    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}", "--vocab_size=270"]
+    run_main(monkeypatch, capsys, *arguments)
+    path = tmp_path / "out" / "tokenizer.tiktoken"
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(UserError, match="does not belong"):
+        load_tokenizer(tmp_path / "out")
+    os.remove(tmp_path / "out" / "tokenizer.json")
+    _, error = run_main(monkeypatch, capsys, *arguments)
+    assert "lost the tokenizer of poems" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--domains=poems=nowhere"], ["nowhere does not exist"]),
+        (["--domains=cod"], ["'cod'", "did you mean 'code'"]),
+        (["--domains=poetry"], ["'poetry'", "code, prose, math"]),
+        (["--domains=../x=config"], ["cannot name a folder"]),
+        (["--domains=code,code"], ["twice"]),
+        (["--domains=math", "--max_bytes=0"], ["math problems have no end"]),
+        (["--max_bytes=-1"], ["max_bytes"]),
+        (["--vocab_size=256"], ["vocab_size=256", "257"]),
+        (["--tokenizer=bert"], ["'bpe', 'gpt2'"]),
+        (["--domains=x=empty"], ["empty has no readable text", ".jsonl"]),
+        (["--domains=x=blank"], ["blank has no readable text", "empty"]),
+        (["--domains=x=bad.jsonl"], ["bad.jsonl:2", '"text"']),
+        (["--domains=x=latin.txt"], ["latin.txt is not UTF-8"]),
+        (["--domains=x=short.txt"], ["'x' is too small"]),
+        (["--domains=x=good.jsonl", "--vocab_size=5000"], ["vocab_size=5000 is too large"]),
+        (["--out_dir=short.txt"], ["--out_dir=short.txt"]),
+    ],
+)
+def test_errors_name_the_thing_and_the_remedy(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text(" \n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
+    (tmp_path / "good.jsonl").write_text('{"text": "fine"}\n{"text": "fine too"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "short.txt").write_text("one line")
+    _, error = run_main(monkeypatch, capsys, "--out_dir=out", "--max_bytes=1000", *arguments)
+    assert all(part in error for part in expected), error
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    done = prepare(f"--out_dir={tmp_path}", "--domains=poems=/nowhere/at/all")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: /nowhere/at/all does not exist") and done.stderr.count("\n") == 1
+
+
+def test_gpt2_that_cannot_be_downloaded(poems, tmp_path, monkeypatch, capsys):
+    def unreachable(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}", "--tokenizer=gpt2"]
+    _, error = run_main(monkeypatch, capsys, *arguments)
+    assert "TIKTOKEN_CACHE_DIR" in error and "--tokenizer=bpe" in error
+
+
+def test_gpt2_is_stored_with_the_data(poems, tmp_path, monkeypatch, capsys):
+    """With a stand-in for the download: the folder's own files are enough afterwards, and uint32 where needed."""
+    ranks = train_bpe([" ".join(f"word{n}" for n in range(300))], 300)
+    ranks.update({b"\xff\xfe" + number.to_bytes(3, "big"): len(ranks) + number for number in range(70_000)})
+    fake = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}", "--tokenizer=gpt2"]
+    assert run_main(monkeypatch, capsys, *arguments)[1] is None
+    monkeypatch.setattr(tiktoken, "get_encoding", None)
+    assert "already there" in run_main(monkeypatch, capsys, *arguments)[0]
+    documents, _, meta = read_split(tmp_path / "out", "poems", "train")
+    assert meta["dtype"] == "uint32" and "sea" in documents[0]

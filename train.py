@@ -1,0 +1,267 @@
+"""Train a language model: from scratch (the seed), or on from a checkpoint (a branch, an expert).
+
+    python train.py config/cpu/seed.py
+    python train.py config/cpu/expert.py --domain=code --init_from=out/cpu/seed --out_dir=out/cpu/expert-code
+    torchrun --nproc_per_node=2 train.py config/cpu/seed.py     # the same batches, split over two processes
+
+`train` is the only training loop in this repository; finetune.py uses it for mixtures of experts.
+A run that was killed goes on from its last checkpoint when the same command is given again, and ends
+with the same weights, to the bit, as one that was never interrupted.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, atomic_file, command, key, parse
+from data.loader import Batches, parse_mixture, read_meta
+from device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
+from eval import Validation
+from model import ModelConfig, Transformer
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Train a language model from scratch, or continue from a checkpoint with --init_from."""
+
+    out_dir: str = key("out/seed", "where the checkpoint goes")
+    init_from: str = key("", "a checkpoint folder to continue from; empty trains from scratch")
+    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    domain: str = key("all", "what to train on: a domain, a mixture like code:3,math:1, or all, evenly")
+    # the model's shape, unless --init_from brings one
+    hidden_size: int = key(64, "width of the residual stream")
+    intermediate_size: int = key(176, "width of the feed-forward sublayers")
+    num_hidden_layers: int = key(4, "number of layers")
+    num_attention_heads: int = key(2, "query heads")
+    num_key_value_heads: int = key(2, "key and value heads; fewer than the query heads is grouped-query attention")
+    max_position_embeddings: int = key(256, "the longest sequence the model can take")
+    tie_word_embeddings: bool = key(True, "use the embedding matrix as the output head too")
+    # optimization
+    max_steps: int = key(1000, "optimizer steps")
+    batch_size: int = key(16, "sequences a step, over all processes and accumulation")
+    micro_batch_size: int = key(16, "sequences in one forward pass; the rest is gradient accumulation")
+    sequence_length: int = key(256, "tokens a sequence")
+    learning_rate: float = key(1e-3, "peak learning rate of AdamW")
+    min_learning_rate: float = key(0.1, "final learning rate, as a fraction of the peak")
+    warmup_steps: int = key(100, "steps of linear warm-up, followed by a cosine")
+    weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only")
+    adam_beta1: float = key(0.9, "AdamW's beta1")
+    adam_beta2: float = key(0.95, "AdamW's beta2")
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm")
+    seed: int = key(1, "random seed of the initial weights and the batches")
+    # evaluation and checkpoints
+    eval_interval: int = key(100, "steps between two evaluations, each a line in log.jsonl")
+    eval_windows: int = key(16, "validation windows per domain in those evaluations")
+    save_interval: int = key(200, "steps between two checkpoints")
+    # the machine
+    device: str = device_key()
+    dtype: str = dtype_key()
+    threads: int = threads_key()
+    compile: bool = key(True, "torch.compile on CUDA; on a CPU it is never used")
+    overwrite: bool = key(False, "discard another run that --out_dir holds")
+
+
+# what a run may be resumed or repeated without: keys that do not shape its result
+NOT_IN_RECIPE = ("overwrite", "device", "threads", "compile", "save_interval")
+
+
+def make_recipe(config, mixture):
+    """Everything that decides a run's result: its config, its data, and the recipe of the weights it starts from."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_RECIPE}
+    data = {domain: read_meta(config.data_dir, domain)["content_hash"] for domain in mixture}
+    parents = {config.init_from: checkpoint.parent(config.init_from)[0]} if config.init_from else {}
+    return {"config": settings, "data": data, "parents": parents}
+
+
+def build_model(config):
+    """The model a run starts from: the checkpoint --init_from, or fresh weights of the configured shape."""
+    if config.init_from:
+        checkpoint.same_tokenizer([config.init_from, config.data_dir])
+        return checkpoint.load_model(config.init_from)
+    shape = {field.name for field in dataclasses.fields(ModelConfig)} & dataclasses.asdict(config).keys()
+    vocab_size = checkpoint.vocab_size(config.data_dir)
+    torch.manual_seed(config.seed)
+    try:
+        return Transformer(ModelConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in shape}))
+    except ValueError as error:
+        raise UserError(f"the model's shape does not fit: {error}") from None
+
+
+def make_optimizer(config, model):
+    """AdamW with weight decay on matrices (and stacks of them), not on norms."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    betas = config.adam_beta1, config.adam_beta2
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, fused=True)
+
+
+def learning_rate(config, step):
+    """Linear warm-up to the peak, then a cosine down to its fraction `min_learning_rate`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    low = config.min_learning_rate
+    return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def train_step(config, step, model, raw_model, optimizer, batches, processes):
+    """One optimizer step. Returns (loss, aux_loss, gradient norm), averaged over processes."""
+    share = config.batch_size // processes.world  # rows of this process
+    begin = processes.rank * share
+    starts = range(begin, begin + share, config.micro_batch_size)
+    loss = aux_loss = 0.0
+    for start in starts:
+        inputs, targets = batches(step, start, start + config.micro_batch_size)
+        last = start + config.micro_batch_size == begin + share
+        # gradients travel between processes once a step, with the last micro-batch
+        with contextlib.nullcontext() if last or processes.world == 1 else model.no_sync():
+            output = model(inputs.to(processes.device), targets.to(processes.device))
+            ((output.loss + output.aux_loss) / len(starts)).backward()
+        loss += output.loss.item() / len(starts)
+        aux_loss += torch.as_tensor(output.aux_loss).item() / len(starts)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step)
+    norm = float(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm))
+    loss, aux_loss = processes.mean([loss, aux_loss])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"step {step}: the loss is {loss}, the gradient's norm {norm}; {config.out_dir} keeps its last good "
+            "checkpoint; try a lower --learning_rate"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, aux_loss, norm
+
+
+class Log:
+    """log.jsonl: one line per evaluation, holding nothing that differs between two runs of one recipe."""
+
+    def __init__(self, folder, size):
+        self.path = os.path.join(folder, checkpoint.LOG)
+        with open(self.path, "ab") as file:
+            file.truncate(size)  # lines written after the checkpoint that we resume from are written again
+
+    def write(self, line):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def size(self):
+        return os.path.getsize(self.path)
+
+
+def check_lengths(config, model, processes):
+    if config.sequence_length > model.config.max_position_embeddings:
+        raise UserError(
+            f"--sequence_length={config.sequence_length} is longer than the model's "
+            f"max_position_embeddings={model.config.max_position_embeddings}; shorten it"
+        )
+    if config.batch_size % (config.micro_batch_size * processes.world):
+        raise UserError(
+            f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
+            f"times {processes.world} process(es)"
+        )
+
+
+def train(config, make_model):
+    """Run a config to its end and leave a finished checkpoint in config.out_dir.
+
+    make_model: function(config) -> Transformer on the CPU, called unless the run is finished already. Parameters
+    with requires_grad False stay fixed. The loss is the model's loss plus its aux_loss, whatever that may be.
+    """
+    mixture = parse_mixture(config.domain, config.data_dir)
+    batches = Batches(config.data_dir, mixture, config.sequence_length, config.batch_size, config.seed)
+    validation = Validation(config.data_dir, config.sequence_length, config.eval_windows)
+    run, found = checkpoint.find_run(config.out_dir, make_recipe(config, mixture), config.overwrite)
+    if run["finished"]:
+        print(f"{config.out_dir} is finished ({run['step']} steps), nothing to do")
+        return
+    device = pick_device(config.device, config.threads)
+    processes = Processes(device)
+    raw_model = place(make_model(config), device, config.dtype)
+    check_lengths(config, raw_model, processes)
+    processes.barrier()  # all have looked at the folder before the first one changes it
+    state_path = os.path.join(config.out_dir, checkpoint.STATE)
+    resumed = found and os.path.exists(state_path)
+    if processes.first and not resumed:
+        checkpoint.start_run(config.out_dir, run)
+
+    optimizer = make_optimizer(config, raw_model)
+    state = {"step": 0, "seconds": 0.0, "log_size": 0, "sums": [0.0, 0.0, 0]}
+    if resumed:
+        state = checkpoint.load_state(state_path, raw_model, optimizer, device)
+    step, seconds, sums = state["step"], state["seconds"], state["sums"]  # sums: loss, aux_loss, steps since last log
+    flops_per_token = raw_model.flops_per_token(config.sequence_length)
+    tokens_per_step = config.batch_size * config.sequence_length
+    model = processes.wrap(torch.compile(raw_model) if config.compile and device.type == "cuda" else raw_model)
+    stop = StopSignal()
+    clock = time.monotonic() - seconds
+
+    def evaluate(norm):
+        scores = validation.scores(raw_model)
+        means = {"loss": sums[0] / sums[2], "aux_loss": sums[1] / sums[2]} if sums[2] else {}
+        tokens = step * tokens_per_step
+        line = {"step": step, "tokens": tokens, "flops": tokens * flops_per_token, **means, "grad_norm": norm, **scores}
+        log.write(line)
+        loss = f"  loss {means['loss']:.3f}" if means else ""
+        bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
+        bar.write(f"step {step:6d}{loss}  bits per byte: {bpb}")
+        sums[:] = 0.0, 0.0, 0
+
+    def save(finished):
+        checkpoint.save_model(config.out_dir, raw_model, config.data_dir)
+        seconds = time.monotonic() - clock
+        with atomic_file(state_path) as file:
+            state = {"step": step, "seconds": seconds, "log_size": log.size(), "sums": sums}
+            torch.save({**state, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        tokens = step * tokens_per_step
+        cost = {"tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}
+        before = checkpoint.parent(config.init_from)[1] if config.init_from else {}
+        history = {**before, config.out_dir: cost}
+        checkpoint.write_run(config.out_dir, {**run, "step": step, "finished": finished, "history": history})
+
+    if processes.first:
+        log = Log(config.out_dir, state["log_size"])
+        bar = tqdm(total=config.max_steps, initial=step, desc=config.out_dir, unit="step", dynamic_ncols=True)
+        if step == 0:
+            evaluate(norm=None)
+            save(finished=False)
+    while step < config.max_steps:
+        loss, aux_loss, norm = train_step(config, step, model, raw_model, optimizer, batches, processes)
+        step += 1
+        stopped = any(processes.mean([float(stop.number)]))  # every process leaves at the same step
+        if processes.first:
+            sums[:] = sums[0] + loss, sums[1] + aux_loss, sums[2] + 1
+            rate = step * tokens_per_step / (time.monotonic() - clock)
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1000:.1f}k tokens/s", refresh=False)
+            bar.update()
+            if step % config.eval_interval == 0 or step == config.max_steps:
+                evaluate(norm)
+            if step < config.max_steps and (stopped or step % config.save_interval == 0):
+                save(finished=False)
+        if stopped and step < config.max_steps:
+            if processes.first:
+                bar.close()
+                print(f"stopped at step {step}, saved in {config.out_dir}; the same command goes on from there")
+            processes.close()
+            raise SystemExit(128 + (stop.number or 15))
+    if processes.first:
+        bar.close()
+        save(finished=True)
+        rate = step * tokens_per_step / (time.monotonic() - clock)
+        print(f"{config.out_dir} is finished: {step} steps, {rate / 1000:.1f}k tokens/s")
+    processes.barrier()
+    processes.close()
+
+
+if __name__ == "__main__":
+    command(lambda: train(parse(TrainConfig), build_model))
