@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
@@ -19,10 +20,12 @@ from data import python_text
 from data.docstrings import english_paragraphs
 from data.math_problems import make_problem, math_documents, read_templates, task_jsonl
 from data.prepare import main
-from data.split import split_of
+from data.split import in_hash_order
 from data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+with open(os.path.join(ROOT, "configurator.py")) as source_file:
+    SOURCE = source_file.read()  # some text to train tokenizers on
 DOMAINS = ("code", "prose", "math")
 
 
@@ -88,7 +91,7 @@ def recounted_bpe(text, vocab_size):
 
 
 def test_bpe_equals_a_recount():
-    text = open(os.path.join(ROOT, "configurator.py")).read()[:5000] + "aaaa aaaaa äöü 12 345 banana bananas\n" * 20
+    text = SOURCE[:5000] + "aaaa aaaaa äöü 12 345 banana bananas\n" * 20
     ranks = train_bpe([text[:2000], text[2000:]], 400)
     assert sorted(ranks.values()) == list(range(399))
     whole = train_bpe([text], 400)
@@ -97,7 +100,7 @@ def test_bpe_equals_a_recount():
 
 def test_bpe_pieces_are_what_tiktoken_makes():
     """Merging in the order learned, word by word, gives what tiktoken's encoder gives."""
-    text = open(os.path.join(ROOT, "configurator.py")).read()
+    text = SOURCE
     ranks = train_bpe([text], 500)
     encoding = tiktoken.Encoding("test", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 499})
     merges = list(ranks)[256:]
@@ -147,17 +150,12 @@ def test_code_and_prose_of_a_file_are_in_the_same_split(monkeypatch):
     files = python_text.list_python_files()
     few = {key: files[key] for key in sorted(files)[::40]}
     monkeypatch.setattr(python_text, "list_python_files", lambda: few)
-    splits = [dict(zip(order, documents, strict=True)) for order, documents in _with_keys(few)]
-    shared = set(splits[0]) & set(splits[1])
-    assert len(shared) == len(few)
-    assert all(splits[0][key] == splits[1][key] == split_of(key) for key in shared)
-
-
-def _with_keys(files):
-    """(keys in order, their splits) of the code and of the prose domain."""
-    topics = [f"python/pydoc_data/topics.py#{name}" for name in __import__("pydoc_data.topics").topics.topics]
-    for documents, keys in ((python_text.code_documents, files), (python_text.prose_documents, [*files, *topics])):
-        yield python_text.in_hash_order(keys, 3), [split for split, _ in documents(3)]
+    topic_keys = [f"python/pydoc_data/topics.py#{name}" for name in topics]
+    code_keys, prose_keys = in_hash_order(few, seed=3), in_hash_order([*few, *topic_keys], seed=3)
+    code = dict(zip(code_keys, (split for split, _ in python_text.code_documents(3)), strict=True))
+    prose = dict(zip(prose_keys, (split for split, _ in python_text.prose_documents(3)), strict=True))
+    assert set(code.values()) == {"train", "val"}
+    assert all(code[key] == prose[key] for key in few)
 
 
 def test_code_parses_and_has_no_docstrings(smoke):
@@ -372,7 +370,7 @@ def test_gpt2_that_cannot_be_downloaded(poems, tmp_path, monkeypatch, capsys):
 
 def test_gpt2_is_stored_with_the_data(poems, tmp_path, monkeypatch, capsys):
     """With a stand-in for the download: the folder's own files are enough afterwards, and uint32 where needed."""
-    ranks = train_bpe([" ".join(f"word{n}" for n in range(300))], 300)
+    ranks = train_bpe([SOURCE], 300)
     ranks.update({b"\xff\xfe" + number.to_bytes(3, "big"): len(ranks) + number for number in range(70_000)})
     fake = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
