@@ -10,6 +10,7 @@ UNDERLINE = re.compile(r"""([-=~^*#"'`+])\1{2,}\s*$""")
 TERM = re.compile(r"(:[a-z]+( [^:`]*)?:|[*`]*[\w.]+[*`]*( ?\([^()]*\))?:)\s+")
 NAME_AND_TYPE = re.compile(r"[*`\w., ]+ : ")  # numpy's way; the description is on the lines below
 LIST_ITEM = re.compile(r"([-*•]|\(?[0-9a-z][.)])\s+")
+ODD_CHARACTER = re.compile(r"[^A-Za-z ,.']")
 WORD = re.compile(r"[A-Za-z][a-z]*(?:'[a-z]+)?")
 BLOCK_STARTS = (LIST_ITEM, TERM, NAME_AND_TYPE)
 COMMON = """the a an of to in is are be it if for and or that this with as by on not from which can when will was has
@@ -47,11 +48,10 @@ def _is_english(paragraph):
     """True for a sentence or more: plain words, a fair share of them common, and an end."""
     words = WORD.findall(paragraph)
     common = sum(word.lower() in COMMON for word in words)
-    letters = sum(char.isalpha() or char in " ,.'" for char in paragraph)
     return (
         len(words) >= 6
         and common >= 0.2 * len(words)
-        and letters >= 0.9 * len(paragraph)
+        and len(ODD_CHARACTER.findall(paragraph)) <= 0.1 * len(paragraph)
         and paragraph[-1] in ".!?)"
         and not re.search(r"\\|https?:|[{}<>$^|@=~]|__|\w\(|\.\.\.| : ", paragraph)
     )

@@ -68,7 +68,7 @@ def domain_of(entry, config):
     recipe = {"domain": name, "max_bytes": config.max_bytes, "seed": config.seed}
     sources = python_sources()
     if equals:
-        texts, recipe["files_hash"] = read_own(path)
+        texts, recipe["files"] = read_own(path)
         documents, sources = own_documents(texts, config.seed), {"files": path}
     elif name in BUILT_IN:
         documents = BUILT_IN[name](config.seed)
@@ -151,7 +151,7 @@ def write_domain(domain, encoding, config):
             "bytes": sum(len(text.encode()) for text in texts),
         }
         write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
-    if domain.name == "math" and "files_hash" not in domain.recipe:  # the built-in one
+    if domain.name == "math" and "files" not in domain.recipe:  # the built-in one
         write_atomically(os.path.join(domain.folder, "task.jsonl"), task_jsonl(config.seed))
     meta = {
         "recipe": domain.recipe,
