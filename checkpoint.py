@@ -40,7 +40,7 @@ def write_model_config(folder, config):
     mixed = config.num_local_experts > 0
     shape = dataclasses.asdict(config)
     if not mixed:
-        for name in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+        for name in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "expert_names"):
             del shape[name]
     shape |= {
         "architectures": ["MixtralForCausalLM" if mixed else "LlamaForCausalLM"],
@@ -76,6 +76,7 @@ def read_model_config(folder):
             raise UserError(f"{path}: the checkpoint uses {what}, which model.py does not have")
     found.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
     found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
+    found["expert_names"] = tuple(found.get("expert_names", map(str, range(found.get("num_local_experts", 0)))))
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     try:
         return ModelConfig(**{name: found[name] for name in names if name in found})

@@ -127,6 +127,9 @@ def evaluate_row(name, identity, history, model, validation, config):
     """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
     cost = checkpoint.total_cost(history)
     active, total = model.num_parameters()
+    scores = validation.scores(model)
+    if "load" in scores:
+        scores["experts"] = model.config.expert_names
     return {
         "name": name,
         "id": identity,
@@ -137,7 +140,7 @@ def evaluate_row(name, identity, history, model, validation, config):
         "train_flops": cost["flops"],
         "seconds": cost["seconds"],
         "runs": list(history),
-        **validation.scores(model),
+        **scores,
     }
 
 

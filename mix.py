@@ -13,6 +13,7 @@ Tensors are streamed from the experts' files to the new one, so memory stays at 
 """
 
 import dataclasses
+import os
 from collections import Counter
 from typing import NamedTuple
 
@@ -130,7 +131,9 @@ def main():
     if config.method == "btx":
         if config.num_experts_per_tok > n:
             raise UserError(f"--num_experts_per_tok={config.num_experts_per_tok}, but there are only {n} experts")
-        result = dataclasses.replace(result, num_local_experts=n, num_experts_per_tok=config.num_experts_per_tok)
+        names = tuple(os.path.basename(os.path.normpath(folder)) for folder in folders)
+        k = config.num_experts_per_tok
+        result = dataclasses.replace(result, num_local_experts=n, num_experts_per_tok=k, expert_names=names)
     names, shapes = checkpoint.expected_tensors(experts[0].config), checkpoint.expected_tensors(result)
     origins = plan(names, n, config.method)
     check_used_once(origins, names, n)

@@ -37,6 +37,7 @@ class ModelConfig:
     num_local_experts: int = 0
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # alpha of the balancing loss
+    expert_names: tuple = ()  # for pictures; Hugging Face ignores it
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:

@@ -49,4 +49,4 @@ $python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$o
 
 # 6. evaluate every model on the same windows and problems, then draw
 $python eval.py "$config/eval.py" --model="$out/seed,$experts,$out/soup,$out/mixed,$out/btx" --experts="$experts,$out/seed"
-#$python report.py --report="$out/report"
+$python report.py --report="$out/report"

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import time
 
 import torch
@@ -114,7 +115,7 @@ def learning_rate(config, step):
     return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def train_step(config, step, model, raw_model, optimizer, batches, processes):
+def train_step(config, step, model, optimizer, batches, processes):
     """One optimizer step. Returns (loss, aux_loss, gradient norm), averaged over processes."""
     share = config.batch_size // processes.world  # rows of this process
     begin = processes.rank * share
@@ -131,7 +132,7 @@ def train_step(config, step, model, raw_model, optimizer, batches, processes):
         aux_loss += torch.as_tensor(output.aux_loss).item() / len(starts)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
-    norm = float(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     loss, aux_loss = processes.mean([loss, aux_loss])
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(
@@ -143,23 +144,79 @@ def train_step(config, step, model, raw_model, optimizer, batches, processes):
     return loss, aux_loss, norm
 
 
-class Log:
-    """log.jsonl: one line per evaluation, holding nothing that differs between two runs of one recipe."""
+class Recorder:
+    """What the first process does besides training: progress bar, evaluations, log.jsonl and checkpoints.
 
-    def __init__(self, folder, size):
-        self.path = os.path.join(folder, checkpoint.LOG)
-        with open(self.path, "ab") as file:
-            file.truncate(size)  # lines written after the checkpoint that we resume from are written again
+    log.jsonl holds nothing that differs between two runs of one recipe; times go to run.json.
+    """
 
-    def write(self, line):
-        with open(self.path, "a") as file:
+    def __init__(self, config, run, model, optimizer, state):
+        self.config, self.run, self.model, self.optimizer = config, run, model, optimizer
+        self.validation = Validation(config.data_dir, config.sequence_length, config.eval_windows)
+        self.tokens_per_step = config.batch_size * config.sequence_length
+        self.flops_per_token = model.flops_per_token(config.sequence_length)
+        self.started = time.monotonic() - state["seconds"]
+        self.sums = state["sums"]  # of loss and aux_loss, and the number of steps, since the last evaluation
+        self.log = os.path.join(config.out_dir, checkpoint.LOG)
+        with open(self.log, "ab") as file:
+            file.truncate(state["log_size"])  # lines behind the checkpoint that we resume from are written again
+        step = state["step"]
+        self.bar = tqdm(total=config.max_steps, initial=step, desc=config.out_dir, unit="step", dynamic_ncols=True)
+        if step == 0:
+            self.evaluate(step)
+            self.save(step)
+
+    def cost(self, step):
+        """Tokens, FLOPs and seconds of this run so far."""
+        tokens = step * self.tokens_per_step
+        return {"tokens": tokens, "flops": tokens * self.flops_per_token, "seconds": time.monotonic() - self.started}
+
+    def speed(self, step):
+        cost = self.cost(step)
+        return f"{cost['tokens'] / cost['seconds'] / 1000:.1f}k tokens/s"
+
+    def record(self, step, loss, aux_loss, norm):
+        """Note one step's results; evaluate when it is time to."""
+        self.sums = [self.sums[0] + loss, self.sums[1] + aux_loss, self.sums[2] + 1]
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.speed(step)}", refresh=False)
+        self.bar.update()
+        if step % self.config.eval_interval == 0 or step == self.config.max_steps:
+            loss, aux_loss, steps = self.sums
+            self.evaluate(step, loss=loss / steps, aux_loss=aux_loss / steps, grad_norm=norm)
+            self.sums = [0.0, 0.0, 0]
+
+    def evaluate(self, step, **training):
+        """Score the model on the validation windows; one line to log.jsonl and one to the screen."""
+        cost = self.cost(step)
+        scores = self.validation.scores(self.model)
+        with open(self.log, "a") as file:
+            line = {"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **training, **scores}
             file.write(json.dumps(line) + "\n")
+        loss = f"loss {training['loss']:.3f}  " if training else ""
+        bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
+        self.bar.write(f"step {step:6d}  {loss}bits per byte: {bpb}")
 
-    def size(self):
-        return os.path.getsize(self.path)
+    def save(self, step, finished=False):
+        """Write a checkpoint. state.pt alone decides where a killed run resumes, and it is replaced in one move."""
+        cost = self.cost(step)
+        state = {
+            "step": step,
+            "seconds": cost["seconds"],
+            "log_size": os.path.getsize(self.log),
+            "sums": self.sums,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with atomic_file(os.path.join(self.config.out_dir, checkpoint.STATE)) as file:
+            torch.save(state, file)
+        checkpoint.save_model(self.config.out_dir, self.model, self.config.data_dir)
+        before = checkpoint.parent(self.config.init_from)[1] if self.config.init_from else {}
+        progress = {"step": step, "finished": finished, "history": {**before, self.config.out_dir: cost}}
+        checkpoint.write_run(self.config.out_dir, {**self.run, **progress})
 
 
-def check_lengths(config, model, processes):
+def check_sizes(config, model, processes):
+    """Raise UserError unless sequences fit the model, and batches the processes."""
     if config.sequence_length > model.config.max_position_embeddings:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than the model's "
@@ -176,11 +233,10 @@ def train(config, make_model):
     """Run a config to its end and leave a finished checkpoint in config.out_dir.
 
     make_model: function(config) -> Transformer on the CPU, called unless the run is finished already. Parameters
-    with requires_grad False stay fixed. The loss is the model's loss plus its aux_loss, whatever that may be.
+    with requires_grad False stay fixed. What is minimized is the model's loss plus its aux_loss, whatever that is.
     """
     mixture = parse_mixture(config.domain, config.data_dir)
     batches = Batches(config.data_dir, mixture, config.sequence_length, config.batch_size, config.seed)
-    validation = Validation(config.data_dir, config.sequence_length, config.eval_windows)
     run, found = checkpoint.find_run(config.out_dir, make_recipe(config, mixture), config.overwrite)
     if run["finished"]:
         print(f"{config.out_dir} is finished ({run['step']} steps), nothing to do")
@@ -188,79 +244,38 @@ def train(config, make_model):
     device = pick_device(config.device, config.threads)
     processes = Processes(device)
     raw_model = place(make_model(config), device, config.dtype)
-    check_lengths(config, raw_model, processes)
-    processes.barrier()  # all have looked at the folder before the first one changes it
-    state_path = os.path.join(config.out_dir, checkpoint.STATE)
-    resumed = found and os.path.exists(state_path)
-    if processes.first and not resumed:
-        checkpoint.start_run(config.out_dir, run)
-
+    check_sizes(config, raw_model, processes)
     optimizer = make_optimizer(config, raw_model)
+
     state = {"step": 0, "seconds": 0.0, "log_size": 0, "sums": [0.0, 0.0, 0]}
-    if resumed:
+    state_path = os.path.join(config.out_dir, checkpoint.STATE)
+    if found and os.path.exists(state_path):
         state = checkpoint.load_state(state_path, raw_model, optimizer, device)
-    step, seconds, sums = state["step"], state["seconds"], state["sums"]  # sums: loss, aux_loss, steps since last log
-    flops_per_token = raw_model.flops_per_token(config.sequence_length)
-    tokens_per_step = config.batch_size * config.sequence_length
+    processes.barrier()  # all have looked at the folder before the first one changes it
+    recorder = None
+    if processes.first:
+        if state["step"] == 0:
+            checkpoint.start_run(config.out_dir, run)
+        recorder = Recorder(config, run, raw_model, optimizer, state)
     model = processes.wrap(torch.compile(raw_model) if config.compile and device.type == "cuda" else raw_model)
-    stop = StopSignal()
-    clock = time.monotonic() - seconds
 
-    def evaluate(norm):
-        scores = validation.scores(raw_model)
-        means = {"loss": sums[0] / sums[2], "aux_loss": sums[1] / sums[2]} if sums[2] else {}
-        tokens = step * tokens_per_step
-        line = {"step": step, "tokens": tokens, "flops": tokens * flops_per_token, **means, "grad_norm": norm, **scores}
-        log.write(line)
-        loss = f"  loss {means['loss']:.3f}" if means else ""
-        bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
-        bar.write(f"step {step:6d}{loss}  bits per byte: {bpb}")
-        sums[:] = 0.0, 0.0, 0
-
-    def save(finished):
-        checkpoint.save_model(config.out_dir, raw_model, config.data_dir)
-        seconds = time.monotonic() - clock
-        with atomic_file(state_path) as file:
-            state = {"step": step, "seconds": seconds, "log_size": log.size(), "sums": sums}
-            torch.save({**state, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        tokens = step * tokens_per_step
-        cost = {"tokens": tokens, "flops": tokens * flops_per_token, "seconds": seconds}
-        before = checkpoint.parent(config.init_from)[1] if config.init_from else {}
-        history = {**before, config.out_dir: cost}
-        checkpoint.write_run(config.out_dir, {**run, "step": step, "finished": finished, "history": history})
-
-    if processes.first:
-        log = Log(config.out_dir, state["log_size"])
-        bar = tqdm(total=config.max_steps, initial=step, desc=config.out_dir, unit="step", dynamic_ncols=True)
-        if step == 0:
-            evaluate(norm=None)
-            save(finished=False)
-    while step < config.max_steps:
-        loss, aux_loss, norm = train_step(config, step, model, raw_model, optimizer, batches, processes)
+    step, stopped, stop = state["step"], False, StopSignal()
+    while step < config.max_steps and not stopped:
+        loss, aux_loss, norm = train_step(config, step, model, optimizer, batches, processes)
         step += 1
-        stopped = any(processes.mean([float(stop.number)]))  # every process leaves at the same step
-        if processes.first:
-            sums[:] = sums[0] + loss, sums[1] + aux_loss, sums[2] + 1
-            rate = step * tokens_per_step / (time.monotonic() - clock)
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate / 1000:.1f}k tokens/s", refresh=False)
-            bar.update()
-            if step % config.eval_interval == 0 or step == config.max_steps:
-                evaluate(norm)
-            if step < config.max_steps and (stopped or step % config.save_interval == 0):
-                save(finished=False)
-        if stopped and step < config.max_steps:
-            if processes.first:
-                bar.close()
-                print(f"stopped at step {step}, saved in {config.out_dir}; the same command goes on from there")
-            processes.close()
-            raise SystemExit(128 + (stop.number or 15))
-    if processes.first:
-        bar.close()
-        save(finished=True)
-        rate = step * tokens_per_step / (time.monotonic() - clock)
-        print(f"{config.out_dir} is finished: {step} steps, {rate / 1000:.1f}k tokens/s")
+        stopped = any(processes.mean([float(stop.number)]))  # so that every process leaves at the same step
+        if recorder:
+            recorder.record(step, loss, aux_loss, norm)
+            if step == config.max_steps or stopped or step % config.save_interval == 0:
+                recorder.save(step, finished=step == config.max_steps)
     processes.barrier()
     processes.close()
+    if recorder:
+        recorder.bar.close()
+        done = "finished" if step == config.max_steps else "stopped and saved, the same command goes on from here"
+        print(f"{config.out_dir}: {done}; step {step}, {recorder.speed(step)}")
+    if step < config.max_steps:
+        raise SystemExit(128 + (stop.number or signal.SIGTERM))
 
 
 if __name__ == "__main__":

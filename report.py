@@ -1,0 +1,214 @@
+"""Turn results.json and the runs' logs into report.md and its pictures.
+
+    python report.py --report=out/cpu/report
+
+Nothing is computed on models here: every number comes from results.json, run.json and log.jsonl.
+"""
+
+import dataclasses
+import json
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from checkpoint import LOG, read_run
+from configurator import UserError, command, key, parse, read_json, write_atomically
+
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+
+
+@dataclasses.dataclass
+class ReportConfig:
+    """Write report.md, curves.png, bpb.png and routing.png beside a results.json."""
+
+    report: str = key("out/cpu/report", "the folder with results.json, from eval.py")
+
+
+def short(number):
+    """1234567 -> '1.23 M'; 3.1e15 -> '3.1e+15'."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if limit <= number < 1e12:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def markdown_table(header, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def score_table(results):
+    """The main table: a row per model; the best of each score column in bold."""
+    rows = results["rows"]
+    domains = list(rows[0]["bpb"])
+    tasks = list(rows[0]["accuracy"])
+    best_bpb = {d: min(row["bpb"][d] for row in rows) for d in domains}
+    best_task = {t: max(row["accuracy"][t] for row in rows) for t in tasks}
+
+    def bold(text, best):
+        return f"**{text}**" if best else text
+
+    header = ["model", *(f"{d} bpb" for d in domains), *(f"{t} accuracy" for t in tasks)]
+    header += ["active params", "total params", "training tokens", "training FLOPs"]
+    body = []
+    for row in rows:
+        cells = [row["name"]]
+        cells += [bold(f"{row['bpb'][d]:.3f}", row["bpb"][d] == best_bpb[d]) for d in domains]
+        cells += [bold(f"{row['accuracy'][t]:.1%}", row["accuracy"][t] == best_task[t]) for t in tasks]
+        cells += [short(row[name]) for name in ("active_params", "total_params", "train_tokens", "train_flops")]
+        body.append(cells)
+    return markdown_table(header, body)
+
+
+def cost_table(runs):
+    """What each training run cost by itself."""
+    body = []
+    for folder, run in runs.items():
+        cost = run["history"][folder]
+        speed = f"{cost['tokens'] / cost['seconds'] / 1000:.1f} k" if cost["seconds"] else "-"
+        body.append([folder, short(cost["tokens"]), short(cost["flops"]), f"{cost['seconds']:.0f}", speed])
+    return markdown_table(["run", "tokens", "FLOPs", "seconds", "tokens/s"], body)
+
+
+def claims(rows):
+    """What the BTX paper would lead one to expect, each with the numbers and whether they bear it out."""
+    named = {row["name"]: row for row in rows}
+    experts = {name.removeprefix("expert-"): row for name, row in named.items() if name.startswith("expert-")}
+    seed, btx = named.get("seed"), named.get("btx")
+    found = []
+    for domain, row in experts.items() if seed else ():
+        home = row["bpb"][domain] < seed["bpb"][domain]
+        found.append((home, f"expert-{domain} beats the seed at home", row["bpb"][domain], seed["bpb"][domain]))
+        away = [d for d in row["bpb"] if d not in (domain, "avg")]
+        ours, theirs = (sum(r["bpb"][d] for d in away) / max(1, len(away)) for r in (row, seed))
+        found.append((ours > theirs, f"expert-{domain} loses to the seed away from home", ours, theirs))
+    for name, row in named.items() if btx else ():
+        if name != "btx":
+            ours, theirs = btx["bpb"]["avg"], row["bpb"]["avg"]
+            found.append((ours < theirs, f"btx beats {name} on the average", ours, theirs))
+    for domain, row in experts.items() if btx else ():
+        ours, theirs = btx["bpb"][domain], row["bpb"][domain]
+        found.append((ours <= 1.02 * theirs, f"btx is within 2 % of expert-{domain} at home", ours, theirs))
+    return [f"- {'yes' if holds else '**no**'}: {what} ({a:.3f} and {b:.3f})" for holds, what, a, b in found]
+
+
+def read_log(folder):
+    with open(os.path.join(folder, LOG)) as file:
+        return [json.loads(line) for line in file]
+
+
+def plot_curves(runs, domains, path):
+    """Bits per byte against training FLOPs, each run starting where the training behind it ends."""
+    figure, axes = plt.subplots(1, len(domains), figsize=(3.1 * len(domains), 3.2), sharex=True)
+    for i, (folder, run) in enumerate(runs.items()):
+        before = sum(cost["flops"] for name, cost in run["history"].items() if name != folder)
+        lines = read_log(folder)
+        for axis, domain in zip(axes, domains, strict=True):
+            axis.plot(
+                [before + line["flops"] for line in lines],
+                [line["bpb"][domain] for line in lines],
+                color=COLOURS[i % len(COLOURS)],
+                linestyle=STYLES[i % len(STYLES)],
+                label=os.path.basename(folder),
+            )
+    for axis, domain in zip(axes, domains, strict=True):
+        values = [line["bpb"][domain] for folder in runs for line in read_log(folder)[1:]]
+        low, high = min(values), sorted(values)[int(0.95 * (len(values) - 1))]
+        axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))  # the first steps would squeeze the rest
+        axis.set_title(domain if domain != "avg" else "average")
+        axis.set_xlabel("training FLOPs")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation bits per byte")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(runs), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_bpb(rows, domains, path):
+    """One panel a domain, one dot a model, its value beside it; the best is filled black."""
+    figure, axes = plt.subplots(
+        1, len(domains), figsize=(2.7 * len(domains) + 0.8, 0.32 * len(rows) + 1.1), sharey=True
+    )
+    names = [row["name"] for row in rows]
+    for axis, domain in zip(axes, domains, strict=True):
+        values = [row["bpb"][domain] for row in rows]
+        best = min(values)
+        axis.hlines(range(len(rows)), best, values, color="#bbbbbb")
+        axis.scatter(values, range(len(rows)), color=["black" if v == best else COLOURS[0] for v in values], zorder=2)
+        for y, value in enumerate(values):
+            axis.annotate(f"{value:.3f}", (value, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        axis.set_xlim(best - 0.05 * (max(values) - best), best + 1.35 * (max(values) - best))
+        axis.set_title(domain if domain != "avg" else "average")
+        axis.set_xlabel("bits per byte")
+    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_routing(rows, path):
+    """The paper's figure 3: each expert's share of the tokens, by layer, for each domain; a line of panels a model."""
+    domains = list(rows[0]["load"])
+    size = (2.7 * len(domains), 2.1 * len(rows) + 0.6)
+    figure, axes = plt.subplots(len(rows), len(domains), figsize=size, sharex=True, sharey=True, squeeze=False)
+    for row, line in zip(rows, axes, strict=True):
+        for domain, axis in zip(domains, line, strict=True):
+            shares = row["load"][domain]  # L x E
+            bottom = [0.0] * len(shares)
+            for e, name in enumerate(row["experts"]):
+                heights = [layer[e] for layer in shares]
+                style = {
+                    "color": COLOURS[e % len(COLOURS)],
+                    "hatch": ["", "//", "..", "xx"][e % 4],
+                    "edgecolor": "white",
+                }
+                axis.bar(range(len(shares)), heights, bottom=bottom, label=name, **style)
+                bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+            axis.set_xticks(range(len(shares)))
+            axis.set_title(f"{row['name']} on {domain}", fontsize=10)
+        line[0].set_ylabel("share of tokens")
+    for axis in axes[-1]:
+        axis.set_xlabel("layer")
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(rows[0]["experts"]), frameon=False
+    )
+    figure.tight_layout(rect=(0, 0.3 / size[1], 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main():
+    folder = parse(ReportConfig).report
+    results = read_json(os.path.join(folder, "results.json"), "make it first: python eval.py --model=DIR,DIR")
+    rows = results["rows"]
+    if not rows:
+        raise UserError(f"{folder}/results.json has no rows; evaluate a model first: python eval.py --model=DIR")
+    domains = list(rows[0]["bpb"])
+    folders = dict.fromkeys(run for row in rows for run in row["runs"])
+    runs = {run: read_run(run) for run in folders if os.path.exists(os.path.join(run, LOG))}
+    mixed = [row for row in rows if "load" in row]
+
+    plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
+    text = ["# Results\n", score_table(results), "\nbpb: bits per byte on held-out text, lower is better.\n"]
+    text += ["![bits per byte](bpb.png)\n", "## What was expected\n", *claims(rows)]
+    if runs:
+        plot_curves(runs, domains, os.path.join(folder, "curves.png"))
+        text += ["\n## What it cost\n", cost_table(runs), "\n![training curves](curves.png)"]
+    if mixed:
+        plot_routing(mixed, os.path.join(folder, "routing.png"))
+        text += ["\n## Where the routers send tokens\n", "![routing](routing.png)"]
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    text += [f"\nMade with {versions}; data and settings are in results.json."]
+    write_atomically(os.path.join(folder, "report.md"), "\n".join(text) + "\n")
+    print("\n".join(text[1:2]) + f"\n\n{folder}/report.md has the table, the costs and the pictures")
+
+
+if __name__ == "__main__":
+    command(main)

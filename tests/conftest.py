@@ -1,0 +1,68 @@
+"""One tiny pipeline for the whole test session: data, a seed, two experts, their mixture and its finetuning."""
+
+import json
+import os
+import random
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; two cores go round many tests
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from helpers import SHAPE, SHORT, must, run, run_process
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("session"))
+
+
+@pytest.fixture(scope="session")
+def data(work):
+    """The built-in math domain, and one of our own: `rain`, random sentences over a few words."""
+    draw = random.Random(1)
+    words = "the rain river sea falls sings over under old grey slowly and never again".split()
+    path = os.path.join(work, "rain.jsonl")
+    with open(path, "w") as file:
+        for _ in range(400):
+            sentences = [" ".join(draw.choices(words, k=9)).capitalize() + "." for _ in range(6)]
+            file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
+    folder = os.path.join(work, "data")
+    flags = f"--out_dir={folder}", f"--domains=math,rain={path}", "--vocab_size=320", "--max_bytes=120_000"
+    must(run_process("data/prepare.py", *flags, hook="import sys; sys.path.insert(0, '.')"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seed(work, data):
+    folder = os.path.join(work, "seed")
+    must(run("train.py", *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={folder}"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experts(work, data, seed):
+    """Two branches of the seed: for math and for rain."""
+    folders = [os.path.join(work, f"expert-{domain}") for domain in ("math", "rain")]
+    for domain, folder in zip(("math", "rain"), folders, strict=True):
+        flags = f"--data_dir={data}", f"--domain={domain}", f"--init_from={seed}", f"--out_dir={folder}"
+        must(run("train.py", *SHORT, *flags))
+    return folders
+
+
+@pytest.fixture(scope="session")
+def mixed(work, seed, experts):
+    """The two experts and the seed as a mixture of three."""
+    folder = os.path.join(work, "mixed")
+    must(run("mix.py", f"--experts={','.join([*experts, seed])}", f"--out_dir={folder}"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def btx(work, data, mixed):
+    folder = os.path.join(work, "btx")
+    must(run("finetune.py", *SHORT, f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={folder}"))
+    return folder

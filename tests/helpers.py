@@ -1,0 +1,122 @@
+"""What several tests need: running the scripts as a user would, and reading what they leave."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# a training run of a second or less; the model's shape is for the seed alone
+SHAPE = (
+    "--hidden_size=32",
+    "--intermediate_size=48",
+    "--num_hidden_layers=2",
+    "--num_attention_heads=4",
+    "--num_key_value_heads=2",
+    "--max_position_embeddings=128",
+)
+SHORT = (
+    "--max_steps=12",
+    "--batch_size=8",
+    "--micro_batch_size=4",
+    "--sequence_length=32",
+    "--learning_rate=3e-3",
+    "--warmup_steps=3",
+    "--eval_interval=4",
+    "--eval_windows=4",
+    "--save_interval=5",
+    "--device=cpu",
+    "--dtype=float32",
+    "--threads=1",
+)
+TOKENS = 12 * 8 * 32  # of one such run
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run(script, *arguments):
+    """Run a script of the repository inside this process (importing torch anew would take a second each time)."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    except SystemExit as leave:
+        code = leave.code or 0
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def must(result):
+    """The result of a run that has to succeed."""
+    assert result.code == 0, result.err
+    return result
+
+
+def run_process(script, *arguments, hook="", **options):
+    """Run a script in a process of its own, after the Python code `hook`."""
+    start = f"import runpy, sys; sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')"
+    command = [sys.executable, "-c", f"{hook}\n{start}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def error_line(result):
+    """The message of a run that failed as a UserError does: exit code 2, one line, no traceback."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err
+    lines = [line for line in result.err.replace("\r", "\n").split("\n") if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and lines[-1] == errors[0], result.err
+    assert all("%|" in line for line in lines[:-1]), result.err  # only a progress bar may stand before it
+    assert result.err.endswith("\n")
+    return errors[0]
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def read_log(folder):
+    with open(os.path.join(folder, "log.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def weights(folder):
+    """{name: numpy array} of a checkpoint folder."""
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def same_bits(a, b):
+    """Assert that two runs have left the same weights and the same log."""
+    for name in ("model.safetensors", "log.jsonl"):
+        assert read(os.path.join(a, name)) == read(os.path.join(b, name)), name
+
+
+def val_tokens(data, domain):
+    """A domain's validation tokens, read without the project's loader."""
+    meta = read_json(os.path.join(data, domain, "meta.json"))
+    return np.fromfile(os.path.join(data, domain, "val.bin"), dtype=meta["dtype"]).astype(np.int64)
