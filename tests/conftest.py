@@ -24,11 +24,11 @@ def work(tmp_path_factory):
 def data(work):
     """The built-in math domain, and one of our own: `rain`, random sentences over a few words."""
     draw = random.Random(1)
-    words = "the rain river sea falls sings over under old grey slowly and never again".split()
+    words = "the rain river sea falls sings over under old grey slowly and never again"
     path = os.path.join(work, "rain.jsonl")
     with open(path, "w") as file:
         for _ in range(400):
-            sentences = [" ".join(draw.choices(words, k=9)).capitalize() + "." for _ in range(6)]
+            sentences = [" ".join(draw.choices(words.split(), k=9)).capitalize() + "." for _ in range(6)]
             file.write(json.dumps({"text": " ".join(sentences)}) + "\n")
     folder = os.path.join(work, "data")
     flags = f"--out_dir={folder}", f"--domains=math,rain={path}", "--vocab_size=320", "--max_bytes=120_000"
