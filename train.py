@@ -266,14 +266,15 @@ def train(config, make_model):
         stopped = any(processes.mean([float(stop.number)]))  # so that every process leaves at the same step
         if recorder:
             recorder.record(step, loss, aux_loss, norm)
-            if step == config.max_steps or stopped or step % config.save_interval == 0:
-                recorder.save(step, finished=step == config.max_steps)
-    processes.barrier()
-    processes.close()
+            if step % config.save_interval == 0:
+                recorder.save(step)
     if recorder:
+        recorder.save(step, finished=step == config.max_steps)
         recorder.bar.close()
         done = "finished" if step == config.max_steps else "stopped and saved, the same command goes on from here"
         print(f"{config.out_dir}: {done}; step {step}, {recorder.speed(step)}")
+    processes.barrier()
+    processes.close()
     if step < config.max_steps:
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
 
