@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -141,7 +140,8 @@ def save_model(folder, model, data_dir):
 def copy_tokenizer(source, folder):
     for name in TOKENIZER_FILES:
         if os.path.exists(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+            with open(os.path.join(source, name), "rb") as file:
+                write_atomically(os.path.join(folder, name), file.read())
 
 
 def vocab_size(folder):
@@ -246,7 +246,7 @@ def find_run(folder, recipe, overwrite):
     fresh = {"id": recipe_id(recipe), "recipe": recipe, "step": 0, "finished": False, "history": {}}
     run = read_run(folder)
     if run is None:
-        if os.path.isdir(folder) and os.listdir(folder):
+        if os.path.isdir(folder) and set(os.listdir(folder)) - {"run.json.tmp"}:  # left by a kill in write_run
             raise UserError(f"{folder} holds files that are not of a run; choose another --out_dir or empty it")
         return fresh, False
     if run["id"] == fresh["id"]:
@@ -260,12 +260,20 @@ def find_run(folder, recipe, overwrite):
 
 
 def start_run(folder, run):
-    """Begin a fresh run: clear what an overwritten one left, and claim the folder."""
+    """Begin a fresh run: claim the folder, and clear what an overwritten one left.
+
+    A kill in between leaves the old run without state.pt, or the new one without it: both can be started again.
+    """
     os.makedirs(folder, exist_ok=True)
-    for name in ("run.json", STATE, LOG, WEIGHTS):
-        if os.path.exists(os.path.join(folder, name)):
-            os.remove(os.path.join(folder, name))
+    _remove(os.path.join(folder, STATE))
     write_run(folder, run)
+    for name in (LOG, WEIGHTS):
+        _remove(os.path.join(folder, name))
+
+
+def _remove(path):
+    if os.path.exists(path):
+        os.remove(path)
 
 
 def _flatten(recipe):
@@ -294,5 +302,5 @@ def load_state(path, model, optimizer, device):
         optimizer.load_state_dict(state.pop("optimizer"))
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); start the run anew with --overwrite=True") from None
+        raise UserError(f"{path} is damaged ({reason}); delete it to start the run anew") from None
     return state

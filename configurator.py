@@ -15,6 +15,8 @@ import json
 import os
 import sys
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
@@ -151,13 +153,20 @@ def write_atomically(path, data):
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+def _complain(message):
+    """Print to stderr, on a line of its own even when a progress bar was running."""
+    for bar in list(tqdm._instances):
+        bar.close()
+    print(message, file=sys.stderr)
+
+
 def command(main):
     """Run a script's main function; a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
+        _complain("stopped; the same command continues")
         raise SystemExit(130) from None

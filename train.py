@@ -189,9 +189,12 @@ class Recorder:
         """Score the model on the validation windows; one line to log.jsonl and one to the screen."""
         cost = self.cost(step)
         scores = self.validation.scores(self.model)
-        with open(self.log, "a") as file:
-            line = {"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **training, **scores}
-            file.write(json.dumps(line) + "\n")
+        line = {"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **training, **scores}
+        try:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.log}: {error.strerror}; free some space and run again") from None
         loss = f"loss {training['loss']:.3f}  " if training else ""
         bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
         self.bar.write(f"step {step:6d}  {loss}bits per byte: {bpb}")
