@@ -1,0 +1,8 @@
+"""Evaluation on 256 windows of 1,024 tokens and 500 problems."""
+
+out_dir = "out/gpu/report"
+data_dir = "out/gpu/data"
+sequence_length = 1024
+eval_windows = 256
+task_problems = 500
+dtype = "bfloat16"

@@ -1,0 +1,16 @@
+"""The mixture's finetuning on all domains."""
+
+init_from = "out/gpu/mixed"
+out_dir = "out/gpu/btx"
+data_dir = "out/gpu/data"
+domain = "all"
+
+max_steps = 600
+batch_size = 64
+micro_batch_size = 16
+sequence_length = 1024
+learning_rate = 2e-4
+warmup_steps = 50
+eval_interval = 100
+eval_windows = 64
+save_interval = 250

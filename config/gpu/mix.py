@@ -1,0 +1,4 @@
+"""The mixture of the three experts and the seed."""
+
+experts = "out/gpu/expert-code,out/gpu/expert-prose,out/gpu/expert-math,out/gpu/seed"
+out_dir = "out/gpu/mixed"

@@ -1,0 +1,193 @@
+"""The training loop: its schedule and batches by hand, freezing, and several processes against one."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, weights
+
+import checkpoint
+from configurator import UserError
+from data.loader import Batches, parse_mixture, validation_windows
+from train import TrainConfig, learning_rate, make_optimizer
+
+
+def test_learning_rate_by_hand():
+    config = SimpleNamespace(learning_rate=8.0, min_learning_rate=0.25, warmup_steps=4, max_steps=12)
+    assert [learning_rate(config, step) for step in range(4)] == [2, 4, 6, 8]
+    assert learning_rate(config, 4) == 8
+    assert learning_rate(config, 6) == pytest.approx(2 + 6 * (1 + math.sqrt(0.5)) / 2)  # a quarter of the way down
+    assert learning_rate(config, 8) == pytest.approx(5)  # half-way between 8 and 2
+    assert learning_rate(config, 12) == pytest.approx(2)
+    assert learning_rate(SimpleNamespace(**{**vars(config), "warmup_steps": 0}), 0) == 8
+
+
+def test_weight_decay_is_for_matrices(btx):
+    model = checkpoint.load_model(btx)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, plain = make_optimizer(TrainConfig(weight_decay=0.3), model).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all("norm" in names[id(parameter)] for parameter in plain["params"]) and len(plain["params"]) == 5
+    assert len(decayed["params"]) + 5 == len(names)
+
+
+# ---- batches ----
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    """Domains whose tokens say where they are from: `low` counts from 0, `high` from 5000."""
+    for name, tokens in (("low", range(900)), ("high", range(5000, 5400))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for split in ("train", "val"):
+            np.array(tokens, dtype="uint16").tofile(folder / f"{split}.bin")
+        (folder / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
+    return str(tmp_path)
+
+
+def test_batches_are_windows_of_the_text_in_proportion(numbers):
+    mixture = parse_mixture("low:3,high:1", numbers)
+    assert mixture == {"low": 0.75, "high": 0.25}
+    batches = Batches(numbers, mixture, 10, 4000, seed=1)
+    inputs, targets = batches(0, 0, 4000)
+    assert inputs.shape == targets.shape == (4000, 10)
+    first = inputs[:, :1]
+    assert inputs.equal(first + torch.arange(10)) and targets.equal(inputs + 1)
+    high = first >= 5000
+    assert abs(high.float().mean() - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 4000)
+    low_starts, high_starts = set(first[~high].tolist()), set(first[high].tolist())
+    assert min(low_starts) < 20 and 870 < max(low_starts) <= 889  # the whole text is used, and nothing behind it
+    assert min(high_starts) == 5000 and max(high_starts) == 5389
+
+
+def test_batches_do_not_depend_on_how_they_are_split(numbers):
+    batches = Batches(numbers, parse_mixture("all", numbers), 10, 12, seed=1)
+    whole = batches(7, 0, 12)
+    for sizes in ((6, 6), (3, 3, 3, 3), (4, 4, 4)):
+        ends = np.cumsum(sizes)
+        parts = [batches(7, end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        assert all(torch.cat(pieces).equal(one) for pieces, one in zip(zip(*parts, strict=True), whole, strict=True))
+    again = Batches(numbers, parse_mixture("all", numbers), 10, 12, seed=1)
+    assert again(7, 0, 12)[0].equal(whole[0])
+    other_seed = Batches(numbers, parse_mixture("all", numbers), 10, 12, seed=2)
+    assert not batches(8, 0, 12)[0].equal(whole[0]) and not other_seed(7, 0, 12)[0].equal(whole[0])
+
+
+def test_validation_windows_are_fixed_and_spread(numbers):
+    inputs, targets = validation_windows(numbers, "low", 10, 5)
+    assert inputs[:, 0].tolist() == [0, 222, 444, 666, 889] and targets[-1, -1] == 899
+    assert len(validation_windows(numbers, "low", 10, 10_000)[0]) == 89  # no more than fit side by side
+
+
+@pytest.mark.parametrize("text", ["low:x", "low:-1,high:2", "low:0"])
+def test_a_wrong_mixture_is_an_error(text, numbers):
+    with pytest.raises(UserError, match="--domain="):
+        parse_mixture(text, numbers)
+
+
+# ---- runs ----
+
+
+def test_training_learns_and_logs(seed, data):
+    log = read_log(seed)
+    assert [line["step"] for line in log] == [0, 4, 8, 12]
+    assert log[-1]["tokens"] == TOKENS
+    model = checkpoint.load_model(seed)
+    assert log[-1]["flops"] == TOKENS * model.flops_per_token(32)
+    assert log[-1]["bpb"]["avg"] < log[0]["bpb"]["avg"] - 0.3
+    assert log[0]["bpb"]["avg"] == pytest.approx((log[0]["bpb"]["math"] + log[0]["bpb"]["rain"]) / 2)
+    assert "load" not in log[0]
+    run_file = read_json(os.path.join(seed, "run.json"))
+    assert run_file["finished"] and run_file["step"] == 12 and run_file["recipe"]["config"]["learning_rate"] == 3e-3
+
+
+def test_one_step_is_adamw_by_hand(data, tmp_path):
+    """Two micro-batches, the gradient of their mean loss, clipped; AdamW's first step moves by lr * sign(g) nearly."""
+    flags = "--max_steps=1", "--warmup_steps=0", "--max_grad_norm=0.1", "--tie_word_embeddings=False"
+    must(run("train.py", *SHAPE, *SHORT, *flags, f"--data_dir={data}", f"--out_dir={tmp_path}/run"))
+    torch.manual_seed(1)
+    config = checkpoint.read_model_config(f"{tmp_path}/run")
+    model = checkpoint.Transformer(config)
+    inputs, targets = Batches(data, {"math": 0.5, "rain": 0.5}, 32, 8, seed=1)(0, 0, 8)
+    loss = torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    norm = math.sqrt(sum(parameter.grad.double().pow(2).sum() for parameter in model.parameters()))
+    last = read_log(tmp_path / "run")[-1]
+    assert last["loss"] == pytest.approx(loss.item(), rel=1e-5) and last["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    trained = weights(tmp_path / "run")
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.double() * 0.1 / norm
+        decay = 1 - 3e-3 * 0.1 if parameter.dim() > 1 else 1
+        expected = parameter.detach().double() * decay - 3e-3 * gradient / (gradient.abs() + 1e-8)
+        sure = gradient.abs() > 1e-6  # rounding decides the direction of the rest
+        np.testing.assert_allclose(trained[name][sure], expected[sure], rtol=1e-3, atol=1e-5)
+
+
+PARTS = {"experts": ".experts.", "attention": ".self_attn.", "none": "nothing"}
+
+
+@pytest.mark.parametrize("freeze", ["none", "experts", "attention", "all-but-router"])
+def test_freezing_keeps_what_it_names(freeze, mixed, data, tmp_path):
+    flags = f"--data_dir={data}", f"--init_from={mixed}", "--max_steps=4", f"--freeze={freeze}"
+    must(run("finetune.py", *SHORT, *flags, f"--out_dir={tmp_path}/run"))
+    before, after = weights(mixed), weights(tmp_path / "run")
+    same = {name for name in before if before[name].tobytes() == after[name].tobytes()}
+    if freeze == "all-but-router":
+        assert same == {name for name in before if not name.endswith("gate.weight")}
+    else:
+        assert same == {name for name in before if PARTS[freeze] in name}
+
+
+def test_finetuning_logs_loads_and_the_aux_loss_apart(btx, mixed, data, tmp_path):
+    for line in read_log(btx):
+        loads = line["load"]
+        assert set(loads) == {"math", "rain"}
+        for layers in loads.values():
+            assert len(layers) == 2
+            for shares in layers:
+                assert len(shares) == 3 and all(0 <= share <= 0.5 for share in shares)  # top-2 takes two of three
+                assert sum(shares) == pytest.approx(1, abs=2e-4)
+    assert checkpoint.load_model(btx).config.router_aux_loss_coef == 0.01
+    assert 2 * 0.01 * 0.9 < read_log(btx)[-1]["aux_loss"] < 2 * 0.01 * 2  # alpha, 2 layers, near balance
+
+    # the same weights validate the same, whatever alpha; without alpha, training is different
+    flags = f"--data_dir={data}", f"--init_from={mixed}", "--router_aux_loss_coef=5.0", f"--out_dir={tmp_path}/run"
+    must(run("finetune.py", *SHORT, *flags))
+    ours, theirs = read_log(tmp_path / "run"), read_log(btx)
+    assert ours[0]["bpb"] == theirs[0]["bpb"] and ours[-1]["bpb"] != theirs[-1]["bpb"]
+    assert ours[1]["aux_loss"] > 100 * theirs[1]["aux_loss"]
+    assert ours[1]["loss"] < theirs[1]["loss"] + 1
+
+
+def test_top_1_routing(mixed, data, tmp_path):
+    flags = f"--data_dir={data}", f"--init_from={mixed}", "--num_experts_per_tok=1", "--max_steps=2"
+    must(run("finetune.py", *SHORT, *flags, f"--out_dir={tmp_path}/run"))
+    assert checkpoint.load_model(f"{tmp_path}/run").config.num_experts_per_tok == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "finetune.py"])
+def test_two_processes_equal_one_with_twice_the_accumulation(script, seed, mixed, data, tmp_path):
+    """Each takes half of the batch: the micro-batches are the same ones, only their sum is taken elsewhere."""
+    flags = [*SHORT, f"--data_dir={data}", f"--init_from={seed if script == 'train.py' else mixed}", "--max_steps=6"]
+    flags.append("--micro_batch_size=2")
+    must(run(script, *flags, f"--out_dir={tmp_path}/one"))
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    done = subprocess.run([*torchrun, script, *flags, f"--out_dir={tmp_path}/two"], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = weights(seed if script == "train.py" else mixed)
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=2e-6)
+    assert max(np.abs(one[name] - start[name]).max() for name in one) > 1e-3
+    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"] and a["tokens"] == b["tokens"]
+        for name in ({"loss", "aux_loss", "grad_norm"} & a.keys()) if a["step"] else ():
+            assert a[name] == pytest.approx(b[name], rel=1e-4)
+    assert read_json(tmp_path / "two" / "run.json")["finished"]
