@@ -259,6 +259,7 @@ def train(config, make_model):
     if processes.first:
         if state["step"] == 0:
             checkpoint.start_run(config.out_dir, run)
+            state["log_size"] = 0  # also after a kill at step 0: the log is gone and begins again
         recorder = Recorder(config, run, raw_model, optimizer, state)
     model = processes.wrap(torch.compile(raw_model) if config.compile and device.type == "cuda" else raw_model)
 
