@@ -231,8 +231,9 @@ def parent(folder):
     """(id, history) of a finished checkpoint; a foreign one is known by its config and the size of its weights."""
     run = read_run(folder)
     if run is None:
+        shape = dataclasses.asdict(read_model_config(folder))
         sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder) if "model" in entry.name)
-        return recipe_id([dataclasses.asdict(read_model_config(folder)), sizes]), {}
+        return recipe_id([shape, sizes]), {}
     if not run["finished"]:
         raise UserError(f"{folder} is not finished (step {run['step']}); run its command again, it resumes")
     return run["id"], run["history"]
