@@ -3,10 +3,10 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -70,12 +70,33 @@ def must(result):
     return result
 
 
-def run_process(script, *arguments, hook="", **options):
+def _child(script, arguments, hook, out, err):
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    out.close()
+    err.close()
+    os.chdir(ROOT)
+    sys.argv = [script, *arguments]
+    exec(hook, {})
+    runpy.run_path(script, run_name="__main__")
+
+
+_processes = multiprocessing.get_context("forkserver")  # forks from a process that has torch imported already
+_processes.set_forkserver_preload(["finetune", "torch._dynamo"])
+
+
+def run_process(script, *arguments, hook=""):
     """Run a script in a process of its own, after the Python code `hook`."""
-    start = f"import runpy, sys; sys.argv[0] = {script!r}; runpy.run_path({script!r}, run_name='__main__')"
-    command = [sys.executable, "-c", f"{hook}\n{start}", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
-    return Result(done.returncode, done.stdout, done.stderr)
+    (out, child_out), (err, child_err) = (_processes.Pipe(duplex=False) for _ in range(2))
+    process = _processes.Process(target=_child, args=(script, [*map(str, arguments)], hook, child_out, child_err))
+    process.start()
+    texts = []
+    for ours, theirs in ((out, child_out), (err, child_err)):
+        theirs.close()
+        with open(ours.fileno(), "rb", closefd=False) as file:
+            texts.append(file.read().decode())  # until the process ends
+    process.join()
+    return Result(process.exitcode, *texts)
 
 
 def error_line(result):

@@ -1,0 +1,228 @@
+"""Every mistake a user can make gives one line that names the thing and the remedy, and exit code 2."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, run_process
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from model import Transformer
+
+
+@pytest.fixture
+def copy(seed, tmp_path):
+    """A copy of the seed's folder, to damage."""
+    return shutil.copytree(seed, tmp_path / "copy")
+
+
+def all_readers(folder, data, tmp_path):
+    """The commands that read a checkpoint, each given this one."""
+    yield run("train.py", *SHORT, f"--data_dir={data}", f"--init_from={folder}", f"--out_dir={tmp_path}/out")
+    yield run("mix.py", f"--experts={folder},{folder}", f"--out_dir={tmp_path}/out")
+    yield run("eval.py", f"--model={folder}", f"--data_dir={data}", "--sequence_length=32", f"--out_dir={tmp_path}/out")
+    yield run("sample.py", f"--model={folder}", "--device=cpu")
+
+
+def test_missing_data(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    for script in ("train.py", "eval.py"):
+        flags = [*SHAPE, *SHORT] if script == "train.py" else [f"--model={tmp_path}"]
+        message = error_line(run(script, *flags, f"--data_dir={nowhere}", f"--out_dir={tmp_path}/out"))
+        assert str(nowhere) in message and "python -m data.prepare" in message
+    assert not os.path.exists(tmp_path / "out")
+
+
+def test_missing_domain(data, tmp_path):
+    flags = *SHAPE, *SHORT, f"--data_dir={data}", "--domain=poems", f"--out_dir={tmp_path}/out"
+    message = error_line(run("train.py", *flags))
+    assert "poems" in message and "python -m data.prepare" in message
+
+
+def test_missing_checkpoint(data, tmp_path):
+    for done in all_readers(tmp_path / "nowhere", data, tmp_path):
+        message = error_line(done)
+        assert str(tmp_path / "nowhere") in message and ";" in message  # the thing; the remedy
+
+
+def test_missing_weights(copy, data, tmp_path):
+    os.remove(copy / "model.safetensors")
+    for done in all_readers(copy, data, tmp_path):
+        assert f"{copy}/model.safetensors is missing" in error_line(done)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 400, 0.5, 0.999])
+def test_truncated_weights(keep, copy, data, tmp_path):
+    path = copy / "model.safetensors"
+    os.truncate(path, int(keep * os.path.getsize(path)) if isinstance(keep, float) else keep)
+    for done in all_readers(copy, data, tmp_path):
+        assert f"{path} is damaged" in error_line(done)
+
+
+def change_config(folder, **changes):
+    path = os.path.join(folder, "config.json")
+    found = read_json(path)
+    with open(path, "w") as file:
+        json.dump({**found, **changes}, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, "'gpt2' is neither 'llama' nor 'mixtral'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope scaling"),
+        ({"attention_bias": True}, "biases"),
+        ({"sliding_window": 16}, "a sliding window"),
+        ({"hidden_act": "gelu"}, "an activation other than silu"),
+        ({"intermediate_size": 56}, "has shape"),
+        ({"num_hidden_layers": 3}, "lacks model.layers.2."),
+        ({"num_hidden_layers": 1}, "has an unknown tensor model.layers.1."),
+        ({"num_attention_heads": 3}, "num_attention_heads"),
+        ({"tie_word_embeddings": False}, "lacks lm_head.weight"),
+    ],
+)
+def test_foreign_checkpoint(change, words, copy, data, tmp_path):
+    change_config(copy, **change)
+    for done in all_readers(copy, data, tmp_path):
+        message = error_line(done)
+        assert words in message and str(copy) in message
+
+
+def test_config_that_is_no_json(copy, data, tmp_path):
+    (copy / "config.json").write_text('{"model_type": "lla')
+    for done in all_readers(copy, data, tmp_path):
+        assert f"{copy}/config.json cannot be read" in error_line(done)
+
+
+def test_a_tensor_that_is_missing_or_unknown(copy, data, tmp_path):
+    path = copy / "model.safetensors"
+    whole = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({key: one for key, one in whole.items() if key != name}, path)
+    for done in all_readers(copy, data, tmp_path):
+        assert f"it lacks {name}" in error_line(done)
+    save_file({**whole, "model.layers.0.self_attn.q_proj.bias": torch.zeros(32)}, path)
+    for done in all_readers(copy, data, tmp_path):
+        assert "unknown tensor model.layers.0.self_attn.q_proj.bias" in error_line(done)
+
+
+# ---- mix.py ----
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 48},
+        {"intermediate_size": 56},
+        {"num_hidden_layers": 3},
+        {"num_key_value_heads": 4},
+        {"vocab_size": 328},
+        {"rope_theta": 500.0},
+        {"tie_word_embeddings": False},
+    ],
+)
+def test_experts_of_different_shape(change, seed, tmp_path):
+    model = Transformer(dataclasses.replace(checkpoint.read_model_config(seed), **change))
+    checkpoint.save_model(str(tmp_path / "other"), model, str(tmp_path))
+    message = error_line(run("mix.py", f"--experts={seed},{tmp_path}/other", f"--out_dir={tmp_path}/mixed"))
+    assert f"{tmp_path}/other has {next(iter(change))}" in message
+    assert not os.path.exists(tmp_path / "mixed")
+
+
+@pytest.fixture
+def other_data(data, tmp_path):
+    """Data of the same vocabulary size, but with another tokenizer."""
+    (tmp_path / "text").mkdir()
+    for n in range(30):
+        (tmp_path / "text" / f"{n}.txt").write_text("".join(f"{a}{b} " for a in "qxzwvkjy" for b in "aeiouhlm" * 3))
+    folder = f"{tmp_path}/other-data"
+    flags = f"--out_dir={folder}", f"--domains=noise={tmp_path}/text", "--vocab_size=320"
+    must(run_process("data/prepare.py", *flags, hook="import sys; sys.path.insert(0, '.')"))
+    return folder
+
+
+def test_another_tokenizer(seed, other_data, tmp_path):
+    must(run("train.py", *SHAPE, *SHORT, "--max_steps=1", f"--data_dir={other_data}", f"--out_dir={tmp_path}/other"))
+    attempts = (
+        run("mix.py", f"--experts={seed},{tmp_path}/other", f"--out_dir={tmp_path}/out"),
+        run("train.py", *SHORT, f"--init_from={seed}", f"--data_dir={other_data}", f"--out_dir={tmp_path}/out"),
+        run(
+            "eval.py", f"--model={seed}", "--sequence_length=32", f"--data_dir={other_data}", f"--out_dir={tmp_path}/r"
+        ),
+    )
+    for done in attempts:
+        assert "another tokenizer" in error_line(done)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [("", "nothing to mix"), ("{seed}", "there are only 1 experts"), ("{seed},{mixed}", "is a mixture already")],
+)
+def test_nothing_fit_to_mix(names, words, seed, mixed, tmp_path):
+    names = names.format(seed=seed, mixed=mixed)
+    assert words in error_line(run("mix.py", f"--experts={names}", f"--out_dir={tmp_path}/out"))
+
+
+# ---- sizes ----
+
+
+def test_a_sequence_longer_than_the_model(seed, data, tmp_path):
+    flags = f"--data_dir={data}", "--sequence_length=256", f"--out_dir={tmp_path}/out"
+    for start in (SHAPE, [f"--init_from={seed}"]):
+        message = error_line(run("train.py", *start, *SHORT, *flags))
+        assert "--sequence_length=256" in message and "128" in message and not os.path.exists(tmp_path / "out")
+    message = error_line(run("eval.py", f"--model={seed}", *flags))
+    assert "--sequence_length=256" in message and "128" in message
+
+
+def test_a_domain_with_too_few_tokens(data, seed, tmp_path):
+    few = shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "val"):
+        path = few / "rain" / f"{split}.bin"
+        whole = read(path)
+        path.write_bytes(whole[: 2 * 32])  # one token short of a window
+        flags = *SHORT, f"--data_dir={few}", f"--init_from={seed}", f"--out_dir={tmp_path}/out"
+        message = error_line(run("train.py", *flags))
+        assert f"rain/{split}.bin has 32 tokens" in message and "shorten --sequence_length" in message
+        path.write_bytes(b"")
+        assert f"rain/{split}.bin" in error_line(run("train.py", *flags))
+        path.write_bytes(whole)
+
+
+def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
+    train = "train.py", *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"
+    finetune = "finetune.py", *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"
+    for command, words in (
+        ([*train, "--num_attention_heads=5"], "hidden_size must be"),
+        ([*train, "--num_key_value_heads=3"], "multiple of num_key_value_heads"),
+        ([*train, "--intermediate_size=50"], "multiples of 8"),
+        ([*train, "--batch_size=6"], "--batch_size=6 is no multiple of --micro_batch_size=4"),
+        (finetune, "--init_from is empty"),
+        ([*finetune, f"--init_from={seed}"], "is a dense model"),
+        ([*finetune, f"--init_from={mixed}", "--num_experts_per_tok=4"], "between 1 and the model's 3"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "freeze must be one of"),
+    ):
+        assert words in error_line(run(*command))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the error says is missing")
+def test_cuda_that_is_not_there(data, tmp_path):
+    flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--device=cuda"
+    assert "--device=cpu" in error_line(run("train.py", *flags))
+
+
+# ---- sample.py ----
+
+
+def test_sampling(seed, mixed):
+    flags = "--prompt=Question: Tom", "--max_new_tokens=5", "--device=cpu"
+    for folder in (seed, mixed):
+        first = must(run("sample.py", f"--model={folder}", *flags)).out
+        assert first.startswith("Question: Tom") and first == must(run("sample.py", f"--model={folder}", *flags)).out
+        assert first != must(run("sample.py", f"--model={folder}", *flags, "--seed=2", "--temperature=2.0")).out
+    assert "--prompt is empty" in error_line(run("sample.py", f"--model={seed}", "--prompt="))
+    assert "the model takes 128" in error_line(run("sample.py", f"--model={seed}", f"--prompt={'x ' * 200}"))
