@@ -1,0 +1,187 @@
+"""eval.py: bits per byte from transformers and a plain sum, exact-match answers, and what results.json holds."""
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import TOKENS, error_line, must, read, read_json, run, val_tokens
+from transformers import AutoModelForCausalLM
+
+import eval as evaluation
+import model as model_module
+from data.tokenizer import load_tokenizer
+
+FLAGS = (
+    "--sequence_length=32",
+    "--eval_windows=7",
+    "--task_problems=3",
+    "--max_new_tokens=8",
+    "--device=cpu",
+    "--threads=1",
+)
+
+
+@pytest.fixture(scope="module")
+def command(work, data, seed, experts, mixed, btx):
+    models = f"--model={','.join([seed, *experts, mixed, btx])}"
+    ensemble = f"--experts={','.join([*experts, seed])}"
+    return ["eval.py", *FLAGS, models, ensemble, f"--data_dir={data}", f"--out_dir={work}/report"]
+
+
+@pytest.fixture(scope="module")
+def results(work, command):
+    must(run(*command))
+    return read_json(os.path.join(work, "report", "results.json"))
+
+
+@pytest.fixture
+def rows(results):
+    return {row["name"]: row for row in results["rows"]}
+
+
+def bits_per_byte(folder, data, domain):
+    """With transformers' model, one token at a time, over bytes of the text that the tokens spell."""
+    model, encoding = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(data)
+    tokens = val_tokens(data, domain)
+    bits, size = 0.0, 0
+    for start in np.linspace(0, len(tokens) - 33, 7).astype(int):
+        window = tokens[start : start + 33].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([window[:-1]])).logits[0].double()
+        for t, target in enumerate(window[1:]):
+            bits -= (logits[t, target] - logits[t].logsumexp(dim=0)).item() / math.log(2)
+        size += len(encoding.decode_bytes([token for token in window[1:] if token != encoding.eot_token]))
+    return bits / size
+
+
+def test_bits_per_byte_equal_an_independent_sum(rows, seed, btx, data):
+    for name, folder in (("seed", seed), ("btx", btx)):
+        for domain in ("math", "rain"):
+            assert rows[name]["bpb"][domain] == pytest.approx(bits_per_byte(folder, data, domain), rel=1e-5)
+    for row in rows.values():
+        assert row["bpb"]["avg"] == pytest.approx((row["bpb"]["math"] + row["bpb"]["rain"]) / 2)
+
+
+def test_results_hold_what_others_rely_on(results, rows, data):
+    assert list(rows) == ["seed", "expert-math", "expert-rain", "mixed", "btx", "btm-top1", "btm-top2"]
+    for row in rows.values():
+        assert set(row["bpb"]) == {"math", "rain", "avg"} and set(row["accuracy"]) == {"math"}
+        assert row["seconds"] > 0 and row["train_flops"] > 0
+    assert results["config"]["sequence_length"] == 32
+    for domain in ("math", "rain"):
+        meta = read_json(os.path.join(data, domain, "meta.json"))
+        assert results["data"][domain] == {name: meta[name] for name in ("content_hash", "tokenizer_hash")}
+    assert results["versions"]["torch"] == torch.__version__
+
+
+def test_experts_are_best_at_home(rows):
+    assert rows["expert-math"]["bpb"]["math"] < rows["expert-rain"]["bpb"]["math"]
+    assert rows["expert-rain"]["bpb"]["rain"] < rows["expert-math"]["bpb"]["rain"]
+
+
+def test_costs(rows):
+    """The seed's training counts once, however many experts carry it."""
+    tokens = {name: row["train_tokens"] / TOKENS for name, row in rows.items()}
+    experts = {"expert-math": 2, "expert-rain": 2}
+    assert tokens == {"seed": 1, **experts, "mixed": 3, "btx": 4, "btm-top1": 3, "btm-top2": 3}
+    one = rows["seed"]["total_params"]
+    assert (rows["btm-top1"]["active_params"], rows["btm-top2"]["active_params"]) == (one, 2 * one)
+    assert rows["btm-top2"]["total_params"] == 3 * one
+    ff, routers = 2 * 3 * 32 * 48, 2 * 3 * 32  # 2 layers
+    assert rows["btx"]["total_params"] == one + 2 * ff + routers
+    assert rows["btx"]["active_params"] == one + ff + routers
+
+
+def test_loads(rows):
+    assert {name for name, row in rows.items() if "load" in row} == {"mixed", "btx"}
+    for layers in rows["btx"]["load"].values():
+        assert len(layers) == 2
+        for shares in layers:
+            assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=2e-4)
+
+
+def test_loads_are_the_routers_choices(rows, btx, data):
+    """Counted again from the logits that transformers' routers give."""
+    model = AutoModelForCausalLM.from_pretrained(btx).eval()
+    tokens = val_tokens(data, "math")
+    counts = np.zeros((2, 3))
+    for start in np.linspace(0, len(tokens) - 33, 7).astype(int):
+        with torch.no_grad():
+            routers = model(torch.from_numpy(tokens[None, start : start + 32]), output_router_logits=True).router_logits
+        for layer, logits in enumerate(routers):
+            for chosen in logits.argsort(dim=1, descending=True)[:, :2].tolist():
+                counts[layer, chosen] += 1
+    expected = counts / counts.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(rows["btx"]["load"]["math"], expected, atol=1e-4)
+
+
+def test_again_does_nothing_and_other_settings_are_refused(results, command, work):
+    path = os.path.join(work, "report", "results.json")
+    before = read(path), os.stat(path).st_mtime_ns
+    must(run(*command))
+    message = error_line(run(*command, "--eval_windows=6"))
+    assert path in message and "--overwrite" in message
+    assert (read(path), os.stat(path).st_mtime_ns) == before
+
+
+def test_a_model_that_changed_is_evaluated_again(results, seed, data, tmp_path):
+    """Rows stay as long as their model does; others are kept."""
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
+    must(run("mix.py", f"--experts={seed}", f"--out_dir={tmp_path}/m", "--num_experts_per_tok=1"))
+    must(run("eval.py", *flags, f"--model={seed},{tmp_path}/m"))
+    first = read_json(tmp_path / "report" / "results.json")["rows"]
+    assert first[0]["bpb"] == pytest.approx(first[1]["bpb"], rel=1e-4)  # a mixture of one
+    must(run("mix.py", f"--experts={seed},{seed}", f"--out_dir={tmp_path}/m", "--overwrite=True"))
+    must(run("eval.py", *flags, f"--model={tmp_path}/m"))
+    second = read_json(tmp_path / "report" / "results.json")["rows"]
+    assert second[0] == first[0] and second[1]["total_params"] > first[1]["total_params"]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### -12\nQuestion: more", "-12"),
+        ("#### 1\n#### 2", "1"),
+        ("####7", "7"),
+        ("####  3.50 ", "3.50"),
+        ("The answer is 7", None),
+        ("### 7", None),
+        ("", None),
+    ],
+)
+def test_final_answer(text, answer):
+    assert evaluation.final_answer(text) == answer
+
+
+def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
+    """Of four problems: right; right but for a digit more; right with other words around it; no answer."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    lines = [{"prompt": f"Question: {n}?\n", "answer": "12"} for n in range(4)]
+    (copy / "math" / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    encoding = load_tokenizer(data)
+    texts = ["6 + 6 = 12\n#### 12", "#### 121", "It is a dozen.\n#### 12\n\nQuestion: what", "12"]
+    asked = []
+
+    def answer(model, prompts, max_new_tokens, stop):
+        asked.extend(encoding.decode(prompt) for prompt in prompts)
+        assert max_new_tokens == 8 and stop == encoding.eot_token
+        return [encoding.encode_ordinary(text) for text in texts]
+
+    monkeypatch.setattr(model_module, "generate", answer)
+    flags = *FLAGS, "--task_problems=4", f"--data_dir={copy}", f"--out_dir={tmp_path}/report"
+    must(run("eval.py", *flags, f"--model={seed}"))
+    assert read_json(tmp_path / "report" / "results.json")["rows"][0]["accuracy"] == {"math": 0.5}
+    assert asked == [line["prompt"] for line in lines]
+
+
+def test_nothing_to_evaluate(seed, data, mixed, tmp_path):
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
+    assert "nothing to evaluate" in error_line(run("eval.py", *flags))
+    assert "top-2 needs at least 2" in error_line(run("eval.py", *flags, f"--experts={seed}"))
+    message = error_line(run("eval.py", *flags, f"--experts={mixed},{seed}"))
+    assert mixed in message and "does not say what it was trained on" in message
