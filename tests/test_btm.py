@@ -89,6 +89,17 @@ def test_cached_generation_equals_reading_it_all_again(k, folders, data):
             prompt.append(token)
 
 
+def test_the_cache_remembers_the_text(folders, data):
+    """A text that changes its domain: the last tokens alone would ask another expert than the whole text does."""
+    ensemble = load_ensemble(folders[:2], data, 1)
+    parts = [torch.from_numpy(val_tokens(data, domain)[None, :n]) for domain, n in (("math", 60), ("rain", 20))]
+    ids = torch.cat(parts, dim=1)
+    assert not ensemble.weights(ids)[:, 60:].equal(ensemble.weights(parts[1]))
+    cache = ensemble.new_cache(1, 80)
+    pieces = [ensemble(piece, cache=cache).logits for piece in (parts[0], *parts[1].split(1, dim=1))]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), ensemble(ids).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_parameters(folders, data):
     one = checkpoint.load_model(folders[0]).num_parameters()[1]
     ensemble = load_ensemble(folders, data, 2)
