@@ -22,9 +22,9 @@ class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
 
 
-def key(default, help, choices=None):
-    """A dataclass field with a default, a help text and, optionally, the values it may take."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def key(default, help, choices=None, minimum=None):
+    """A dataclass field with a default, a help text and, optionally, the values it may take or the least one."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
 
 
 def _checked(field, value, where):
@@ -36,6 +36,9 @@ def _checked(field, value, where):
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise UserError(f"{where}: {field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    minimum = field.metadata["minimum"]
+    if minimum is not None and not value >= minimum:
+        raise UserError(f"{where}: {field.name} must be at least {minimum}, got {value!r}")
     return value
 
 
@@ -166,6 +169,9 @@ def command(main):
         main()
     except UserError as error:
         _complain(f"error: {error}")
+        raise SystemExit(2) from None
+    except OSError as error:  # a folder that cannot be made or read, say
+        _complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         _complain("stopped; the same command continues")
