@@ -1,6 +1,7 @@
 """Let any checkpoint continue a text.
 
 python sample.py --model=out/cpu/btx --prompt="Question: Tom has 3 apples"
+python sample.py --model=out/cpu/btx --prompt="def read(" --show_experts=page.html
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from configurator import UserError, command, key, parse
 from data.tokenizer import load_tokenizer
 from device import device_key, dtype_key, pick_device, place, threads_key
 from model import generate
+from token_view import check_mixture, show_experts
 
 
 @dataclasses.dataclass
@@ -25,6 +27,7 @@ class SampleConfig:
     temperature: float = key(0.8, "0 always takes the likeliest token")
     top_k: int = key(50, "sample among the k likeliest tokens; 0 is all of them")
     seed: int = key(1, "random seed")
+    show_experts: str = key("", "show each token's experts: a page to write, such as page.html, or - for the terminal")
     device: str = device_key()
     dtype: str = dtype_key()
     threads: int = threads_key()
@@ -34,6 +37,8 @@ def main():
     config = parse(SampleConfig)
     device = pick_device(config.device, config.threads)
     model = place(checkpoint.load_model(config.model), device, config.dtype)
+    if config.show_experts:
+        check_mixture(model.config, config.model)
     encoding = load_tokenizer(config.model)
     ids = encoding.encode_ordinary(config.prompt)
     if not ids:
@@ -44,10 +49,13 @@ def main():
     generator = torch.Generator(device).manual_seed(config.seed)
     prompts = [ids] * config.num_samples
     new_tokens = min(room, config.max_new_tokens)
-    for answer in generate(model, prompts, new_tokens, encoding.eot_token, config.temperature, config.top_k, generator):
+    answers = generate(model, prompts, new_tokens, encoding.eot_token, config.temperature, config.top_k, generator)
+    for answer in answers:
         print(config.prompt + encoding.decode(answer))
         if config.num_samples > 1:
             print("---")
+    if config.show_experts:
+        show_experts(config.show_experts, config.model, model, encoding, [ids + answer for answer in answers])
 
 
 if __name__ == "__main__":
