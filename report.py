@@ -2,7 +2,7 @@
 
     python report.py --report=out/cpu/report
 
-Nothing is computed on models here: every number comes from results.json, run.json and log.jsonl.
+Nothing is computed on models here: every number comes from results.json, routing.json, run.json and log.jsonl.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 
 @dataclasses.dataclass
 class ReportConfig:
-    """Write report.md, curves.png, bpb.png and routing.png beside a results.json."""
+    """Write report.md, curves.png and bpb.png beside a results.json."""
 
     report: str = key("out/cpu/report", "the folder with results.json, from eval.py")
 
@@ -153,35 +153,31 @@ def plot_bpb(rows, domains, path):
     plt.close(figure)
 
 
-def plot_routing(rows, path):
-    """The paper's figure 3: each expert's share of the tokens, by layer, for each domain; a line of panels a model."""
-    domains = list(rows[0]["load"])
-    size = (2.7 * len(domains), 2.1 * len(rows) + 0.6)
-    figure, axes = plt.subplots(len(rows), len(domains), figsize=size, sharex=True, sharey=True, squeeze=False)
-    for row, line in zip(rows, axes, strict=True):
-        for domain, axis in zip(domains, line, strict=True):
-            shares = row["load"][domain]  # L x E
-            bottom = [0.0] * len(shares)
-            for e, name in enumerate(row["experts"]):
-                heights = [layer[e] for layer in shares]
-                style = {
-                    "color": COLOURS[e % len(COLOURS)],
-                    "hatch": ["", "//", "..", "xx"][e % 4],
-                    "edgecolor": "white",
-                }
-                axis.bar(range(len(shares)), heights, bottom=bottom, label=name, **style)
-                bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-            axis.set_xticks(range(len(shares)))
-            axis.set_title(f"{row['name']} on {domain}", fontsize=10)
-        line[0].set_ylabel("share of tokens")
-    for axis in axes[-1]:
-        axis.set_xlabel("layer")
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=len(rows[0]["experts"]), frameon=False
-    )
-    figure.tight_layout(rect=(0, 0.3 / size[1], 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def routing_table(models):
+    """From routing.json: what the routers learned, layer by layer."""
+    layers = range(len(models[0]["mutual_information"]))
+    body = []
+    for model in models:
+        domains = model["domains"].values()
+        entropy = [sum(domain["gate_entropy"][layer] for domain in domains) / len(domains) for layer in layers]
+        bits = model["mutual_information"]
+        body.append([f"{model['name']}: expert tells about domain, bits", *(f"{value:.3f}" for value in bits)])
+        body.append([f"{model['name']}: entropy of a token's gates, bits", *(f"{value:.2f}" for value in entropy)])
+        body.append([f"{model['name']}: dead experts", *(", ".join(names) or "-" for names in model["dead"])])
+    return markdown_table(["", *(f"layer {layer}" for layer in layers)], body)
+
+
+def routing_section(folder):
+    """The part of report.md that route.py's files make; empty where route.py has not run."""
+    path = os.path.join(folder, "routing.json")
+    if not os.path.exists(path):
+        return []
+    models = read_json(path, "make it again with route.py")["models"]
+    text = ["\n## Where the routers send tokens\n", "![share of tokens by expert, layer and domain](routing.png)\n"]
+    if any(model["experts_per_token"] > 1 for model in models):
+        text += ["![share of tokens by pair of experts](pairs.png)\n"]
+    pages = ", ".join(f"[{domain}](tokens-{domain}.html)" for domain in models[0]["domains"])
+    return [*text, routing_table(models), f"\n{models[0]['name']} token by token, pages for a browser: {pages}."]
 
 
 def main():
@@ -193,7 +189,6 @@ def main():
     domains = list(rows[0]["bpb"])
     folders = dict.fromkeys(run for row in rows for run in row["runs"])
     runs = {run: read_run(run) for run in folders if os.path.exists(os.path.join(run, LOG))}
-    mixed = [row for row in rows if "load" in row]
 
     plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
     text = ["# Results\n", score_table(results), "\nbpb: bits per byte on held-out text, lower is better.\n"]
@@ -201,9 +196,7 @@ def main():
     if runs:
         plot_curves(runs, domains, os.path.join(folder, "curves.png"))
         text += ["\n## What it cost\n", cost_table(runs), "\n![training curves](curves.png)"]
-    if mixed:
-        plot_routing(mixed, os.path.join(folder, "routing.png"))
-        text += ["\n## Where the routers send tokens\n", "![routing](routing.png)"]
+    text += routing_section(folder)
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     text += [f"\nMade with {versions}; data and settings are in results.json."]
     write_atomically(os.path.join(folder, "report.md"), "\n".join(text) + "\n")

@@ -24,7 +24,7 @@ from configurator import UserError, command, key, parse, write_atomically
 from data.loader import list_domains, read_meta, validation_windows
 from data.tokenizer import load_tokenizer
 from device import device_key, pick_device, place, threads_key
-from token_view import check_mixture, expert_names, list_pairs, show_experts
+from token_view import check_mixture, expert_names, show_experts
 
 DEAD = 0.01  # an expert used by a smaller share of the tokens is dead
 BATCH_SIZE = 16
@@ -141,22 +141,25 @@ def pair_rows(entry, domain):
 
 
 def plot_heatmaps(models, rows_of, title, path):
-    """models: entries of routing.json, one column of panels each; rows_of(entry, domain) gives a panel's rows."""
+    """models: entries of routing.json, one column of panels each; rows_of(entry, domain) gives a panel's rows.
+
+    The middle tone is an even share, the darkest twice that or more.
+    """
     domains = list(models[0]["domains"])
     panels = [[rows_of(entry, domain) for entry in models] for domain in domains]
     layers = len(panels[0][0][1][0])
     height = 0.26 * max(len(names) for names, _ in panels[0]) + 0.45
-    width = max(0.42 * layers, 2.4)
+    width = max(0.36 * layers, 2.2)
     label = 0.085 * max(len(name) for line in panels for names, _ in line for name in names)
     size = label + width * len(models) + 0.4, height * len(domains) + 0.9
     figure, axes = plt.subplots(len(domains), len(models), figsize=size, squeeze=False, layout="constrained")
-    top = max(value for line in panels for _, rows in line for row in rows for value in row)
     for domain, panel_line, axis_line in zip(domains, panels, axes, strict=True):
         for entry, (names, rows), axis in zip(models, panel_line, axis_line, strict=True):
-            axis.imshow(rows, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+            darkest = 2 / len(rows)
+            axis.imshow(rows, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
             for y, row in enumerate(rows):
                 for x, value in enumerate(row):
-                    ink = "white" if value > 0.6 * top else "black"
+                    ink = "white" if value > 0.7 * darkest else "black"
                     axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
             axis.set_title(f"{entry['name']} reading {domain}", fontsize=9)
             axis.set_xticks(range(layers), labels=range(layers) if domain == domains[-1] else [], fontsize=8)
@@ -204,10 +207,12 @@ def main():
     hashes = {domain: read_meta(config.data_dir, domain)["content_hash"] for domain in domains}
     results = {"models": entries, "config": settings, "data": hashes}
     write_atomically(os.path.join(config.out_dir, "routing.json"), json.dumps(results) + "\n")
-    plot_heatmaps(entries, expert_rows, "share of tokens (%) by expert", os.path.join(config.out_dir, "routing.png"))
-    pairs = [entry for entry in entries if entry["experts_per_token"] > 1]
-    if pairs:
-        plot_heatmaps(pairs, pair_rows, "share of tokens (%) by pair", os.path.join(config.out_dir, "pairs.png"))
+    picture = os.path.join(config.out_dir, "routing.png")
+    plot_heatmaps(entries, expert_rows, "share of the routers' choices (%)", picture)
+    paired = [entry for entry in entries if entry["experts_per_token"] > 1]
+    if paired:
+        picture = os.path.join(config.out_dir, "pairs.png")
+        plot_heatmaps(paired, pair_rows, "share of tokens (%) by their pair of experts", picture)
     for entry in entries:
         bits = ", ".join(f"{value:.3f}" for value in entry["mutual_information"])
         print(f"{entry['name']}: mutual information of domain and expert by layer: {bits} bits")

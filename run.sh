@@ -47,6 +47,7 @@ $python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/s
 # 5. finetune: all domains together, so that the routers learn
 $python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx"
 
-# 6. evaluate every model on the same windows and problems, then draw
+# 6. evaluate every model on the same windows and problems, look at the routing, then draw
 $python eval.py "$config/eval.py" --model="$out/seed,$experts,$out/soup,$out/mixed,$out/btx" --experts="$experts,$out/seed"
+$python route.py --model="$out/btx" --data_dir="$out/data" --out_dir="$out/report"
 $python report.py --report="$out/report"
