@@ -17,7 +17,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, command, key, parse, write_atomically
@@ -187,7 +186,8 @@ def main():
     os.makedirs(config.out_dir, exist_ok=True)
 
     entries = []
-    for folder in tqdm(folders, desc="routing", unit="model"):
+    for folder in folders:
+        identity, _ = checkpoint.parent(folder)
         model = place(checkpoint.load_model(folder), device, config.dtype)
         name = os.path.basename(os.path.normpath(folder))
         if config.sequence_length > model.max_length:
@@ -195,8 +195,9 @@ def main():
                 f"--sequence_length={config.sequence_length} is longer than {name} takes: {model.max_length}"
             )
         gates = {domain: read_gates(model, rows) for domain, rows in windows.items()}
-        identity, _ = checkpoint.parent(folder)
         entries.append({"name": name, "id": identity, **statistics(gates, model.config)})
+        bits = ", ".join(f"{value:.3f}" for value in entries[-1]["mutual_information"])
+        print(f"{name}: the expert tells {bits} bits about the domain, layer by layer")
         if folder == folders[0]:
             for domain, rows in windows.items():
                 page = os.path.join(config.out_dir, f"tokens-{domain}.html")
@@ -213,9 +214,6 @@ def main():
     if paired:
         picture = os.path.join(config.out_dir, "pairs.png")
         plot_heatmaps(paired, pair_rows, "share of tokens (%) by their pair of experts", picture)
-    for entry in entries:
-        bits = ", ".join(f"{value:.3f}" for value in entry["mutual_information"])
-        print(f"{entry['name']}: mutual information of domain and expert by layer: {bits} bits")
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def test_sample_shows_experts(btx, seed, tmp_path):
 def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
     size = f"--data_dir={data}", "--sequence_length=32", "--eval_windows=5", "--device=cpu", "--threads=1"
     done = must(run("route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}", *size))
-    assert "btx: mutual information" in done.out
+    assert "btx: the expert tells" in done.out
     found = read_json(tmp_path / "routing.json")
     assert [entry["name"] for entry in found["models"]] == ["btx", "mixed"]
     for name in ("routing.png", "pairs.png", "tokens-math.html", "tokens-rain.html"):
