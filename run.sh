@@ -4,6 +4,7 @@
 #   bash run.sh          config/cpu: about 10 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
+#   bash run.sh cpu ablate    after that, every variant of the paper: half an hour more
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
 # chooses the domains; PYTHON=python3 uses an environment of your own instead of .venv.
@@ -51,3 +52,8 @@ $python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$o
 $python eval.py "$config/eval.py" --model="$out/seed,$experts,$out/soup,$out/mixed,$out/btx" --experts="$experts,$out/seed"
 $python route.py --model="$out/btx" --data_dir="$out/data" --out_dir="$out/report"
 $python report.py --report="$out/report"
+
+# 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
+if [ "${2:-}" = ablate ]; then
+    $python ablate.py "$config/ablate.py" --experts="$experts,$out/seed"
+fi
