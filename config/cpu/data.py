@@ -1,5 +1,5 @@
 """Three domains for a model of about a million parameters on a CPU."""
 
 out_dir = "out/cpu/data"
-vocab_size = 2048
+vocab_size = 1024
 max_bytes = 12_000_000

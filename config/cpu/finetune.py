@@ -1,0 +1,15 @@
+"""The mixture's finetuning on all domains."""
+
+init_from = "out/cpu/mixed"
+out_dir = "out/cpu/btx"
+data_dir = "out/cpu/data"
+domain = "all"
+
+max_steps = 2000
+batch_size = 8
+micro_batch_size = 8
+sequence_length = 256
+learning_rate = 3e-3
+warmup_steps = 50
+eval_interval = 250
+save_interval = 250
