@@ -83,7 +83,7 @@ class Ensemble(nn.Module):
             probabilities = probabilities + weights[..., n : n + 1] * p
         log_probabilities = probabilities.log()
         loss = None if targets is None else F.nll_loss(log_probabilities.flatten(0, 1), targets.flatten())
-        return Output(log_probabilities, loss, 0.0, None)
+        return Output(log_probabilities, loss, 0.0, None, {})
 
     def new_cache(self, batch_size, length):
         caches = [model.new_cache(batch_size, length) for model in self.models]

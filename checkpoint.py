@@ -39,7 +39,8 @@ def write_model_config(folder, config):
     mixed = config.num_local_experts > 0
     shape = dataclasses.asdict(config)
     if not mixed:
-        for name in ("num_local_experts", "num_experts_per_tok", "router_aux_loss_coef", "expert_names"):
+        experts_only = "num_local_experts", "num_experts_per_tok", "expert_names", "router", "balance"
+        for name in (*experts_only, "router_aux_loss_coef", "router_z_loss_coef"):
             del shape[name]
     shape |= {
         "architectures": ["MixtralForCausalLM" if mixed else "LlamaForCausalLM"],
@@ -199,10 +200,16 @@ class WeightFiles:
         return self._open(self.files[name], lambda file: file.get_tensor(name))
 
 
-def load_model(folder):
-    """Read a checkpoint folder, ours or Hugging Face's, into a Transformer in fp32 on the CPU."""
+def load_model(folder, **changes):
+    """Read a checkpoint folder, ours or Hugging Face's, into a Transformer in fp32 on the CPU.
+
+    changes: values of ModelConfig to use instead of the folder's own, such as another router.
+    """
     files = WeightFiles(folder)
-    model = Transformer(files.config)
+    try:
+        model = Transformer(dataclasses.replace(files.config, **changes))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
     for name, parameter in model.named_parameters():
         prefix, matrix = name.rsplit(".", 1)
         if ".experts." in name:

@@ -6,7 +6,7 @@ Tensor sizes in comments:
     B sequences   T tokens   S = B * T   D hidden_size   V vocab_size   L layers
     H heads   G key-value heads   K head_dim   F intermediate_size   E experts   k experts a token
 
-Reading order: ModelConfig, Attention, MLP, MoE, load_balancing_loss, Layer, Transformer, generate.
+Reading order: ModelConfig, Attention, MLP, moe.py, Layer, Transformer, generate.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from moe import BALANCES, ROUTERS, Linear, MoE
 
 IGNORE = -100  # a target that does not count, cross_entropy's default
 
@@ -35,9 +37,13 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     num_local_experts: int = 0
+    # of mixtures alone; Hugging Face knows the first two and ignores the rest
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # alpha of the balancing loss
-    expert_names: tuple = ()  # for pictures; Hugging Face ignores it
+    router_z_loss_coef: float = 0.0
+    router: str = "topk"  # Mixtral's; see moe.py for the others
+    balance: str = "gates"  # what the balancing loss counts: gate weights or tokens
+    expert_names: tuple = ()  # for pictures
 
     def __post_init__(self):
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
@@ -46,8 +52,12 @@ class ModelConfig:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.hidden_size % 8 or self.intermediate_size % 8:
             raise ValueError("hidden_size and intermediate_size must be multiples of 8")  # grouped_mm's alignment
+        if self.router not in ROUTERS or self.balance not in BALANCES:
+            raise ValueError(f"router must be one of {ROUTERS} and balance one of {BALANCES}")
+        if self.router != "topk":  # the others leave no choice
+            self.num_experts_per_tok = self.num_local_experts if self.router == "soft" else 1
         if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-            raise ValueError("num_experts_per_tok must lie between 1 and num_local_experts")
+            raise ValueError(f"num_experts_per_tok must lie between 1 and the model's {self.num_local_experts} experts")
 
     @property
     def head_dim(self):
@@ -59,24 +69,16 @@ class Output(NamedTuple):
 
     logits: (B, T, V) in compute dtype, or None with targets, where only the loss is wanted.
     loss: mean negative log-likelihood in nats, or None without targets.
-    aux_loss: the balancing loss summed over layers, times alpha; 0 for a dense model.
+    aux_loss: the routers' losses summed over layers, times their coefficients; 0 for a dense model.
     gates: (L, B, T, E) gate weights in fp32, zero where an expert was not used; None for a dense model.
+    stats: {name: (L,)} what the routers have to say, for the log (see MoE.forward); empty for a dense model.
     """
 
     logits: torch.Tensor | None
     loss: torch.Tensor | None
     aux_loss: torch.Tensor | float
     gates: torch.Tensor | None
-
-
-class Linear(nn.Linear):
-    """A linear map without bias. Weights stay in fp32 and are cast to the input's dtype where they are used."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+    stats: dict
 
 
 class RMSNorm(nn.Module):
@@ -160,63 +162,6 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Experts(nn.Module):
-    """E feed-forward networks, stacked: w1 is `gate_proj`, w3 `up_proj`, w2 `down_proj` (Mixtral's names)."""
-
-    def __init__(self, config):
-        super().__init__()
-        E, D, F_ = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.w1 = nn.Parameter(torch.empty(E, F_, D))
-        self.w2 = nn.Parameter(torch.empty(E, D, F_))
-        self.w3 = nn.Parameter(torch.empty(E, F_, D))
-
-    def forward(self, x, ends):
-        """x: (rows, D) sorted by expert; expert e owns the rows before ends[e] (int32) that e - 1 does not."""
-        w1, w2, w3 = (w.to(x.dtype).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
-        h = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)  # (rows, F)
-        return F.grouped_mm(h, w2, offs=ends)  # (rows, D)
-
-
-class MoE(nn.Module):
-    """FF_MoE(x) = sum_i g_i(W x) FF_i(x) with g = SoftMax(TopK(W x)) (Branch-Train-MiX, eqs. 1 and 2).
-
-    One routing decision a token; no capacity, so no token is ever dropped.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.k = config.num_experts_per_tok
-        self.gate = Linear(config.hidden_size, config.num_local_experts)
-        self.experts = Experts(config)
-
-    def forward(self, x):
-        """x: (B, T, D). Returns y (B, T, D), gates (S, E) and probs (S, E), the softmax over all experts, in fp32."""
-        shape, x = x.shape, x.flatten(0, 1)  # (S, D)
-        logits = self.gate(x.float())  # (S, E), in fp32: near-ties must not flip with rounding
-        top_logits, top_experts = logits.topk(self.k, dim=-1)  # (S, k)
-        top_gates = top_logits.softmax(dim=-1)  # (S, k)
-
-        # sort the S * k (token, expert) pairs by expert, run each expert on its run of rows, undo the sort
-        pair_expert = top_experts.flatten()  # (S * k,)
-        order = pair_expert.argsort(stable=True)  # (S * k,)
-        ends = F.one_hot(pair_expert, logits.size(-1)).sum(dim=0).cumsum(dim=0).int()  # (E,)
-        rows = x.index_select(0, order // self.k)  # (S * k, D)
-        rows = self.experts(rows, ends).index_select(0, order.argsort())  # (S * k, D), in token order again
-        y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
-
-        gates = torch.zeros_like(logits).scatter(1, top_experts, top_gates)  # (S, E)
-        return y.view(shape), gates, logits.softmax(dim=-1)
-
-
-def load_balancing_loss(gates, probs):
-    """N * sum_i u_i * p_i (Branch-Train-MiX, section 3.2), in fp32, without its factor alpha; 1 at perfect balance.
-
-    gates: (S, E), u_i their mean over tokens (Switch Transformers would take the fraction of tokens instead).
-    probs: (S, E), p_i the mean of the softmax over all router logits. The gradient flows through both.
-    """
-    return gates.size(-1) * (gates.mean(dim=0) * probs.mean(dim=0)).sum()
-
-
 class Layer(nn.Module):
     """One transformer block. Its feed-forward sublayer is an MLP or a MoE; all the rest is the same."""
 
@@ -230,14 +175,14 @@ class Layer(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, layer=None):
-        """x: (B, T, D). Returns the new x and the router's (gates, probs), or None where there is no router."""
+    def forward(self, x, cos, sin, cache=None, layer=None, step=None):
+        """x: (B, T, D). Returns the new x and the router's (gates, stats), or None where there is no router."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
         h = self.post_attention_layernorm(x)
         if hasattr(self, "mlp"):
             return x + self.mlp(h), None
-        y, gates, probs = self.block_sparse_moe(h)
-        return x + y, (gates, probs)
+        y, gates, stats = self.block_sparse_moe(h, step)
+        return x + y, (gates, stats)
 
 
 class Transformer(nn.Module):
@@ -247,7 +192,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
+        # Branch-Train-MiX's sample routing makes the first layer soft
+        first = dataclasses.replace(config, router="soft") if config.router == "sample" else config
+        layers = [Layer(config if i else first) for i in range(config.num_hidden_layers)]
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
@@ -271,8 +218,12 @@ class Transformer(nn.Module):
                 to_residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.model.layers)) if to_residual else std)
 
-    def forward(self, ids, targets=None, cache=None):
-        """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back."""
+    def forward(self, ids, targets=None, cache=None, step=None):
+        """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back.
+
+        step: in training, the number of the step, a 0-dimensional tensor; a router's noise and capacity exist only
+        then. The noise is drawn from torch's global generator.
+        """
         start = cache.length if cache is not None else 0
         end = start + ids.size(1)
         if end > self.max_length:
@@ -281,21 +232,23 @@ class Transformer(nn.Module):
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         routed = []
         for i, layer in enumerate(self.model.layers):
-            x, routing = layer(x, cos, sin, cache, i)
+            x, routing = layer(x, cos, sin, cache, i, step)
             routed.append(routing)
         if cache is not None:
             cache.length = end
         x = self.model.norm(x)  # (B, T, D)
 
-        logits, loss, aux_loss, gates = None, None, 0.0, None
+        logits, loss, aux_loss, gates, stats = None, None, 0.0, None, {}
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
         else:
             loss = self._loss(x.flatten(0, 1), targets.flatten())
         if self.config.num_local_experts:
-            aux_loss = self.config.router_aux_loss_coef * sum(load_balancing_loss(*routing) for routing in routed)
             gates = torch.stack([gates for gates, _ in routed]).unflatten(1, ids.shape)  # (L, B, T, E)
-        return Output(logits, loss, aux_loss, gates)
+            stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
+            aux_loss = self.config.router_aux_loss_coef * stats["balance_loss"].sum()
+            aux_loss = aux_loss + self.config.router_z_loss_coef * stats["z_loss"].sum()
+        return Output(logits, loss, aux_loss, gates, stats)
 
     def _loss(self, x, targets):
         """Mean cross-entropy of x (S, D) and targets (S,). On a CPU in chunks whose logits fit its cache: faster."""
@@ -314,8 +267,10 @@ class Transformer(nn.Module):
 
     def _active(self, name, parameter):
         """How many of a parameter's weights one token uses: k of E experts, all of everything else."""
-        share = self.config.num_experts_per_tok / self.config.num_local_experts if ".experts." in name else 1
-        return int(parameter.numel() * share)
+        if ".experts." not in name:
+            return parameter.numel()
+        layer = int(name.split(".")[2])  # model.layers.3.block_sparse_moe.experts.w1
+        return parameter.numel() * self.model.layers[layer].block_sparse_moe.k // self.config.num_local_experts
 
     def num_parameters(self):
         """(active for one token, total); tied embeddings count once."""

@@ -116,32 +116,37 @@ def learning_rate(config, step):
 
 
 def train_step(config, step, model, optimizer, batches, processes):
-    """One optimizer step. Returns (loss, aux_loss, gradient norm), averaged over processes."""
+    """One optimizer step. Returns ({name: mean over the batch}, gradient norm).
+
+    The names are loss, aux_loss and those of the model's own statistics, which are numbers or lists of them.
+    """
     share = config.batch_size // processes.world  # rows of this process
     begin = processes.rank * share
     starts = range(begin, begin + share, config.micro_batch_size)
-    loss = aux_loss = 0.0
+    sums = {}
     for start in starts:
         inputs, targets = batches(step, start, start + config.micro_batch_size)
+        torch.manual_seed(hash((config.seed, step, start)))  # a model's noise depends on its place in training alone
         last = start + config.micro_batch_size == begin + share
         # gradients travel between processes once a step, with the last micro-batch
         with contextlib.nullcontext() if last or processes.world == 1 else model.no_sync():
-            output = model(inputs.to(processes.device), targets.to(processes.device))
+            output = model(inputs.to(processes.device), targets.to(processes.device), step=torch.tensor(step))
             ((output.loss + output.aux_loss) / len(starts)).backward()
-        loss += output.loss.item() / len(starts)
-        aux_loss += torch.as_tensor(output.aux_loss).item() / len(starts)
+        for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
+            value = torch.as_tensor(value).detach().to("cpu", torch.float64)
+            sums[name] = sums.get(name, 0) + value / len(starts)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    loss, aux_loss = processes.mean([loss, aux_loss])
-    if not (math.isfinite(loss) and math.isfinite(norm)):
+    means = {name: processes.mean(value.tolist()) for name, value in sums.items()}
+    if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
         raise UserError(
-            f"step {step}: the loss is {loss}, the gradient's norm {norm}; {config.out_dir} keeps its last good "
-            "checkpoint; try a lower --learning_rate"
+            f"step {step}: the loss is {means['loss']}, the gradient's norm {norm}; {config.out_dir} keeps its last "
+            "good checkpoint; try a lower --learning_rate"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss, aux_loss, norm
+    return means, norm
 
 
 class Recorder:
@@ -156,7 +161,7 @@ class Recorder:
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = model.flops_per_token(config.sequence_length)
         self.started = time.monotonic() - state["seconds"]
-        self.sums = state["sums"]  # of loss and aux_loss, and the number of steps, since the last evaluation
+        self.sums = state["sums"]  # of what train_step returns, over the steps since the last evaluation
         self.log = os.path.join(config.out_dir, checkpoint.LOG)
         with open(self.log, "ab") as file:
             file.truncate(state["log_size"])  # lines behind the checkpoint that we resume from are written again
@@ -175,15 +180,16 @@ class Recorder:
         cost = self.cost(step)
         return f"{cost['tokens'] / cost['seconds'] / 1000:.1f}k tokens/s"
 
-    def record(self, step, loss, aux_loss, norm):
+    def record(self, step, means, norm):
         """Note one step's results; evaluate when it is time to."""
-        self.sums = [self.sums[0] + loss, self.sums[1] + aux_loss, self.sums[2] + 1]
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.speed(step)}", refresh=False)
+        for name, value in means.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.tensor(value, dtype=torch.float64)
+        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {self.speed(step)}", refresh=False)
         self.bar.update()
         if step % self.config.eval_interval == 0 or step == self.config.max_steps:
-            loss, aux_loss, steps = self.sums
-            self.evaluate(step, loss=loss / steps, aux_loss=aux_loss / steps, grad_norm=norm)
-            self.sums = [0.0, 0.0, 0]
+            steps = (step - 1) % self.config.eval_interval + 1
+            self.evaluate(step, **{name: (value / steps).tolist() for name, value in self.sums.items()}, grad_norm=norm)
+            self.sums = {}
 
     def evaluate(self, step, **training):
         """Score the model on the validation windows; one line to log.jsonl and one to the screen."""
@@ -250,7 +256,7 @@ def train(config, make_model):
     check_sizes(config, raw_model, processes)
     optimizer = make_optimizer(config, raw_model)
 
-    state = {"step": 0, "seconds": 0.0, "log_size": 0, "sums": [0.0, 0.0, 0]}
+    state = {"step": 0, "seconds": 0.0, "log_size": 0, "sums": {}}
     state_path = os.path.join(config.out_dir, checkpoint.STATE)
     if found and os.path.exists(state_path):
         state = checkpoint.load_state(state_path, raw_model, optimizer, device)
@@ -265,11 +271,11 @@ def train(config, make_model):
 
     step, stopped, stop = state["step"], False, StopSignal()
     while step < config.max_steps and not stopped:
-        loss, aux_loss, norm = train_step(config, step, model, optimizer, batches, processes)
+        means, norm = train_step(config, step, model, optimizer, batches, processes)
         step += 1
         stopped = any(processes.mean([float(stop.number)]))  # so that every process leaves at the same step
         if recorder:
-            recorder.record(step, loss, aux_loss, norm)
+            recorder.record(step, means, norm)
             if step % config.save_interval == 0:
                 recorder.save(step)
     if recorder:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import checkpoint
-from model import IGNORE, ModelConfig, MoE, Transformer, generate, load_balancing_loss
+from model import IGNORE, ModelConfig, Transformer, generate
+from moe import MoE, load_balancing_loss
 
 DENSE = ModelConfig(
     vocab_size=80,
@@ -144,7 +145,7 @@ def test_moe_equals_running_every_expert(k, experts, width):
     inputs = [x, *moe.parameters()]
     weight = torch.randn(x.shape)  # some function of the output, to differentiate
 
-    y, gates, probs = moe(x)
+    y, gates, _ = moe(x)
     gradients = torch.autograd.grad((y * weight).sum(), inputs)
     reference = every_expert(moe, x)
     expected = torch.autograd.grad((reference * weight).sum(), inputs, materialize_grads=True)
@@ -153,7 +154,6 @@ def test_moe_equals_running_every_expert(k, experts, width):
         torch.testing.assert_close(gradient, one, rtol=1e-4, atol=1e-5)
     assert ((gates > 0).sum(dim=1) == k).all()
     torch.testing.assert_close(gates.sum(dim=1), torch.ones(18))
-    torch.testing.assert_close(probs, (x.flatten(0, 1) @ moe.gate.weight.T).softmax(dim=1))
     if k < experts:
         assert (gates[:, 1] == 0).all()
         for gradient in gradients[-3:]:  # w1, w2, w3: a real zero, not what the memory held
