@@ -99,9 +99,7 @@ def training_mixture(folder, data_dir):
     """{domain: weight} that a checkpoint was trained on, from its run.json."""
     run = checkpoint.read_run(folder)
     if run is None or "domain" not in run["recipe"]["config"]:
-        raise UserError(
-            f"{folder} does not say what it was trained on (no training run.json), which tf-idf routing needs"
-        )
+        raise UserError(f"{folder} does not say what it was trained on (no training run.json), which is needed here")
     return parse_mixture(run["recipe"]["config"]["domain"], data_dir)
 
 

@@ -127,10 +127,10 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(flags, tmp_path):
     poison = """
 import model, torch
 forward, steps = model.Transformer.forward, 0
-def forward_or_nan(self, ids, targets=None, cache=None):
+def forward_or_nan(self, *inputs, **options):
     global steps
     steps += torch.is_grad_enabled()  # two micro-batches a step
-    output = forward(self, ids, targets, cache)
+    output = forward(self, *inputs, **options)
     return output._replace(loss=output.loss * float("nan")) if steps > 14 else output
 model.Transformer.forward = forward_or_nan
 """

@@ -2,3 +2,4 @@
 
 experts = "out/gpu/expert-code,out/gpu/expert-prose,out/gpu/expert-math,out/gpu/seed"
 out_dir = "out/gpu/mixed"
+data_dir = "out/gpu/data"

@@ -2,3 +2,4 @@
 
 experts = "out/smoke/expert-code,out/smoke/expert-prose,out/smoke/expert-math,out/smoke/seed"
 out_dir = "out/smoke/mixed"
+data_dir = "out/smoke/data"
