@@ -135,7 +135,7 @@ def mix(origins, shapes, experts, weights, split, new, finish):
         elif origin.kind == "averaged":
             total = torch.zeros(shape, dtype=torch.float64)  # so exact that copies average to themselves
             for piece in origin.pieces:
-                total += weights[piece.expert] * experts[piece.expert][piece.name]
+                total += weights[piece.expert] * experts[piece.expert][piece.name].double()
             yield name, total
         else:
             yield name, new[name]
