@@ -16,14 +16,15 @@ With --method=soup everything is averaged, and the result is a dense model ("mod
     --method=drop-upcycle   the same, with part of each copy's hidden units drawn anew (Nakamura et al. 2025)
 
 A feed-forward network is a sum over its hidden units, so the chunks of a domain, each with gate 1, add up to that
-domain's network. Gates that sum to 1 over k C chunks instead of k experts make that sum C times too small. The paper
-says nothing of this, and neither do we change it by default; --rescale=True multiplies each chunk's output by C.
+domain's network. Gates that sum to 1 over k C chunks instead of k experts make that sum C times too small. Weights stay
+as they are all the same, since the paper describes no correction; --rescale=True multiplies each chunk's output by C.
 
-Tensors are streamed from the experts' files to the new one, so memory stays at about one tensor of each expert.
-Only --router_init=domain holds a model in memory (router_start.py).
+Tensors are streamed from the experts' files to the new one, so memory stays at a few of them, at most one of each
+expert. Only --router_init=domain holds a model in memory (router_start.py).
 """
 
 import dataclasses
+import math
 import os
 import zlib
 from collections import Counter
@@ -198,7 +199,7 @@ def read_weights(text, n):
         weights = [float(part) for part in text.split(",")] if text else [1.0] * n
     except ValueError:
         raise UserError(f"--weights={text} must be numbers, such as 1,2,1") from None
-    if len(weights) != n or min(weights) < 0 or sum(weights) == 0:
+    if len(weights) != n or not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
         raise UserError(f"--weights={text} must be {n} numbers, one for each expert, none of them negative")
     return [weight / sum(weights) for weight in weights]
 

@@ -37,7 +37,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     num_local_experts: int = 0
-    # of mixtures alone; Hugging Face knows the first two and ignores the rest
+    # of mixtures alone; Hugging Face knows the first two and ignores the rest, so it computes topk and soft as we do
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # alpha of the balancing loss
     router_z_loss_coef: float = 0.0

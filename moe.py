@@ -71,7 +71,10 @@ def sample(logits, step):
 
 
 def within_capacity(used):
-    """used: (S, E) bool, who goes where. True for the first 1.5 S / E tokens of each expert, False for later ones."""
+    """used: (S, E) bool, who goes where. True for the first 1.5 S / E tokens of each expert, False for later ones.
+
+    S counts one forward pass, so it is a micro-batch that must keep the balance, not the whole batch.
+    """
     capacity = int(CAPACITY_FACTOR * len(used) / used.size(1))
     return used.cumsum(dim=0) <= capacity  # (S, E)
 

@@ -259,6 +259,7 @@ BAD = {
     "--weights=1,2": "3 numbers",
     "--weights=1,two,3": "must be numbers",
     "--weights=1,-2,3": "none of them negative",
+    "--weights=1,nan,3": "none of them negative",
     "--num_experts_per_tok=4": "only 3 experts",
 }
 
