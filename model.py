@@ -247,7 +247,8 @@ class Transformer(nn.Module):
             gates = torch.stack([gates for gates, _ in routed]).unflatten(1, ids.shape)  # (L, B, T, E)
             stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
             aux_loss = self.config.router_aux_loss_coef * stats["balance_loss"].sum()
-            aux_loss = aux_loss + self.config.router_z_loss_coef * stats["z_loss"].sum()
+            if self.config.router_z_loss_coef:  # else it is for the log alone, and needs no backward pass
+                aux_loss = aux_loss + self.config.router_z_loss_coef * stats["z_loss"].sum()
         return Output(logits, loss, aux_loss, gates, stats)
 
     def _loss(self, x, targets):
