@@ -5,7 +5,7 @@ data_dir = "out/smoke/data"
 domain = "all"
 
 hidden_size = 32
-intermediate_size = 88
+intermediate_size = 96
 num_hidden_layers = 2
 num_attention_heads = 2
 num_key_value_heads = 1
