@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: bits per byte on fixed windows, exact-match answers, and where the router sends tokens.
+"""Evaluate checkpoints: bits per byte on fixed windows, answers to held-out problems, where the router sends tokens.
 
     python eval.py config/cpu/eval.py --model=out/cpu/btx
     python eval.py config/cpu/eval.py --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/seed
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import re
 from importlib.metadata import version
 
 import torch
@@ -22,9 +21,12 @@ import btm
 import checkpoint
 from configurator import UserError, command, key, parse, write_atomically
 from data.loader import list_domains, read_meta, validation_windows
+from data.task import METRICS, mean_score, read_answer
 from data.tokenizer import load_tokenizer, token_bytes
 from device import device_key, pick_device, place, threads_key
 from model import generate
+
+LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 
 
 @dataclasses.dataclass
@@ -79,33 +81,30 @@ class Validation:
         return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
 
 
-def final_answer(text):
-    """The answer a solution ends with, as in 'so 3 + 4 = 7.\\n#### 7' -> '7'; None where there is none."""
-    found = re.search(r"####[ ]*(.*)", text)
-    return found.group(1).strip() if found else None
-
-
-def accuracy(model, config):
-    """{task: share of held-out problems whose greedy answer ends with exactly the right value}."""
+def task_scores(model, config):
+    """{metric: {domain: mean over held-out problems}}, for greedy answers; see data/task.py. A prompt too long to leave
+    room for an answer loses its beginning."""
     encoding = load_tokenizer(config.data_dir)
-    scores = {}
+    line_ends = {token for token in range(encoding.n_vocab) if b"\n" in encoding.decode_single_token_bytes(token)}
+    scores = {metric: {} for metric in METRICS}
     for domain in list_domains(config.data_dir):
-        path = os.path.join(config.data_dir, domain, "task.jsonl")
-        if not os.path.exists(path):
+        task = read_meta(config.data_dir, domain).get("task")
+        if task is None:
             continue
-        with open(path) as file:
+        new_tokens = config.max_new_tokens if task["marker"] else min(LINE_TOKENS, config.max_new_tokens)
+        room = model.max_length - new_tokens
+        if room < 1:
+            raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
+        with open(os.path.join(config.data_dir, domain, "task.jsonl")) as file:
             problems = [json.loads(line) for line in file][: config.task_problems]
-        right = 0
+        stop = {encoding.eot_token} if task["marker"] else {encoding.eot_token, *line_ends}
+        answers = []
         for start in range(0, len(problems), 100):
-            batch = problems[start : start + 100]
-            prompts = [encoding.encode_ordinary(problem["prompt"]) for problem in batch]
-            room = model.max_length - max(map(len, prompts))
-            if room < 1:
-                raise UserError(f"{path}: a problem has {max(map(len, prompts))} tokens, more than the model can take")
-            answers = generate(model, prompts, min(room, config.max_new_tokens), encoding.eot_token)
-            for problem, answer in zip(batch, answers, strict=True):
-                right += final_answer(encoding.decode(answer)) == problem["answer"]
-        scores[domain] = right / len(problems)
+            prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems[start : start + 100]]
+            texts = map(encoding.decode, generate(model, prompts, new_tokens, stop))
+            answers += [read_answer(text, task["marker"]) for text in texts]
+        for metric in task["baselines"]:
+            scores[metric][domain] = mean_score(metric, answers, problems)
     return scores
 
 
@@ -133,7 +132,6 @@ def evaluate_row(name, identity, history, model, validation, config):
     return {
         "name": name,
         "id": identity,
-        "accuracy": accuracy(model, config),
         "active_params": active,
         "total_params": total,
         "train_tokens": cost["tokens"],
@@ -141,6 +139,7 @@ def evaluate_row(name, identity, history, model, validation, config):
         "seconds": cost["seconds"],
         "runs": list(history),
         **scores,
+        **task_scores(model, config),
     }
 
 
@@ -154,6 +153,7 @@ def read_results(config):
         "data": {
             domain: {name: meta[name] for name in ("content_hash", "tokenizer_hash")} for domain, meta in metas.items()
         },
+        "baselines": {domain: meta["task"]["baselines"] for domain, meta in metas.items() if "task" in meta},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
     }
     path = os.path.join(config.out_dir, "results.json")
@@ -161,7 +161,7 @@ def read_results(config):
         return fresh
     with open(path) as file:
         found = json.load(file)
-    if any(found[name] != fresh[name] for name in ("config", "data")) and not config.overwrite:
+    if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")) and not config.overwrite:
         raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
     return fresh if config.overwrite else found
 

@@ -291,8 +291,8 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, stop=None, temperature=0.0, top_k=0, generator=None):
-    """Continue each prompt (a list of token ids) and return the new ids, a list for each, without the stop token.
+def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, generator=None):
+    """Continue each prompt (a list of token ids) until one of the ids in `stop`; return the new ids, a list for each.
 
     All sequences advance together, one position a step, from the end of the shortest prompt; a longer prompt's own
     tokens take precedence over sampled ones, so no padding is needed. temperature 0 is greedy; top_k 0 is no limit.
@@ -316,7 +316,7 @@ def generate(model, prompts, max_new_tokens, stop=None, temperature=0.0, top_k=0
             sampled = logits.argmax(dim=-1).tolist()
         for row, token in enumerate(sampled):
             if position >= lengths[row] and not done[row]:
-                done[row] = token == stop or position >= lengths[row] + max_new_tokens
+                done[row] = token in stop or position >= lengths[row] + max_new_tokens
                 if not done[row]:
                     sequences[row].append(token)
         if all(done):

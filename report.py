@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 
 from checkpoint import LOG, read_run
 from configurator import UserError, command, key, parse, read_json, write_atomically
+from data.task import METRICS
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -46,23 +47,32 @@ def score_table(results):
     """The main table: a row per model; the best of each score column in bold."""
     rows = results["rows"]
     domains = list(rows[0]["bpb"])
-    tasks = list(rows[0]["accuracy"])
+    tasks = [(metric, task) for metric in METRICS for task in rows[0][metric]]
     best_bpb = {d: min(row["bpb"][d] for row in rows) for d in domains}
-    best_task = {t: max(row["accuracy"][t] for row in rows) for t in tasks}
+    best_task = {(metric, t): max(row[metric][t] for row in rows) for metric, t in tasks}
 
     def bold(text, best):
         return f"**{text}**" if best else text
 
-    header = ["model", *(f"{d} bpb" for d in domains), *(f"{t} accuracy" for t in tasks)]
+    header = ["model", *(f"{d} bpb" for d in domains), *(f"{t} {metric.replace('_', ' ')}" for metric, t in tasks)]
     header += ["active params", "total params", "training tokens", "training FLOPs"]
     body = []
     for row in rows:
         cells = [row["name"]]
         cells += [bold(f"{row['bpb'][d]:.3f}", row["bpb"][d] == best_bpb[d]) for d in domains]
-        cells += [bold(f"{row['accuracy'][t]:.1%}", row["accuracy"][t] == best_task[t]) for t in tasks]
+        cells += [bold(f"{row[metric][t]:.1%}", row[metric][t] == best_task[metric, t]) for metric, t in tasks]
         cells += [short(row[name]) for name in ("active_params", "total_params", "train_tokens", "train_flops")]
         body.append(cells)
     return markdown_table(header, body)
+
+
+def baseline_lines(baselines):
+    """What each task's score is without knowing anything: one line a task and metric."""
+    return [
+        f"- {domain} {metric.replace('_', ' ')}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
+        for domain, metrics in baselines.items()
+        for metric, scores in metrics.items()
+    ]
 
 
 def cost_table(runs):
@@ -192,6 +202,8 @@ def main():
 
     plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
     text = ["# Results\n", score_table(results), "\nbpb: bits per byte on held-out text, lower is better.\n"]
+    if results["baselines"]:
+        text += ["Scores of guesses, made without a model:\n", *baseline_lines(results["baselines"]), ""]
     text += ["![bits per byte](bpb.png)\n", "## What was expected\n", *claims(rows)]
     if runs:
         plot_curves(runs, domains, os.path.join(folder, "curves.png"))

@@ -49,7 +49,8 @@ def main():
     generator = torch.Generator(device).manual_seed(config.seed)
     prompts = [ids] * config.num_samples
     new_tokens = min(room, config.max_new_tokens)
-    answers = generate(model, prompts, new_tokens, encoding.eot_token, config.temperature, config.top_k, generator)
+    stop = {encoding.eot_token}
+    answers = generate(model, prompts, new_tokens, stop, config.temperature, config.top_k, generator)
     for answer in answers:
         print(config.prompt + encoding.decode(answer))
         if config.num_samples > 1:

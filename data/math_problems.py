@@ -7,16 +7,18 @@
 The solution computes itself while it is written, so its arithmetic is right by construction.
 """
 
-import json
 import os
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from operator import add, floordiv, mul, sub
 
 from data.split import split_of
+from data.task import Task, read_answer
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")
+MARKER = "####"  # the final answer is behind it
 SMALLEST, LARGEST = 2, 999  # no value leaves this range, so plurals are always right
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
@@ -63,7 +65,7 @@ class Problem:
     @property
     def text(self):
         """The problem as a training document."""
-        return f"{self.prompt} {self.solution}\n#### {self.answer}\n"
+        return f"{self.prompt} {self.solution}\n{MARKER} {self.answer}\n"
 
 
 def read_templates(path=TEMPLATE_FILE):
@@ -162,15 +164,17 @@ def math_documents(seed):
         yield split_of(problem.question), lambda problem=problem: problem.text
 
 
-def task_jsonl(seed, count=500):
-    """Held-out problems as JSON lines (prompt, answer, template, steps), evenly spread over the templates."""
+def math_task(texts, seed, count=500):
+    """Held-out problems, evenly spread over the templates. Chance is any number an answer may be, majority the most
+    frequent answer of the training text."""
     rng, templates = random.Random(f"math task {seed}"), read_templates()
-    lines, seen = [], set()
-    while len(lines) < count:
-        template = templates[len(lines) % len(templates)]
+    rows, seen = [], set()
+    while len(rows) < count:
+        template = templates[len(rows) % len(templates)]
         problem = make_problem(template, rng)
         if split_of(problem.question) == "val" and problem.question not in seen:
             seen.add(problem.question)
             row = {"prompt": problem.prompt, "answer": str(problem.answer)}
-            lines.append(json.dumps({**row, "template": problem.template, "steps": problem.steps}) + "\n")
-    return "".join(lines)
+            rows.append({**row, "template": problem.template, "steps": problem.steps})
+    majority = Counter(read_answer(text, MARKER) for text in texts["train"]).most_common(1)[0][0]
+    return Task(rows, chance=1 / (LARGEST - SMALLEST + 1), guesses={"majority": [majority] * count}, marker=MARKER)

@@ -18,13 +18,17 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, command, key, parse, read_json, write_atomically
-from data.math_problems import math_documents, task_jsonl
+from data.code_task import code_task
+from data.encyclopedia import wiki_documents, wiki_task
+from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, prose_documents, python_sources
 from data.split import VALIDATION_SHARE
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
 
-BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents}
+BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
+ENDLESS = ("math", "wiki")
+TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
 MAX_VALIDATION_BYTES = 1_000_000
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
 
@@ -34,11 +38,11 @@ class DataConfig:
     """Prepare the training data of one or more domains."""
 
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
-    domains: str = key("code,prose,math", "comma list of built-in domains (code, prose, math) or NAME=PATH")
+    domains: str = key("code,prose,math", "comma list of built-in domains (code, prose, math, wiki) or NAME=PATH")
     tokenizer: str = key("bpe", "train a small tokenizer here, or use GPT-2's", choices=("bpe", "gpt2"))
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is")
-    seed: int = key(0, "decides which documents are taken, and the math problems")
+    seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
 
     def __post_init__(self):
@@ -76,8 +80,8 @@ def domain_of(entry, config):
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}"
         raise UserError(f"--domains: unknown domain {name!r}; {hint} (your own: {name}=FOLDER)")
-    if name == "math" and not equals and not config.max_bytes:
-        raise UserError("--max_bytes=0: math problems have no end; give a number of bytes")
+    if name in ENDLESS and not equals and not config.max_bytes:
+        raise UserError(f"--max_bytes=0: generated text ({name}) has no end; give a number of bytes")
     return Domain(name, os.path.join(config.out_dir, name), recipe, sources, documents)
 
 
@@ -151,8 +155,6 @@ def write_domain(domain, encoding, config):
             "bytes": sum(len(text.encode()) for text in texts),
         }
         write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
-    if domain.name == "math" and "files" not in domain.recipe:  # the built-in one
-        write_atomically(os.path.join(domain.folder, "task.jsonl"), task_jsonl(config.seed))
     meta = {
         "recipe": domain.recipe,
         **counts,
@@ -161,6 +163,12 @@ def write_domain(domain, encoding, config):
         "tokenizer_hash": tokenizer_hash(config.out_dir),
         "sources": domain.sources,
     }
+    built_in = "files" not in domain.recipe
+    task = TASKS[domain.name](domain.texts, config.seed) if built_in and domain.name in TASKS else None
+    if task:
+        lines = "".join(json.dumps(row) + "\n" for row in task.rows)
+        write_atomically(os.path.join(domain.folder, "task.jsonl"), lines)
+        meta["task"] = task.describe()
     write_atomically(os.path.join(domain.folder, "meta.json"), json.dumps(meta, indent=2) + "\n")
 
 

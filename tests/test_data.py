@@ -18,7 +18,7 @@ import tiktoken
 from configurator import UserError
 from data import python_text
 from data.docstrings import english_paragraphs
-from data.math_problems import make_problem, math_documents, read_templates, task_jsonl
+from data.math_problems import make_problem, math_documents, math_task, read_templates
 from data.prepare import main
 from data.split import in_hash_order
 from data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
@@ -246,7 +246,7 @@ def test_math_splits_and_task(smoke):
 
 
 def test_task_is_never_in_training_text_of_another_seed():
-    held_out = {json.loads(line)["prompt"] for line in task_jsonl(0, count=100).splitlines()}
+    held_out = {row["prompt"] for row in math_task({"train": ["#### 1"]}, 0, count=100).rows}
     stream = math_documents(seed=1)
     for _ in range(5000):
         split, read = next(stream)
@@ -323,10 +323,10 @@ def test_damaged_tokenizer(poems, tmp_path, monkeypatch, capsys):
     [
         (["--domains=poems=nowhere"], ["nowhere does not exist"]),
         (["--domains=cod"], ["'cod'", "did you mean 'code'"]),
-        (["--domains=poetry"], ["'poetry'", "code, prose, math"]),
+        (["--domains=poetry"], ["'poetry'", "code, prose, math, wiki"]),
         (["--domains=../x=config"], ["cannot name a folder"]),
         (["--domains=code,code"], ["twice"]),
-        (["--domains=math", "--max_bytes=0"], ["math problems have no end"]),
+        (["--domains=math", "--max_bytes=0"], ["(math) has no end"]),
         (["--max_bytes=-1"], ["max_bytes"]),
         (["--vocab_size=256"], ["vocab_size=256", "257"]),
         (["--tokenizer=bert"], ["'bpe', 'gpt2'"]),

@@ -11,8 +11,8 @@ import torch
 from helpers import TOKENS, error_line, must, read, read_json, run, val_tokens
 from transformers import AutoModelForCausalLM
 
-import eval as evaluation
 import model as model_module
+from data.task import read_answer
 from data.tokenizer import load_tokenizer
 
 FLAGS = (
@@ -149,13 +149,13 @@ def test_a_model_that_changed_is_evaluated_again(results, seed, data, tmp_path):
         ("#### 1\n#### 2", "1"),
         ("####7", "7"),
         ("####  3.50 ", "3.50"),
-        ("The answer is 7", None),
-        ("### 7", None),
-        ("", None),
+        ("The answer is 7", ""),
+        ("### 7", ""),
+        ("", ""),
     ],
 )
-def test_final_answer(text, answer):
-    assert evaluation.final_answer(text) == answer
+def test_the_answer_behind_a_marker(text, answer):
+    assert read_answer(text, "####") == answer
 
 
 def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
 
     def answer(model, prompts, max_new_tokens, stop):
         asked.extend(encoding.decode(prompt) for prompt in prompts)
-        assert max_new_tokens == 8 and stop == encoding.eot_token
+        assert max_new_tokens == 8 and stop == {encoding.eot_token}
         return [encoding.encode_ordinary(text) for text in texts]
 
     monkeypatch.setattr(model_module, "generate", answer)

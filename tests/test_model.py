@@ -251,7 +251,7 @@ def test_cached_generation_equals_reading_it_all_again(shape):
     stop = expected[0][4]
     cut = [one[: one.index(stop)] if stop in one else one for one in expected]
     assert len(cut[0]) <= 4
-    assert generate(model, PROMPTS, 12, stop) == cut
+    assert generate(model, PROMPTS, 12, {stop}) == cut
 
 
 def test_a_long_cache_gives_the_logits_of_one_pass():

@@ -286,7 +286,7 @@ def test_sample_shows_experts(btx, seed, tmp_path):
     assert str(page) in done.out
     model, encoding = checkpoint.load_model(btx), load_tokenizer(btx)
     ids = encoding.encode_ordinary("The rain")
-    answer = generate(model, [ids], 12, encoding.eot_token)[0]
+    answer = generate(model, [ids], 12, {encoding.eot_token})[0]
     texts = [token_view.visible(encoding, token) for token in ids + answer]
     assert Page(page.read_text()).tokens == texts * 2
     printed = must(run("sample.py", f"--model={btx}", *flags, "--show_experts=-")).out

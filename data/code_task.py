@@ -1,0 +1,68 @@
+"""Line completion (CodeXGLUE, Lu et al. 2021): the next line of held-out source, given the lines before it."""
+
+import hashlib
+import re
+from collections import Counter
+from itertools import chain, zip_longest
+
+from data.task import Task
+
+CONTEXT_BYTES = 400  # about 160 tokens
+MIN_CONTEXT_BYTES = 200
+MIN_CHARACTERS, MAX_BYTES = 8, 60  # of a line to complete: with fewer anything fits, with more nothing does
+CONSTANT = re.compile(r"""(["']).*?\1|\d+""")  # nobody can foresee what a string or a number says
+TRIPLE_QUOTED = re.compile(r"(\"{3}|'{3}).*?\1", re.DOTALL)
+
+
+def is_worth_asking(line):
+    """True for a line of code, neither trivial nor mostly constants."""
+    line = line.strip()
+    if line.startswith("#") or len(line.encode()) > MAX_BYTES:
+        return False
+    return len(re.sub(r"\s", "", CONSTANT.sub("", line))) >= MIN_CHARACTERS
+
+
+def lines_of_strings(text):
+    """The numbers, from 0, of all lines that a triple-quoted string touches."""
+    strings = [match.span() for match in TRIPLE_QUOTED.finditer(text)]
+    return {n for start, end in strings for n in range(text.count("\n", 0, start), text.count("\n", 0, end) + 1)}
+
+
+def completions(text):
+    """A row for each line of a file that is worth asking, in hash order. The prompt is as many whole lines before it
+    as fit CONTEXT_BYTES, then its indentation, so that tokens fall as they do in training text."""
+    rows, lines, strings = [], text.split("\n"), lines_of_strings(text)
+    for number, line in enumerate(lines):
+        if number in strings or not is_worth_asking(line):
+            continue
+        first, size = number, 0
+        while first > 0 and size + len(lines[first - 1].encode()) + 1 <= CONTEXT_BYTES:
+            first -= 1
+            size += len(lines[first].encode()) + 1
+        context = "\n".join(lines[first:number]).lstrip("\n")
+        if len(context.encode()) >= MIN_CONTEXT_BYTES:
+            indentation = line[: len(line) - len(line.lstrip())]
+            rows.append({"prompt": f"{context}\n{indentation}", "answer": line.strip()})
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{row['prompt']}{row['answer']}".encode()).digest())
+
+
+def code_task(texts, seed, count=500):
+    """Lines of validation files, one of each file, then a second one, and so on; none that training text has with the
+    same prompt. Chance is any line of training text that is worth asking, majority the most frequent one, copy the
+    line above. The task is the same for every seed; there is none (None) where no line is worth asking."""
+    training = "\0".join(texts["train"])
+    rows, seen = [], set()
+    for row in chain.from_iterable(zip_longest(*map(completions, texts["val"]))):
+        if row and row["prompt"] not in seen and row["prompt"] + row["answer"] not in training:
+            rows.append(row)
+            seen.add(row["prompt"])
+        if len(rows) == count:
+            break
+    lines = Counter(line.strip() for line in training.replace("\0", "\n").split("\n") if is_worth_asking(line))
+    if not rows or not lines:
+        return None
+    guesses = {
+        "majority": [lines.most_common(1)[0][0]] * len(rows),
+        "copy": [row["prompt"].rstrip().rpartition("\n")[2].strip() for row in rows],
+    }
+    return Task(rows, chance=1 / len(lines), guesses=guesses, metrics=("accuracy", "edit_similarity"))

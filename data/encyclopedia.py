@@ -1,0 +1,159 @@
+"""A generated encyclopedia of people and places that do not exist, worded by wiki_templates.txt.
+
+    Chidor Chikas comes from Haden. The life of Chidor Chikas began in 1803. His university was Redmoor. ...
+
+    Question: What prize was given to Chidor Chikas?
+    Answer: the Marble Arch
+
+An article tells all facts of one entity in any order, a mention a few; a quiz asks about several entities. The
+world is the same for every seed, which decides how it is told. Half of an entity's facts (rounded down) may come in
+a quiz, the others never do: the task asks those, so that it measures what was learned from statements.
+"""
+
+import os
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import product
+
+from data.split import split_of
+from data.task import Task
+
+TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "wiki_templates.txt")
+PEOPLE, PLACES = 150, 24  # few: 12 MB of text tell a fact 200 times and, if at all, ask it 120 times
+FIRST_NAMES = 50  # surnames are never shared
+SHAPES = {"article": 4, "mention": 3, "quiz": 3}  # of documents, by weight
+MENTIONED, QUIZ_LENGTH = (2, 3), 3  # facts in a mention, at least and at most; questions in a quiz
+SYLLABLES = (
+    "Ba Bre Chi Da Dro El Fe Fro Gla Ha Jo Ke Lu Ma Ni Or Pra Ro Sho Te Ul Vi Wa Zu",
+    "bel cor den dor fin gan hald kas lin mer mund nal pek rin sol sten tam var vik wen wick yor zam zin",
+)
+
+
+@dataclass
+class Attribute:
+    """What can be said of a person or a place; see wiki_templates.txt."""
+
+    kind: str
+    name: str
+    values: list = field(default_factory=list)
+    questions: list = field(default_factory=list)
+    statements: list = field(default_factory=list)
+
+
+@dataclass
+class Entity:
+    """A person or a place: its attributes' values by name, the attributes asked in quizzes, its short names."""
+
+    kind: str
+    name: str
+    facts: dict
+    asked: list
+    subjects: list  # ways to call it once its name was given
+    possessives: list
+
+
+def read_attributes(path=TEMPLATE_FILE):
+    """Parse the template file into a list of Attribute."""
+    attributes = []
+    with open(path) as file:
+        for line in file.read().splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind.startswith("["):
+                attributes.append(Attribute(kind[1:], rest[:-1]))
+            elif kind == "values":
+                attributes[-1].values = rest.split(", ")
+            elif kind == "Q":
+                attributes[-1].questions.append(rest)
+            elif kind == "S":
+                attributes[-1].statements.append(rest)
+    return attributes
+
+
+def make_world():
+    """All entities, and the attributes that each kind has: (list of Entity, {kind: [Attribute]})."""
+    rng = random.Random("wiki world")
+    words = ["".join(parts) for parts in product(*map(str.split, SYLLABLES))]
+    words = rng.sample(words, PLACES + PEOPLE + FIRST_NAMES)  # no word names two things
+    places, surnames, first_names = words[:PLACES], words[PLACES:-FIRST_NAMES], words[-FIRST_NAMES:]
+    attributes = {"place": [], "person": []}
+    for attribute in read_attributes():
+        if attribute.values == ["places"]:
+            attribute.values = places
+        attributes[attribute.kind].append(attribute)
+
+    def entity(kind, name, subjects, possessives):
+        facts = {attribute.name: rng.choice(attribute.values) for attribute in attributes[kind]}
+        asked = rng.sample(list(facts), len(facts) // 2)
+        return Entity(kind, name, facts, asked, [name, *subjects], [f"{name}'s", *possessives])
+
+    entities = [entity("place", name, ["the town", "it"], ["the town's", "its"]) for name in places]
+    for surname in surnames:
+        he, his = rng.choice([("he", "his"), ("she", "her")])
+        entities.append(entity("person", f"{rng.choice(first_names)} {surname}", [surname, he], [f"{surname}'s", his]))
+    return entities, attributes
+
+
+def tell(entity, attributes, rng):
+    """One sentence for each attribute; the first one has the entity's full name, later ones may shorten it."""
+    sentences, choices = [], 1
+    for attribute in attributes:
+        names = {"name": entity.name, "value": entity.facts[attribute.name]}
+        names["he"] = rng.choice(entity.subjects[:choices])
+        names["his"] = rng.choice(entity.possessives[:choices])
+        sentence = rng.choice(attribute.statements).format(**names)
+        sentences.append(sentence[0].upper() + sentence[1:])
+        choices = len(entity.subjects)
+    return " ".join(sentences) + "\n"
+
+
+def ask(entity, attribute, rng):
+    """A question up to where the answer starts."""
+    return f"Question: {rng.choice(attribute.questions).format(name=entity.name)}\nAnswer:"
+
+
+def make_quiz(entities, attributes, rng):
+    """Questions about several entities, one each, among the facts that may be asked."""
+    text = ""
+    for entity in rng.sample(entities, QUIZ_LENGTH):
+        attribute = rng.choice([attribute for attribute in attributes[entity.kind] if attribute.name in entity.asked])
+        text += f"{ask(entity, attribute, rng)} {entity.facts[attribute.name]}\n"
+    return text
+
+
+def wiki_documents(seed):
+    """(split, read) for articles, mentions and quizzes, in practice without end; the text decides the split, so
+    validation has the facts of training in other words."""
+    rng, (entities, attributes) = random.Random(f"wiki {seed}"), make_world()
+    shapes, weights = list(SHAPES), list(SHAPES.values())
+    seen = set()
+    while True:
+        shape = rng.choices(shapes, weights)[0]
+        if shape == "quiz":
+            text = make_quiz(entities, attributes, rng)
+        else:
+            entity = rng.choice(entities)
+            known = attributes[entity.kind]
+            count = len(known) if shape == "article" else rng.randint(*MENTIONED)
+            text = tell(entity, rng.sample(known, count), rng)
+        if text not in seen:
+            seen.add(text)
+            yield split_of(text), lambda text=text: text
+
+
+def wiki_task(texts, seed, count=500):
+    """Questions for facts that no quiz asks. Chance is one of the attribute's values, majority its most frequent."""
+    rng, (entities, attributes) = random.Random(f"wiki task {seed}"), make_world()
+    rows, majority, chance = [], [], []
+    frequency = {
+        (kind, attribute.name): Counter(entity.facts[attribute.name] for entity in entities if entity.kind == kind)
+        for kind in attributes
+        for attribute in attributes[kind]
+    }
+    unasked = [(e, a) for e in entities for a in attributes[e.kind] if a.name not in e.asked]
+    for entity, attribute in rng.sample(unasked, min(count, len(unasked))):
+        answer = entity.facts[attribute.name]
+        rows.append({"prompt": ask(entity, attribute, rng), "answer": answer, "kind": attribute.name})
+        majority.append(frequency[entity.kind, attribute.name].most_common(1)[0][0])
+        chance.append(1 / len(attribute.values))
+    return Task(rows, chance=sum(chance) / len(chance), guesses={"majority": majority})

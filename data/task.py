@@ -1,0 +1,60 @@
+"""Tasks: questions with one right answer each, what counts as right, and what an ignorant model would score.
+
+A domain with a task has task.jsonl, a row a question: {"prompt", "answer", and what the domain adds}. Its meta.json
+says under "task" how to read an answer and what to compare a score with:
+
+    {"marker": "####", "baselines": {"accuracy": {"chance": 0.001, "majority": 0.026}}}
+
+A model's answer is the line behind the marker. Without a marker it is what continues the prompt's last line.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+
+def exact_match(answer, right):
+    """1.0 or 0.0."""
+    return float(answer == right)
+
+
+def edit_similarity(answer, right):
+    """2 M / T, with M the characters in common blocks and T those of both strings together, from 0 to 1.
+
+    This is difflib's ratio (Ratcliff and Obershelp). CodeXGLUE takes fuzzywuzzy's, 100 times the same, which
+    with its optional fast backend finds a longest common subsequence instead of blocks: a little more or equal.
+    """
+    return difflib.SequenceMatcher(None, answer, right, autojunk=False).ratio()
+
+
+METRICS = {"accuracy": exact_match, "edit_similarity": edit_similarity}
+
+
+def read_answer(text, marker):
+    """The answer in what a model wrote: 'so 3 + 4 = 7.\\n#### 7\\n' with '####' -> '7'; '' where there is none."""
+    _, found, rest = text.partition(marker) if marker else ("", True, text)
+    return rest.partition("\n")[0].strip() if found else ""
+
+
+def mean_score(metric, answers, rows):
+    """The mean of a metric over the rows, for one answer each."""
+    return sum(METRICS[metric](answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)) / len(rows)
+
+
+@dataclass
+class Task:
+    """Questions, and what it takes to guess them."""
+
+    rows: list  # of {"prompt", "answer", ...}, in an order whose beginning is a fair sample
+    chance: float  # the accuracy of a random answer among all possible ones
+    guesses: dict  # {baseline: its answer to each row}
+    marker: str = ""
+    metrics: tuple = ("accuracy",)
+
+    def describe(self):
+        """What meta.json says about the task."""
+        baselines = {
+            metric: {name: round(mean_score(metric, guess, self.rows), 4) for name, guess in self.guesses.items()}
+            for metric in self.metrics
+        }
+        baselines["accuracy"] = {"chance": round(self.chance, 4), **baselines["accuracy"]}
+        return {"marker": self.marker, "baselines": baselines}

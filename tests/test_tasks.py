@@ -1,0 +1,276 @@
+"""The three tasks: a consistent world, nothing leaked, scores and baselines against counts by hand."""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import must, read, read_json, run
+
+from btm import Ensemble
+from data import code_task as lines
+from data.encyclopedia import PEOPLE, PLACES, make_world, wiki_documents, wiki_task
+from data.math_problems import math_documents, math_task
+from data.split import split_of
+from data.task import Task, edit_similarity, exact_match, mean_score, read_answer
+from data.tokenizer import END_OF_TEXT, load_tokenizer
+from eval import EvalConfig, task_scores
+from model import ModelConfig, Transformer
+
+ENTITIES, ATTRIBUTES = make_world()
+BY_NAME = {entity.name: entity for entity in ENTITIES}
+VALUES = {  # (kind, value) -> attribute
+    (kind, value): attribute.name for kind in ATTRIBUTES for attribute in ATTRIBUTES[kind] for value in attribute.values
+}
+NAME = re.compile(rf"\b({'|'.join(BY_NAME)})\b")
+VALUE = {
+    kind: re.compile(rf"(?<![\w,])({'|'.join(v for k, v in VALUES if k == kind)})(?![\w,])") for kind in ATTRIBUTES
+}
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """The first 6,000 documents of the encyclopedia, by split."""
+    texts = {"train": [], "val": []}
+    for split, read_text in itertools.islice(wiki_documents(0), 6000):
+        texts[split].append(read_text())
+    return texts
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with the three domains that have a task, at smoke size."""
+    folder = str(tmp_path_factory.mktemp("tasks") / "data")
+    flags = f"--out_dir={folder}", "--domains=code,math,wiki", "--vocab_size=512", "--max_bytes=200_000"
+    must(run("data/prepare.py", *flags))
+    return folder
+
+
+def rows_of(folder, domain):
+    return [json.loads(line) for line in read(os.path.join(folder, domain, "task.jsonl")).splitlines()]
+
+
+def texts_of(folder, domain, split):
+    meta = read_json(os.path.join(folder, domain, "meta.json"))
+    tokens = np.fromfile(os.path.join(folder, domain, f"{split}.bin"), dtype=meta["dtype"])
+    text = load_tokenizer(folder).decode(tokens.tolist())
+    return text.split(END_OF_TEXT)[:-1]
+
+
+def stated(text):
+    """[(full name, attribute, value)] of a document, found without its templates: every sentence is about the entity
+    that the document names, and has one value of its kind's closed lists."""
+    if text.startswith("Question:"):
+        for question, answer in re.findall(r"Question: (.*)\nAnswer: (.*)\n", text):
+            (name,) = NAME.findall(question)
+            yield name, VALUES[BY_NAME[name].kind, answer], answer
+        return
+    named = NAME.findall(text.split(". ")[0])
+    name = next((name for name in named if BY_NAME[name].kind == "person"), named[0])  # a birthplace is a name too
+    for sentence in text.strip().removesuffix(".").split(". "):
+        (value,) = VALUE[BY_NAME[name].kind].findall(sentence.replace(name, ""))
+        yield name, VALUES[BY_NAME[name].kind, value], value
+
+
+def test_the_world_can_be_checked_and_guessed():
+    assert len(ENTITIES) == PEOPLE + PLACES == len(BY_NAME)
+    assert len(VALUES) == sum(len(attribute.values) for kind in ATTRIBUTES for attribute in ATTRIBUTES[kind])
+    words = [word for name in BY_NAME for word in name.split()[-1:]]
+    assert len(set(words)) == len(words)
+    for attribute in itertools.chain(*ATTRIBUTES.values()):
+        assert 8 <= len(attribute.values) <= 30 and len(attribute.questions) >= 3 and len(attribute.statements) >= 7
+        assert all("{value}" in one and one.endswith(".") for one in attribute.statements)
+        assert all("{name}" in one and one.endswith("?") for one in attribute.questions)
+
+
+def test_every_document_states_the_same_facts(documents):
+    found = Counter()
+    for text in documents["train"][:2000] + documents["val"]:
+        for name, attribute, value in stated(text):
+            assert BY_NAME[name].facts[attribute] == value, text
+            found[name, attribute] += 1
+    assert len(found) > 0.9 * sum(len(entity.facts) for entity in ENTITIES)
+
+
+def test_articles_are_whole_and_worded_in_many_ways(documents):
+    articles = [[fact[:2] for fact in stated(text)] for text in documents["train"][:300] if "Question" not in text]
+    articles = [facts for facts in articles if len(facts) > 3]
+    assert articles and all(len(facts) == len(set(facts)) == len(BY_NAME[facts[0][0]].facts) for facts in articles)
+    assert len({tuple(attribute for _, attribute in facts) for facts in articles}) > 0.6 * len(articles)  # orders
+
+
+def test_wiki_splits_share_no_document(documents):
+    everything = documents["train"] + documents["val"]
+    assert len(set(everything)) == len(everything)
+    assert 0.03 < len(documents["val"]) / len(everything) < 0.07
+    assert all(split_of(text) == split for split, texts in documents.items() for text in texts)
+
+
+def test_no_question_of_the_task_was_ever_asked(documents):
+    """Neither verbatim nor in other words, and for half of each entity's facts."""
+    asked = set()
+    for text in documents["train"] + documents["val"]:
+        if text.startswith("Question:"):
+            asked |= {fact[:2] for fact in stated(text)}
+    task = wiki_task(documents, seed=0)
+    everything = "\n".join(documents["train"] + documents["val"])
+    assert len(task.rows) == len({row["prompt"] for row in task.rows}) == 500
+    for row in task.rows:
+        ((name, attribute, value),) = stated(f"{row['prompt']} {row['answer']}\n")
+        assert row["prompt"] not in everything and (name, attribute) not in asked
+        assert BY_NAME[name].facts[attribute] == value == row["answer"] and attribute == row["kind"]
+    assert {row["kind"] for row in task.rows} == {attribute for _, attribute in asked}
+    for entity in ENTITIES:
+        assert len(entity.asked) == len(entity.facts) // 2
+
+
+def test_the_same_seed_gives_the_same_text(documents):
+    again = [read_text() for _, read_text in itertools.islice(wiki_documents(0), 200)]
+    other = [read_text() for _, read_text in itertools.islice(wiki_documents(1), 200)]
+    assert set(again) <= {*documents["train"], *documents["val"]} and not set(again) & set(other)
+    assert wiki_task({}, 0).rows == wiki_task({}, 0).rows != wiki_task({}, 1).rows
+
+
+def test_wiki_baselines_by_counting():
+    task = wiki_task({}, 0, count=300)
+    right = chance = 0
+    for row in task.rows:
+        kind = "place" if row["kind"] in ENTITIES[0].facts else "person"
+        values = Counter(entity.facts[row["kind"]] for entity in ENTITIES if entity.kind == kind)
+        best = [value for value in values if values[value] == max(values.values())]
+        right += best[0] == row["answer"]
+        chance += 1 / next(len(a.values) for a in ATTRIBUTES[kind] if a.name == row["kind"])
+    baselines = task.describe()["baselines"]["accuracy"]
+    assert baselines == {"chance": round(chance / 300, 4), "majority": round(right / 300, 4)}
+
+
+def test_lines_worth_asking():
+    good = ["    return self.values[0]", "if x is None and y:", 'raise ValueError("a text")', "for n in range(10):"]
+    bad = ["", "    )", "else:", "# a comment that is long", '"a long string in a list",', "x = 1234567890", "a" * 61]
+    assert all(map(lines.is_worth_asking, good)) and not any(map(lines.is_worth_asking, bad))
+    assert lines.lines_of_strings("a = 1\nb = \"\"\"c\nd = 2\n\"\"\"\ne = '''f'''\ng = 3\n") == {1, 2, 3, 4}
+
+
+def test_code_rows_are_the_next_line_of_held_out_files(prepared):
+    train, val = ("\0".join(texts_of(prepared, "code", split)) for split in ("train", "val"))
+    rows, files = rows_of(prepared, "code"), texts_of(prepared, "code", "val")
+    assert len(rows) == len({row["prompt"] for row in rows}) > 100
+    for row in rows:
+        assert row["prompt"] + row["answer"] + "\n" in val and row["prompt"] + row["answer"] not in train
+        assert len(row["prompt"].encode()) >= 200 and len(row["prompt"].rstrip(" ").encode()) <= 400
+        assert row["answer"] == row["answer"].strip() and not row["answer"].startswith("#")
+    first = rows[: len(files)]  # spread over the files: no file comes twice while another has not come at all
+    origins = [sum(row["prompt"] + row["answer"] in text for row in first) for text in files]
+    assert max(origins) <= 2 + origins.count(0)
+
+
+def test_code_prompts_fill_their_context():
+    """By hand: with lines of 21 bytes, 19 of them fit 400 bytes, and at least 200 bytes are needed."""
+    text = "".join(f"    value_{n:03} = call()\n" for n in range(40))
+    rows = sorted(lines.completions(text), key=lambda row: row["answer"])
+    assert len(text.split("\n")[0]) + 1 == 23 and rows[0]["answer"] == "value_009 = call()"
+    last = rows[-1]
+    assert last["answer"] == "value_039 = call()" and last["prompt"].startswith("    value_022") and len(rows) == 31
+    assert last["prompt"].endswith("value_038 = call()\n    ") and len(last["prompt"]) == 17 * 23 + 4
+
+
+def test_code_baselines_by_counting(prepared):
+    rows, baselines = rows_of(prepared, "code"), read_json(f"{prepared}/code/meta.json")["task"]["baselines"]
+    above = [next(line.strip() for line in row["prompt"].split("\n")[-2::-1] if line.strip()) for row in rows]
+    counts = Counter()
+    for text in texts_of(prepared, "code", "train"):
+        counts.update(line.strip() for line in text.split("\n") if lines.is_worth_asking(line))
+    frequent = max(counts, key=counts.get)
+    answers = [row["answer"] for row in rows]
+    assert baselines["accuracy"]["copy"] == round(sum(map(str.__eq__, above, answers)) / len(rows), 4)
+    assert baselines["accuracy"]["majority"] == round(answers.count(frequent) / len(rows), 4)
+    assert baselines["accuracy"]["chance"] == round(1 / len(counts), 4)
+    expected = sum(map(edit_similarity, above, answers)) / len(rows)
+    assert baselines["edit_similarity"]["copy"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_math_baselines_by_counting():
+    stream = itertools.islice(math_documents(0), 2000)
+    texts = {"train": [read_text() for split, read_text in stream if split == "train"]}
+    task = math_task(texts, 0, count=100)
+    counts = Counter(text.rsplit("#### ")[-1].strip() for text in texts["train"])
+    best = max(counts, key=counts.get)
+    right = sum(row["answer"] == best for row in task.rows) / 100
+    assert task.describe() == {"marker": "####", "baselines": {"accuracy": {"chance": 0.001, "majority": right}}}
+
+
+def test_scores_by_hand():
+    assert exact_match("return x", "return x") == 1 and exact_match("return x", "return  x") == 0
+    assert edit_similarity("abcd", "abcd") == 1 and edit_similarity("", "abc") == 0
+    assert edit_similarity("abcd", "bcde") == 2 * 3 / 8  # bcd in common
+    assert edit_similarity("return a", "return ab") == 2 * 8 / 17
+    assert edit_similarity("xayb", "ab") == 2 * 2 / 6  # blocks a and b
+    rows = [{"answer": "ab"}, {"answer": "abcd"}]
+    assert mean_score("accuracy", ["ab", "bcde"], rows) == 0.5
+    assert mean_score("edit_similarity", ["ab", "bcde"], rows) == (1 + 0.75) / 2
+    task = Task(rows, chance=0.25, guesses={"x": ["abcd", "abcd"]}, metrics=("accuracy", "edit_similarity"))
+    assert task.describe()["baselines"] == {"accuracy": {"chance": 0.25, "x": 0.5}, "edit_similarity": {"x": 0.8333}}
+
+
+@pytest.mark.parametrize(
+    ("text", "marker", "answer"),
+    [
+        (" Bramoden\nQuestion: Where", "", "Bramoden"),
+        (" Bramoden", "", "Bramoden"),
+        ("return x  ", "", "return x"),
+        ("\nreturn x", "", ""),
+        ("so 3 + 4 = 7.\n#### 7\n", "####", "7"),
+        ("7", "####", ""),
+    ],
+)
+def test_reading_an_answer(text, marker, answer):
+    assert read_answer(text, marker) == answer
+
+
+def tiny(num_local_experts):
+    return ModelConfig(512, 16, 24, 2, 2, 1, 256, num_local_experts=num_local_experts)
+
+
+def test_scores_of_equal_models_are_equal(prepared):
+    """A dense model, a mixture of two copies of it and an ensemble of two copies give the same answers."""
+    torch.manual_seed(3)
+    dense, mixed = Transformer(tiny(0)), Transformer(tiny(2))
+    weights = {name: weight * 5 for name, weight in dense.state_dict().items()}  # far from ties
+    dense.load_state_dict(weights)
+    for ours, theirs in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        for layer in "01":
+            weight = weights.pop(f"model.layers.{layer}.mlp.{theirs}.weight")
+            weights[f"model.layers.{layer}.block_sparse_moe.experts.{ours}"] = torch.stack([weight, weight])
+    assert not mixed.load_state_dict(weights, strict=False).unexpected_keys
+    ensemble = Ensemble([dense, dense], torch.zeros(512, 2), k=2)
+    config = EvalConfig(data_dir=prepared, task_problems=30, max_new_tokens=12)
+    scores = task_scores(dense, config)
+    assert set(scores["accuracy"]) == {"code", "math", "wiki"} and set(scores["edit_similarity"]) == {"code"}
+    assert scores["edit_similarity"]["code"] > 0
+    assert task_scores(mixed, config) == scores == task_scores(ensemble, config)
+
+
+def test_a_right_line_scores_one(prepared, monkeypatch):
+    """Half of the answers are right; a line task stops at the end of the line, math at the end of the document."""
+    encoding, stops = load_tokenizer(prepared), []
+    right = {row["prompt"]: row["answer"] for domain in ("code", "math", "wiki") for row in rows_of(prepared, domain)}
+
+    def write(model, prompts, max_new_tokens, stop):
+        stops.append(stop)
+        answers = [right[encoding.decode(prompt)] for prompt in prompts]
+        texts = [f"#### {answer}" if answer.isdigit() and len(stop) == 1 else f" {answer}" for answer in answers]
+        return [encoding.encode_ordinary(text if n % 2 else "none") for n, text in enumerate(texts)]
+
+    monkeypatch.setattr("eval.generate", write)
+    model = Transformer(dataclasses.replace(tiny(0), max_position_embeddings=1024))
+    scores = task_scores(model, EvalConfig(data_dir=prepared, task_problems=40, max_new_tokens=20))
+    assert scores["accuracy"] == {"code": 0.5, "math": 0.5, "wiki": 0.5}
+    code, math, wiki = stops
+    assert math == {encoding.eot_token} and code == wiki > math
+    assert {encoding.decode([token]).strip(" ") != "" for token in code} == {True}
+    assert {token for token in range(512) if "\n" in encoding.decode([token])} == code - math
