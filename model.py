@@ -211,8 +211,10 @@ class Transformer(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, std=0.02):
-        """All matrices normal(0, std), but those that write to the residual stream std / sqrt(2 L); norms 1."""
+    def init_weights(self):
+        """All matrices normal with std = 0.02 sqrt(768 / D): GPT-2's 0.02 at its width, and the same size of outputs at
+        any other. Those that write to the residual stream have std / sqrt(2 L); norms are 1."""
+        std = 0.02 * math.sqrt(768 / self.config.hidden_size)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 to_residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))

@@ -12,11 +12,11 @@ num_key_value_heads = 4
 max_position_embeddings = 256
 tie_word_embeddings = True  # the embedding is a quarter of the model
 
-max_steps = 2000
+max_steps = 2400
 batch_size = 8  # 2,048 tokens: models this small learn more from many small steps
 micro_batch_size = 8
 sequence_length = 256
-learning_rate = 5e-3
+learning_rate = 1.5e-2
 warmup_steps = 100
-eval_interval = 250
-save_interval = 250
+eval_interval = 300
+save_interval = 300
