@@ -62,8 +62,9 @@ def read_model_config(folder):
     """Read config.json of our own or of a Llama- or Mixtral-shaped Hugging Face checkpoint."""
     path = os.path.join(folder, "config.json")
     found = read_json(path, "name a checkpoint folder, such as one that train.py wrote")
-    if found.get("model_type") not in ("llama", "mixtral"):
-        raise UserError(f"{path}: model_type {found.get('model_type')!r} is neither 'llama' nor 'mixtral'")
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind not in ("llama", "mixtral"):
+        raise UserError(f"{path}: model_type {kind!r} is neither 'llama' nor 'mixtral'")
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     unsupported = {
         "rope scaling": rope.get("rope_type", "default") != "default",

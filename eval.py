@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import btm
 import checkpoint
-from configurator import UserError, command, key, parse, write_atomically
+from configurator import UserError, command, key, parse, read_json, write_atomically
 from data.loader import list_domains, read_meta, validation_windows
 from data.task import METRICS, mean_score, read_answer
 from data.tokenizer import load_tokenizer, token_bytes
@@ -37,10 +37,10 @@ class EvalConfig:
     experts: str = key("", "checkpoint folders to run as an ensemble: rows btm-top1 and btm-top2")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    sequence_length: int = key(256, "tokens a validation window")
-    eval_windows: int = key(128, "validation windows per domain")
-    task_problems: int = key(200, "held-out problems per task, answered by greedy decoding")
-    max_new_tokens: int = key(128, "the longest answer, in tokens")
+    sequence_length: int = key(256, "tokens a validation window", minimum=1)
+    eval_windows: int = key(128, "validation windows per domain", minimum=1)
+    task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", minimum=1)
+    max_new_tokens: int = key(128, "the longest answer, in tokens", minimum=1)
     device: str = device_key()
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
     threads: int = threads_key()
@@ -159,8 +159,7 @@ def read_results(config):
     path = os.path.join(config.out_dir, "results.json")
     if not os.path.exists(path):
         return fresh
-    with open(path) as file:
-        found = json.load(file)
+    found = read_json(path, "delete it and run again")
     if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")) and not config.overwrite:
         raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
     return fresh if config.overwrite else found
@@ -176,6 +175,9 @@ def main():
     os.makedirs(config.out_dir, exist_ok=True)
     rows = {row["name"]: row for row in results["rows"]}
     todo = list(load_rows(config))
+    names = [name for name, *_ in todo]
+    if len(set(names)) < len(names):
+        raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
     checkpoint.same_tokenizer([config.data_dir, *filter(None, f"{config.model},{config.experts}".split(","))])
     for name, identity, history, load in tqdm(todo, desc="evaluate", unit="model"):
         if name not in rows or rows[name]["id"] != identity:
