@@ -227,11 +227,17 @@ class Recorder:
 
 
 def check_sizes(config, model, processes):
-    """Raise UserError unless sequences fit the model, and batches the processes."""
+    """Raise UserError unless sequences and tokens fit the model, and batches the processes."""
     if config.sequence_length > model.config.max_position_embeddings:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than the model's "
             f"max_position_embeddings={model.config.max_position_embeddings}; shorten it"
+        )
+    entries = checkpoint.vocab_size(config.data_dir)
+    if entries > model.config.vocab_size:
+        raise UserError(
+            f"{config.data_dir} has a tokenizer of {entries} entries, the model's vocab_size is only "
+            f"{model.config.vocab_size}; prepare the data with the model's tokenizer"
         )
     if config.batch_size % (config.micro_batch_size * processes.world):
         raise UserError(
