@@ -8,6 +8,7 @@ Nothing is computed on models here: every number comes from results.json, routin
 import dataclasses
 import json
 import os
+import statistics
 
 import matplotlib
 
@@ -113,23 +114,26 @@ def read_log(folder):
 
 
 def plot_curves(runs, domains, path):
-    """Bits per byte against training FLOPs, each run starting where the training behind it ends."""
+    """Bits per byte against training FLOPs, each run starting where the training behind it ends.
+
+    A panel ends at 1.3 times what the first run (the seed) came to: a curve that leaves it forgets that domain.
+    """
     figure, axes = plt.subplots(1, len(domains), figsize=(3.1 * len(domains), 3.2), sharex=True)
+    logs = {folder: read_log(folder) for folder in runs}
     for i, (folder, run) in enumerate(runs.items()):
         before = sum(cost["flops"] for name, cost in run["history"].items() if name != folder)
-        lines = read_log(folder)
         for axis, domain in zip(axes, domains, strict=True):
             axis.plot(
-                [before + line["flops"] for line in lines],
-                [line["bpb"][domain] for line in lines],
+                [before + line["flops"] for line in logs[folder]],
+                [line["bpb"][domain] for line in logs[folder]],
                 color=COLOURS[i % len(COLOURS)],
                 linestyle=STYLES[i % len(STYLES)],
                 label=os.path.basename(folder),
             )
     for axis, domain in zip(axes, domains, strict=True):
-        values = [line["bpb"][domain] for folder in runs for line in read_log(folder)[1:]]
-        low, high = min(values), sorted(values)[int(0.95 * (len(values) - 1))]
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))  # the first steps would squeeze the rest
+        low = min(line["bpb"][domain] for log in logs.values() for line in log)
+        high = 1.3 * next(iter(logs.values()))[-1]["bpb"][domain]
+        axis.set_ylim(low - 0.05 * (high - low), high)
         axis.set_title(domain if domain != "avg" else "average")
         axis.set_xlabel("training FLOPs")
         axis.grid(alpha=0.3)
@@ -141,53 +145,29 @@ def plot_curves(runs, domains, path):
 
 
 def plot_bpb(rows, domains, path):
-    """One panel a domain, one dot a model, its value beside it; the best is filled black."""
-    figure, axes = plt.subplots(
-        1, len(domains), figsize=(2.7 * len(domains) + 0.8, 0.32 * len(rows) + 1.1), sharey=True
-    )
-    names = [row["name"] for row in rows]
+    """One panel a domain, one dot a model, its value beside it; the best is black.
+
+    Values beyond 1.2 times the median stand at the edge, as an arrow: forgotten domains would squeeze the rest.
+    """
+    size = (2.7 * len(domains) + 0.8, 0.32 * len(rows) + 1.1)
+    figure, axes = plt.subplots(1, len(domains), figsize=size, sharey=True)
     for axis, domain in zip(axes, domains, strict=True):
         values = [row["bpb"][domain] for row in rows]
-        best = min(values)
-        axis.hlines(range(len(rows)), best, values, color="#bbbbbb")
-        axis.scatter(values, range(len(rows)), color=["black" if v == best else COLOURS[0] for v in values], zorder=2)
+        best, edge = min(values), 1.2 * statistics.median(values)
         for y, value in enumerate(values):
-            axis.annotate(f"{value:.3f}", (value, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
-        axis.set_xlim(best - 0.05 * (max(values) - best), best + 1.35 * (max(values) - best))
+            inside = value <= edge
+            style = {"color": "black" if value == best else COLOURS[0], "marker": "o" if inside else ">", "zorder": 2}
+            axis.hlines(y, best, min(value, edge), color="#bbbbbb")
+            axis.scatter(min(value, edge), y, **style)
+            axis.annotate(f"{value:.3f}", (min(value, edge), y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        axis.set_xlim(best - 0.07 * (edge - best), edge + 0.35 * (edge - best))
         axis.set_title(domain if domain != "avg" else "average")
         axis.set_xlabel("bits per byte")
-    axes[0].set_yticks(range(len(rows)), names)
+    axes[0].set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def routing_table(models):
-    """From routing.json: what the routers learned, layer by layer."""
-    layers = range(len(models[0]["mutual_information"]))
-    body = []
-    for model in models:
-        domains = model["domains"].values()
-        entropy = [sum(domain["gate_entropy"][layer] for domain in domains) / len(domains) for layer in layers]
-        bits = model["mutual_information"]
-        body.append([f"{model['name']}: expert tells about domain, bits", *(f"{value:.3f}" for value in bits)])
-        body.append([f"{model['name']}: entropy of a token's gates, bits", *(f"{value:.2f}" for value in entropy)])
-        body.append([f"{model['name']}: dead experts", *(", ".join(names) or "-" for names in model["dead"])])
-    return markdown_table(["", *(f"layer {layer}" for layer in layers)], body)
-
-
-def routing_section(folder):
-    """The part of report.md that route.py's files make; empty where route.py has not run."""
-    path = os.path.join(folder, "routing.json")
-    if not os.path.exists(path):
-        return []
-    models = read_json(path, "make it again with route.py")["models"]
-    text = ["\n## Where the routers send tokens\n", "![share of tokens by expert, layer and domain](routing.png)\n"]
-    if any(model["experts_per_token"] > 1 for model in models):
-        text += ["![share of tokens by pair of experts](pairs.png)\n"]
-    pages = ", ".join(f"[{domain}](tokens-{domain}.html)" for domain in models[0]["domains"])
-    return [*text, routing_table(models), f"\n{models[0]['name']} token by token, pages for a browser: {pages}."]
 
 
 def main():

@@ -140,20 +140,21 @@ def pair_rows(entry, domain):
 
 
 def plot_heatmaps(models, rows_of, title, path):
-    """models: entries of routing.json, one column of panels each; rows_of(entry, domain) gives a panel's rows.
+    """models: entries of routing.json, one line of panels each; rows_of(entry, domain) gives a panel's rows.
 
     The middle tone is an even share, the darkest twice that or more.
     """
     domains = list(models[0]["domains"])
-    panels = [[rows_of(entry, domain) for entry in models] for domain in domains]
+    panels = [[rows_of(entry, domain) for domain in domains] for entry in models]
     layers = len(panels[0][0][1][0])
-    height = 0.26 * max(len(names) for names, _ in panels[0]) + 0.45
+    heights = [0.26 * len(line[0][0]) + 0.45 for line in panels]
     width = max(0.36 * layers, 2.2)
-    label = 0.085 * max(len(name) for line in panels for names, _ in line for name in names)
-    size = label + width * len(models) + 0.4, height * len(domains) + 0.9
-    figure, axes = plt.subplots(len(domains), len(models), figsize=size, squeeze=False, layout="constrained")
-    for domain, panel_line, axis_line in zip(domains, panels, axes, strict=True):
-        for entry, (names, rows), axis in zip(models, panel_line, axis_line, strict=True):
+    label = 0.085 * max(len(name) for line in panels for name in line[0][0])
+    size = label + width * len(domains) + 0.4, sum(heights) + 0.6
+    shape = {"figsize": size, "squeeze": False, "layout": "constrained", "height_ratios": heights}
+    figure, axes = plt.subplots(len(models), len(domains), **shape)
+    for entry, panel_line, axis_line in zip(models, panels, axes, strict=True):
+        for domain, (names, rows), axis in zip(domains, panel_line, axis_line, strict=True):
             darkest = 2 / len(rows)
             axis.imshow(rows, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
             for y, row in enumerate(rows):
@@ -161,9 +162,8 @@ def plot_heatmaps(models, rows_of, title, path):
                     ink = "white" if value > 0.7 * darkest else "black"
                     axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
             axis.set_title(f"{entry['name']} reading {domain}", fontsize=9)
-            axis.set_xticks(range(layers), labels=range(layers) if domain == domains[-1] else [], fontsize=8)
-            same = axis is not axis_line[0] and names == panel_line[0][0]
-            axis.set_yticks(range(len(names)), labels=[] if same else names, fontsize=8)
+            axis.set_xticks(range(layers), labels=range(layers) if entry is models[-1] else [], fontsize=8)
+            axis.set_yticks(range(len(names)), labels=names if axis is axis_line[0] else [], fontsize=8)
             axis.tick_params(length=0)
     figure.supxlabel("layer", fontsize=9)
     figure.suptitle(title, fontsize=10)
