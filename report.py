@@ -8,7 +8,6 @@ Nothing is computed on models here: every number comes from results.json, routin
 import dataclasses
 import json
 import os
-import statistics
 
 import matplotlib
 
@@ -147,13 +146,14 @@ def plot_curves(runs, domains, path):
 def plot_bpb(rows, domains, path):
     """One panel a domain, one dot a model, its value beside it; the best is black.
 
-    Values beyond 1.2 times the median stand at the edge, as an arrow: forgotten domains would squeeze the rest.
+    Values beyond 1.5 times the best stand at the edge, as an arrow: forgotten domains would squeeze the rest.
     """
     size = (2.7 * len(domains) + 0.8, 0.32 * len(rows) + 1.1)
     figure, axes = plt.subplots(1, len(domains), figsize=size, sharey=True)
     for axis, domain in zip(axes, domains, strict=True):
         values = [row["bpb"][domain] for row in rows]
-        best, edge = min(values), 1.2 * statistics.median(values)
+        best = min(values)
+        edge = 1.5 * best
         for y, value in enumerate(values):
             inside = value <= edge
             style = {"color": "black" if value == best else COLOURS[0], "marker": "o" if inside else ">", "zorder": 2}
@@ -168,6 +168,19 @@ def plot_bpb(rows, domains, path):
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def routing_section(folder):
+    """The part of report.md that route.py's files make; empty where route.py has not run."""
+    path = os.path.join(folder, "routing.json")
+    if not os.path.exists(path):
+        return []
+    models = read_json(path, "make it again with route.py")["models"]
+    text = ["\n## Where the routers send tokens\n", "![share of tokens by expert, layer and domain](routing.png)\n"]
+    if any(model["experts_per_token"] > 1 for model in models):
+        text += ["![share of tokens by pair of experts](pairs.png)\n"]
+    pages = ", ".join(f"[{domain}](tokens-{domain}.html)" for domain in models[0]["domains"])
+    return [*text, routing_table(models), f"\n{models[0]['name']} token by token, pages for a browser: {pages}."]
 
 
 def main():
