@@ -170,6 +170,20 @@ def plot_bpb(rows, domains, path):
     plt.close(figure)
 
 
+def routing_table(models):
+    """From routing.json: what the routers learned, layer by layer."""
+    layers = range(len(models[0]["mutual_information"]))
+    body = []
+    for model in models:
+        domains = model["domains"].values()
+        entropy = [sum(domain["gate_entropy"][layer] for domain in domains) / len(domains) for layer in layers]
+        bits = model["mutual_information"]
+        body.append([f"{model['name']}: expert tells about domain, bits", *(f"{value:.3f}" for value in bits)])
+        body.append([f"{model['name']}: entropy of a token's gates, bits", *(f"{value:.2f}" for value in entropy)])
+        body.append([f"{model['name']}: dead experts", *(", ".join(names) or "-" for names in model["dead"])])
+    return markdown_table(["", *(f"layer {layer}" for layer in layers)], body)
+
+
 def routing_section(folder):
     """The part of report.md that route.py's files make; empty where route.py has not run."""
     path = os.path.join(folder, "routing.json")
