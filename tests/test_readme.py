@@ -24,11 +24,3 @@ def test_files_that_the_readme_names_exist():
     names = [part.split(")")[0] for part in read("README.md").split("](")[1:]]
     for name in names:
         assert name.startswith("https://") or os.path.exists(os.path.join(ROOT, name)), name
-
-
-def test_the_lines_that_the_readme_counts():
-    for line in read("README.md").splitlines():
-        cells = [cell.strip() for cell in line.split("|")]
-        if len(cells) == 5 and cells[2].isdigit():
-            name = cells[1].split("](")[1].rstrip(")")
-            assert int(cells[2]) == read(name).count("\n"), f"{name} has {read(name).count(chr(10))} lines"
