@@ -5,11 +5,11 @@ out_dir = "out/cpu/btx"
 data_dir = "out/cpu/data"
 domain = "all"
 
-max_steps = 2000
+max_steps = 2400
 batch_size = 8
 micro_batch_size = 8
 sequence_length = 256
-learning_rate = 3e-3  # twice as much undoes more of what the experts know than it adds (LOG.md)
+learning_rate = 3e-3
 warmup_steps = 50
-eval_interval = 250
-save_interval = 250
+eval_interval = 300
+save_interval = 300
