@@ -4,7 +4,7 @@
 #   bash run.sh          config/cpu: about 10 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
-#   bash run.sh cpu ablate    after that, every variant of the paper: half an hour more
+#   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
 # chooses the domains; PYTHON=python3 uses an environment of your own instead of .venv.
@@ -14,6 +14,7 @@ size=${1:-cpu}
 domains=${DOMAINS:-code prose math}
 config=config/$size
 out=out/$size
+case ${2:-} in "" | ablate) ;; *) echo "error: '$2' is no task; choose ablate or nothing" >&2; exit 2 ;; esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 
@@ -56,4 +57,6 @@ $python report.py --report="$out/report"
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "${2:-}" = ablate ]; then
     $python ablate.py "$config/ablate.py" --experts="$experts,$out/seed"
+    $python route.py --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$out/data" \
+        --out_dir="$out/report/balancing"
 fi
