@@ -2,7 +2,7 @@
 
     model.safetensors   weights under Hugging Face's names (Llama, or Mixtral with one tensor per expert)
     config.json         the model's shape, in Hugging Face's words
-    tokenizer.*         the tokenizer, copied from the data folder
+    tiktoken.json       the tokenizer, copied from the data folder, and its ranks in tokenizer.tiktoken
     run.json            how the weights came to be: recipe, progress, and the cost of every run behind them
     state.pt            weights, optimizer and position, to resume training from
     log.jsonl           one line per evaluation
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from configurator import UserError, atomic_file, read_json, write_atomically
-from data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_hash
+from data.tokenizer import TOKENIZER_FILES, tokenizer_hash
 from model import ModelConfig, Transformer
 
 WEIGHTS = "model.safetensors"
@@ -34,8 +34,8 @@ SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float1
 # ---- the model's shape: config.json ----
 
 
-def write_model_config(folder, config):
-    """Write config.json. Both architectures' defaults differ, so every value is written out."""
+def write_model_config(folder, config, dtype=torch.float32):
+    """Write config.json. Both architectures' defaults differ, so every value is written out. dtype: the weights'."""
     mixed = config.num_local_experts > 0
     shape = dataclasses.asdict(config)
     if not mixed:
@@ -51,9 +51,7 @@ def write_model_config(folder, config):
         "attention_bias": False,
         "mlp_bias": False,
         "sliding_window": None,
-        "bos_token_id": None,
-        "eos_token_id": config.vocab_size - 1,
-        "dtype": "float32",
+        "dtype": str(dtype).removeprefix("torch."),
     }
     write_atomically(os.path.join(folder, "config.json"), json.dumps(shape, indent=2) + "\n")
 
@@ -67,7 +65,7 @@ def read_model_config(folder):
         raise UserError(f"{path}: model_type {kind!r} is neither 'llama' nor 'mixtral'")
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     unsupported = {
-        "rope scaling": rope.get("rope_type", "default") != "default",
+        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "biases": found.get("attention_bias") or found.get("mlp_bias"),
         "a sliding window": found.get("sliding_window"),
         "an activation other than silu": found.get("hidden_act", "silu") != "silu",
@@ -80,9 +78,12 @@ def read_model_config(folder):
     found["expert_names"] = tuple(found.get("expert_names", map(str, range(found.get("num_local_experts", 0)))))
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     try:
-        return ModelConfig(**{name: found[name] for name in names if name in found})
+        config = ModelConfig(**{name: found[name] for name in names if name in found})
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
+    if found.get("head_dim", config.head_dim) != config.head_dim:
+        raise UserError(f"{path}: head_dim {found['head_dim']} is not hidden_size over num_attention_heads")
+    return config
 
 
 # ---- weights: model.safetensors ----
@@ -140,20 +141,21 @@ def save_model(folder, model, data_dir):
 
 
 def copy_tokenizer(source, folder):
-    for name in TOKENIZER_FILES:
-        if os.path.exists(os.path.join(source, name)):
+    """Copy the tokenizer's files, ours or those of a foreign checkpoint."""
+    for name in sorted(os.listdir(source)):
+        if name.startswith(("tiktoken", "tokenizer", "special_tokens", "vocab", "merges")):
             with open(os.path.join(source, name), "rb") as file:
                 write_atomically(os.path.join(folder, name), file.read())
 
 
-def vocab_size(folder):
-    """Entries of the tokenizer in a data or checkpoint folder."""
-    return load_tokenizer(folder).n_vocab
-
-
 def same_tokenizer(folders):
-    """Raise UserError unless all these folders hold the same tokenizer; a foreign checkpoint may hold none of ours."""
-    hashes = {f: tokenizer_hash(f) for f in folders if os.path.exists(os.path.join(f, TOKENIZER_FILES[0]))}
+    """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
+    hashes = {}
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, TOKENIZER_FILES[0])):
+            hashes[folder] = tokenizer_hash(folder)
+        elif os.path.exists(foreign := os.path.join(folder, "tokenizer.json")):  # Hugging Face's
+            hashes[folder] = _fingerprint(foreign)
     for folder, found in hashes.items():
         if found != next(iter(hashes.values())):
             raise UserError(
@@ -236,15 +238,24 @@ def read_run(folder):
 
 
 def parent(folder):
-    """(id, history) of a finished checkpoint; a foreign one is known by its config and the size of its weights."""
+    """(id, history) of a finished checkpoint; a foreign one is known by its config and its weights."""
     run = read_run(folder)
     if run is None:
         shape = dataclasses.asdict(read_model_config(folder))
-        sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(folder) if "model" in entry.name)
-        return recipe_id([shape, sizes]), {}
+        files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+        return recipe_id([shape, *(_fingerprint(os.path.join(folder, name)) for name in files)]), {}
     if not run["finished"]:
         raise UserError(f"{folder} is not finished (step {run['step']}); run its command again, it resumes")
     return run["id"], run["history"]
+
+
+def _fingerprint(path, ends=2**20):
+    """A hash of a file's size, its first MiB and its last: enough to tell two large files apart, and quick."""
+    with open(path, "rb") as file:
+        first = file.read(ends)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - ends))
+        return hashlib.sha256(f"{size} ".encode() + first + file.read()).hexdigest()
 
 
 def find_run(folder, recipe, overwrite):

@@ -298,7 +298,7 @@ def main():
     checkpoint.start_run(config.out_dir, run)
     tensors = mix(origins, shapes, experts, weights, split, new, lambda *stacked: touch_up(config, *stacked))
     checkpoint.write_weights(config.out_dir, shapes, tensors, dtype=experts[0].dtype)
-    checkpoint.write_model_config(config.out_dir, result)
+    checkpoint.write_model_config(config.out_dir, result, experts[0].dtype)
     checkpoint.copy_tokenizer(folders[0], config.out_dir)
     history = {name: cost for _, one in parents.values() for name, cost in one.items()}
     checkpoint.write_run(config.out_dir, {**run, "finished": True, "history": history})

@@ -36,6 +36,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list | None = None  # the token that ends a document
     num_local_experts: int = 0
     # of mixtures alone; Hugging Face knows the first two and ignores the rest, so it computes topk and soft as we do
     num_experts_per_tok: int = 2

@@ -23,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError, atomic_file, command, key, parse
 from data.loader import Batches, parse_mixture, read_meta
+from data.tokenizer import load_tokenizer
 from device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
 from eval import Validation
 from model import ModelConfig, Transformer
@@ -89,10 +90,11 @@ def build_model(config):
         checkpoint.same_tokenizer([config.init_from, config.data_dir])
         return checkpoint.load_model(config.init_from)
     shape = {field.name for field in dataclasses.fields(ModelConfig)} & dataclasses.asdict(config).keys()
-    vocab_size = checkpoint.vocab_size(config.data_dir)
+    encoding = load_tokenizer(config.data_dir)
+    tokens = {"vocab_size": encoding.n_vocab, "eos_token_id": encoding.eot_token}
     torch.manual_seed(config.seed)
     try:
-        return Transformer(ModelConfig(vocab_size=vocab_size, **{name: getattr(config, name) for name in shape}))
+        return Transformer(ModelConfig(**tokens, **{name: getattr(config, name) for name in shape}))
     except ValueError as error:
         raise UserError(f"the model's shape does not fit: {error}") from None
 
@@ -233,7 +235,7 @@ def check_sizes(config, model, processes):
             f"--sequence_length={config.sequence_length} is longer than the model's "
             f"max_position_embeddings={model.config.max_position_embeddings}; shorten it"
         )
-    entries = checkpoint.vocab_size(config.data_dir)
+    entries = load_tokenizer(config.data_dir).n_vocab
     if entries > model.config.vocab_size:
         raise UserError(
             f"{config.data_dir} has a tokenizer of {entries} entries, the model's vocab_size is only "

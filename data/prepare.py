@@ -3,7 +3,7 @@
     python -m data.prepare config/cpu/data.py
     python -m data.prepare config/cpu/data.py --domains=poems=~/poems     # one more, later
 
-writes <out_dir>/tokenizer.{json,tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,meta.json}. What is
+writes <out_dir>/{tiktoken.json,tokenizer.tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,meta.json}. What is
 already there is kept: running the same command again continues, or does nothing.
 """
 
@@ -180,7 +180,7 @@ def keeps_tokenizer(config, names):
     """
     finished = finished_domains(config.out_dir)
     others = [name for name in finished if name not in names or not config.overwrite]
-    if not os.path.exists(os.path.join(config.out_dir, "tokenizer.json")):
+    if not os.path.exists(os.path.join(config.out_dir, "tiktoken.json")):
         if others:
             raise UserError(f"{config.out_dir} has lost the tokenizer of {', '.join(others)}; use another --out_dir")
         return False

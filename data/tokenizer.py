@@ -1,6 +1,6 @@
 """The tokenizer: a short trainer for byte-level BPE, used through tiktoken.
 
-A folder with `tokenizer.json` and `tokenizer.tiktoken` (tiktoken's own rank format) is a
+A folder with `tiktoken.json` and `tokenizer.tiktoken` (tiktoken's own rank format) is a
 tokenizer: data folders hold one, and every checkpoint carries a copy.
 """
 
@@ -18,7 +18,7 @@ import tiktoken
 
 from configurator import UserError, read_json, write_atomically
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken")
+TOKENIZER_FILES = ("tiktoken.json", "tokenizer.tiktoken")
 END_OF_TEXT = "<|endoftext|>"
 
 # What a token may not cross. In this order: a line break with the blank lines and the indentation
@@ -116,7 +116,7 @@ def save_tokenizer(folder, name, vocab_size, texts):
     description["hash"] = _hash(description, "".join(lines))
     write_atomically(os.path.join(folder, "tokenizer.tiktoken"), "".join(lines))
     # Last, because its presence means that the tokenizer is complete.
-    write_atomically(os.path.join(folder, "tokenizer.json"), json.dumps(description, indent=2) + "\n")
+    write_atomically(os.path.join(folder, "tiktoken.json"), json.dumps(description, indent=2) + "\n")
 
 
 def _hash(description, rank_lines):
@@ -127,7 +127,7 @@ def _hash(description, rank_lines):
 def load_tokenizer(folder):
     """The tiktoken.Encoding of a data or checkpoint folder. UserError when a file is missing or damaged."""
     remedy = "prepare the data first (python -m data.prepare), or copy both tokenizer files from where it was prepared"
-    description = read_json(os.path.join(folder, "tokenizer.json"), remedy)
+    description = read_json(os.path.join(folder, "tiktoken.json"), remedy)
     path = os.path.join(folder, "tokenizer.tiktoken")
     try:
         with open(path) as file:
@@ -135,7 +135,7 @@ def load_tokenizer(folder):
     except (OSError, ValueError):
         raise UserError(f"{path} is missing or cannot be read; {remedy}") from None
     if _hash(description, text) != description["hash"]:
-        raise UserError(f"{path} does not belong to the tokenizer.json next to it; {remedy}")
+        raise UserError(f"{path} does not belong to the tiktoken.json next to it; {remedy}")
     ranks = {}
     for line in text.splitlines():
         token, rank = line.split()
@@ -151,7 +151,7 @@ def load_tokenizer(folder):
 
 def tokenizer_hash(folder):
     """The hash (hex) that identifies a folder's tokenizer: two folders with the same one share all ids."""
-    return read_json(os.path.join(folder, "tokenizer.json"), "prepare the data first (python -m data.prepare)")["hash"]
+    return read_json(os.path.join(folder, "tiktoken.json"), "prepare the data first (python -m data.prepare)")["hash"]
 
 
 def token_bytes(encoding):

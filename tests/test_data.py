@@ -313,7 +313,7 @@ def test_damaged_tokenizer(poems, tmp_path, monkeypatch, capsys):
     path.write_text(path.read_text()[:-10])
     with pytest.raises(UserError, match="does not belong"):
         load_tokenizer(tmp_path / "out")
-    os.remove(tmp_path / "out" / "tokenizer.json")
+    os.remove(tmp_path / "out" / "tiktoken.json")
     _, error = run_main(monkeypatch, capsys, *arguments)
     assert "lost the tokenizer of poems" in error
 

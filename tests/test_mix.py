@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import error_line, must, read, read_json, run, val_tokens, weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import checkpoint
 from mix import check_used_once, plan
@@ -133,3 +133,31 @@ def test_a_finished_mixture_is_left_alone(seed, experts, mixed):
     assert "nothing to do" in must(run("mix.py", *flags)).out
     assert os.stat(os.path.join(mixed, "model.safetensors")).st_mtime_ns == before
     assert "seed 1 -> 2" in error_line(run("mix.py", *flags, "--seed=2"))
+
+
+def foreign(folder, seed, tokenizer='{"version": "1.0"}'):
+    """A checkpoint that transformers wrote, with a tokenizer in Hugging Face's own format beside it."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=99, eos_token_id=[7, 8], **shape)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+def test_foreign_checkpoints_keep_their_tokenizer_and_stop_token(tmp_path):
+    folders = [foreign(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    mix = "mix.py", f"--experts={folders[0]},{folders[1]}", f"--out_dir={tmp_path}/mixed"
+    must(run(*mix))
+    assert read(tmp_path / "mixed" / "tokenizer.json") == b'{"version": "1.0"}'
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+    assert model.config.eos_token_id == [7, 8] and model.config.model_type == "mixtral"
+    assert "finished" in must(run(*mix)).out
+    foreign(folders[1], seed=5)  # other weights of the same size in the same place: not the same mixture
+    assert "another run" in error_line(run(*mix))
+
+
+def test_foreign_checkpoints_of_another_tokenizer_are_refused(tmp_path):
+    folders = [foreign(tmp_path / name, 0, tokenizer=f'{{"version": "{name}"}}') for name in "ab"]
+    done = run("mix.py", f"--experts={folders[0]},{folders[1]}", f"--out_dir={tmp_path}/mixed")
+    assert f"{folders[1]} has another tokenizer" in error_line(done)
