@@ -97,10 +97,11 @@ class Ensemble(nn.Module):
 
 def training_mixture(folder, data_dir):
     """{domain: weight} that a checkpoint was trained on, from its run.json."""
-    run = checkpoint.read_run(folder)
-    if run is None or "domain" not in run["recipe"]["config"]:
+    recipe = (checkpoint.read_run(folder) or {}).get("recipe", {})
+    if "domain" not in recipe.get("config", {}):
         raise UserError(f"{folder} does not say what it was trained on (no training run.json), which is needed here")
-    return parse_mixture(run["recipe"]["config"]["domain"], data_dir)
+    text = recipe["config"]["domain"]
+    return parse_mixture(",".join(recipe["data"]) if text == "all" else text, data_dir)  # all that there was then
 
 
 def load_ensemble(folders, data_dir, k):

@@ -81,7 +81,7 @@ def read_model_config(folder):
         config = ModelConfig(**{name: found[name] for name in names if name in found})
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from None
-    if found.get("head_dim", config.head_dim) != config.head_dim:
+    if (found.get("head_dim") or config.head_dim) != config.head_dim:
         raise UserError(f"{path}: head_dim {found['head_dim']} is not hidden_size over num_attention_heads")
     return config
 

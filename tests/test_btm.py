@@ -1,5 +1,7 @@
 """Branch-Train-Merge against a few lines of numpy, which compare the text so far anew for every token."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from helpers import val_tokens
 
 import checkpoint
 from btm import Ensemble, expert_profiles, load_ensemble, term_counts, training_mixture
+from data.loader import list_domains
 from model import generate
 
 
@@ -105,3 +108,11 @@ def test_parameters(folders, data):
     ensemble = load_ensemble(folders, data, 2)
     assert isinstance(ensemble, Ensemble)
     assert ensemble.num_parameters() == (2 * one, 3 * one)
+
+
+def test_all_means_the_domains_that_were_there_when_it_trained(data, tmp_path):
+    """A domain that was prepared after the seed had trained is none of the seed's."""
+    recipe = {"config": {"domain": "all"}, "data": {"math": "hash"}}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
+    assert len(list_domains(data)) > 1
+    assert training_mixture(str(tmp_path), data) == {"math": 1.0}
