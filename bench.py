@@ -18,7 +18,7 @@ import time
 import torch
 
 import checkpoint
-from configurator import command, key, parse
+from configurator import UserError, command, key, parse
 from device import device_key, dtype_key, pick_device, place, threads_key
 from model import ModelConfig, Transformer
 
@@ -45,7 +45,7 @@ class BenchConfig:
 
 
 def build(config, hidden_size, intermediate_size, experts=0, layers=None):
-    shape = ModelConfig(
+    shape = dict(
         vocab_size=config.vocab_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -57,7 +57,10 @@ def build(config, hidden_size, intermediate_size, experts=0, layers=None):
         num_local_experts=experts,
         num_experts_per_tok=config.num_experts_per_tok,
     )
-    return Transformer(shape)
+    try:
+        return Transformer(ModelConfig(**shape))
+    except ValueError as error:
+        raise UserError(f"the model's shape does not fit: {error}") from None
 
 
 def step_times(config, device):
