@@ -2,7 +2,7 @@
 
 import pytest
 
-from ablate import BASE, VARIANTS, base_of, dead_experts, slug, summarize, verdict
+from ablate import BASE, VARIANTS, base_of, dead_experts, slug, spread, summarize, verdict
 from configurator import parse
 from finetune import FinetuneConfig
 from mix import MixConfig
@@ -30,17 +30,21 @@ def test_rows_are_held_against_top_2_of_their_own_budget():
     [
         (24.7, 1.10, "yes"),  # worse in the paper (34.6), worse here: bits per byte are higher
         (24.7, 0.90, "**no**"),
-        (24.7, 1.03, "tie here"),  # within twice the spread of 0.02
+        (24.7, 1.03, "**no**, a tie here"),
         (34.7, 1.03, "yes, equal"),
-        (34.7, 1.10, "no, the paper has them equal"),
+        (34.7, 1.10, "**no**, the paper has them equal"),
         (35.8, 0.90, "yes"),
         (None, 0.90, ""),
     ],
 )
 def test_verdicts(paper, avg, expected):
-    base = row(BASE, 1.0, std=0.02, paper=34.6)
-    assert verdict(row("other", avg, std=0.01, paper=paper), base) == expected
-    assert verdict(base, base) == ""
+    base = row(BASE, 1.0, paper=34.6)
+    assert verdict(row("other", avg, paper=paper), base, tie=0.04) == expected
+    assert verdict(base, base, tie=0.04) == ""
+
+
+def test_the_spread_is_pooled():
+    assert spread([row("a", 1.0, std=0.03), row("b", 2.0, std=0.04)]) == pytest.approx(2 * (0.0025 / 2) ** 0.5)
 
 
 def test_dead_experts_are_counted_over_all_domains():
