@@ -27,15 +27,15 @@ from model import ModelConfig, Transformer
 class BenchConfig:
     """Time training steps of a mixture and of its dense equal, and weigh mix.py. Defaults: the shape of config/cpu."""
 
-    vocab_size: int = key(2048, "vocabulary")
+    vocab_size: int = key(1024, "vocabulary")
     hidden_size: int = key(64, "width of the residual stream")
     intermediate_size: int = key(176, "width of one expert")
     num_hidden_layers: int = key(4, "layers")
-    num_attention_heads: int = key(2, "attention heads")
+    num_attention_heads: int = key(4, "attention heads")
     num_local_experts: int = key(4, "experts of the mixture")
     num_experts_per_tok: int = key(2, "experts a token visits")
     sequence_length: int = key(256, "tokens a sequence")
-    batch_size: int = key(16, "sequences a step")
+    batch_size: int = key(8, "sequences a step")
     steps: int = key(20, "timed steps of each model")
     mix_hidden_size: int = key(2048, "width of the models that mix.py is weighed on; 0 leaves that out")
     compile: bool = key(True, "torch.compile on CUDA")
