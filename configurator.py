@@ -95,7 +95,9 @@ def _read_flag(argument, fields):
 
 
 def _print_help(cls, fields):
-    print(f"{cls.__doc__.strip()}\n\nusage: python {sys.argv[0]} [config file] [--key=value ...]\n")
+    module = sys.modules["__main__"].__spec__  # set when started as `python -m data.prepare`
+    script = f"-m {module.name}" if module else sys.argv[0]
+    print(f"{cls.__doc__.strip()}\n\nusage: python {script} [config file] [--key=value ...]\n")
     for name, field in fields.items():
         choices = field.metadata["choices"]
         print(f"  --{name} ({field.type.__name__}, default {field.default!r})")
@@ -170,6 +172,9 @@ def command(main):
     except UserError as error:
         _complain(f"error: {error}")
         raise SystemExit(2) from None
+    except BrokenPipeError:  # the reader has seen enough, as in `python sample.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        raise SystemExit(1) from None
     except OSError as error:  # a folder that cannot be made or read, say
         _complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         raise SystemExit(2) from None

@@ -8,6 +8,7 @@ from configurator import UserError
 from data.split import VALIDATION_SHARE, in_hash_order
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+MIN_VALIDATION_BYTES = 4000  # some windows of a small model's context
 PIECE_BYTES = 4000  # longer files are cut at blank lines, so that one long file can be split too
 
 
@@ -87,9 +88,16 @@ def read_own(path):
 def own_documents(documents, seed):
     """(split, read) for each document, in hash order; read() returns its text.
 
-    About 5% are for validation, but always at least one: these texts may be few.
+    Validation gets about 5% of the bytes, but MIN_VALIDATION_BYTES where that is more (these texts may be few), and
+    no more than it takes to reach half of them.
     """
-    count = max(1, round(VALIDATION_SHARE * len(documents)))
-    validation = set(in_hash_order(documents, "split")[:count])
+    sizes = {key: len(text.encode()) for key, text in documents.items()}
+    wanted = min(max(VALIDATION_SHARE * sum(sizes.values()), MIN_VALIDATION_BYTES), sum(sizes.values()) / 2)
+    validation, size = set(), 0
+    for key in in_hash_order(documents, "split")[:-1]:  # one document at least is for training
+        if size >= wanted:
+            break
+        validation.add(key)
+        size += sizes[key]
     for key in in_hash_order(documents, seed):
         yield "val" if key in validation else "train", lambda key=key: documents[key]

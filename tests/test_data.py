@@ -19,6 +19,7 @@ from configurator import UserError
 from data import python_text
 from data.docstrings import english_paragraphs
 from data.math_problems import make_problem, math_documents, math_task, read_templates
+from data.own_text import own_documents
 from data.prepare import main
 from data.split import in_hash_order
 from data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
@@ -316,6 +317,17 @@ def test_damaged_tokenizer(poems, tmp_path, monkeypatch, capsys):
     os.remove(tmp_path / "out" / "tiktoken.json")
     _, error = run_main(monkeypatch, capsys, *arguments)
     assert "lost the tokenizer of poems" in error
+
+
+def test_validation_of_few_own_texts_is_enough_for_some_windows():
+    """30 pieces of 1,000 bytes: 5 % would be 1,500 bytes; 4,000 are taken, and of two pieces just one."""
+    documents = {str(number): "x" * 1000 for number in range(30)}
+    splits = [split for split, _ in own_documents(documents, seed=0)]
+    assert splits.count("val") == 4 and splits.count("train") == 26
+    few = dict(list(documents.items())[:2])
+    assert sorted(split for split, _ in own_documents(few, seed=0)) == ["train", "val"]
+    many = {str(number): "x" * 1000 for number in range(1000)}
+    assert [split for split, _ in own_documents(many, seed=0)].count("val") == 50
 
 
 @pytest.mark.parametrize(
