@@ -189,7 +189,11 @@ def main():
             rows[name] = evaluate_row(name, identity, history, model, validation, config)
             results["rows"] = list(rows.values())
             write_atomically(os.path.join(config.out_dir, "results.json"), json.dumps(results, indent=1) + "\n")
-        scores = {**{f"{d} bits per byte": v for d, v in rows[name]["bpb"].items()}, **rows[name]["accuracy"]}
+        bits, right = rows[name]["bpb"], rows[name]["accuracy"]
+        scores = {
+            **{f"{d} bits per byte": v for d, v in bits.items()},
+            **{f"{t} accuracy": v for t, v in right.items()},
+        }
         tqdm.write(f"{name:14s}" + "  ".join(f"{what} {value:.3f}" for what, value in scores.items()))
 
 
