@@ -309,8 +309,13 @@ def write_run(folder, run):
     write_atomically(os.path.join(folder, "run.json"), json.dumps(run, indent=2) + "\n")
 
 
+def joint_history(histories):
+    """The runs behind several checkpoints together; one that is behind several of them counts once."""
+    return {name: cost for history in histories for name, cost in history.items()}
+
+
 def total_cost(history):
-    """Sum {"tokens", "flops", "seconds"} over every training run behind some weights; a shared seed counts once."""
+    """Sum {"tokens", "flops", "seconds"} over every training run behind some weights."""
     return {name: sum(run[name] for run in history.values()) for name in ("tokens", "flops", "seconds")}
 
 

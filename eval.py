@@ -116,7 +116,7 @@ def load_rows(config):
     if config.experts:
         folders = config.experts.split(",")
         parents = [checkpoint.parent(folder) for folder in folders]
-        history = {name: cost for _, one in parents for name, cost in one.items()}
+        history = checkpoint.joint_history(one for _, one in parents)
         for k in (1, 2):
             identity = checkpoint.recipe_id(["btm", k, *(identity for identity, _ in parents)])
             yield f"btm-top{k}", identity, history, lambda k=k: btm.load_ensemble(folders, config.data_dir, k)

@@ -300,7 +300,7 @@ def main():
     checkpoint.write_weights(config.out_dir, shapes, tensors, dtype=experts[0].dtype)
     checkpoint.write_model_config(config.out_dir, result, experts[0].dtype)
     checkpoint.copy_tokenizer(folders[0], config.out_dir)
-    history = {name: cost for _, one in parents.values() for name, cost in one.items()}
+    history = checkpoint.joint_history(one for _, one in parents.values())
     checkpoint.write_run(config.out_dir, {**run, "finished": True, "history": history})
     report(origins, shapes)
     print(f"{config.out_dir}: {n} experts mixed ({config.method})")
