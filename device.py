@@ -70,8 +70,15 @@ class Processes:
     def first(self):
         return self.rank == 0
 
-    def wrap(self, model):
-        return torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
+    def average_gradients(self, parameters):
+        """Replace each process's gradients by their mean over all processes: what makes data parallelism one run."""
+        if self.world == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of many
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def mean(self, values):
         """Average a list of floats over all processes."""

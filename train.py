@@ -9,7 +9,6 @@ A run that was killed goes on from its last checkpoint when the same command is 
 with the same weights, to the bit, as one that was never interrupted.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -131,14 +130,12 @@ def train_step(config, step, model, optimizer, batches, processes):
     for start in starts:
         inputs, targets = batches(step, start, start + config.micro_batch_size)
         torch.manual_seed(hash((config.seed, step, start)))  # a model's noise depends on its place in training alone
-        last = start + config.micro_batch_size == begin + share
-        # gradients travel between processes once a step, with the last micro-batch
-        with contextlib.nullcontext() if last or processes.world == 1 else model.no_sync():
-            output = model(inputs.to(processes.device), targets.to(processes.device), step=torch.tensor(step))
-            ((output.loss + output.aux_loss) / len(starts)).backward()
+        output = model(inputs.to(processes.device), targets.to(processes.device), step=torch.tensor(step))
+        ((output.loss + output.aux_loss) / len(starts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
             value = torch.as_tensor(value).detach().to("cpu", torch.float64)
             sums[name] = sums.get(name, 0) + value / len(starts)
+    processes.average_gradients(model.parameters())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
@@ -277,7 +274,7 @@ def train(config, make_model):
             checkpoint.start_run(config.out_dir, run)
             state["log_size"] = 0  # also after a kill at step 0: the log is gone and begins again
         recorder = Recorder(config, run, raw_model, optimizer, state)
-    model = processes.wrap(torch.compile(raw_model) if config.compile and device.type == "cuda" else raw_model)
+    model = torch.compile(raw_model) if config.compile and device.type == "cuda" else raw_model
 
     step, stopped, stop = state["step"], False, StopSignal()
     while step < config.max_steps and not stopped:
