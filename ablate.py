@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 from checkpoint import read_run
 from configurator import UserError, command, key, parse, read_json, write_atomically
-from report import markdown_table, short
+from report import markdown_table, mean_and_std, short
 
 BASE = "top-2"  # what every other row is held against
 
@@ -137,22 +137,10 @@ def dead_experts(row):
 def summarize(variant, runs):
     """One row of ablations.json from [(row of results.json, run.json)], one for each random seed."""
     rows = [row for row, _ in runs]
-
-    def over_seeds(read):
-        values = [read(row) for row in rows]
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-    bpb = {domain: over_seeds(lambda row, domain=domain: row["bpb"][domain]) for domain in rows[0]["bpb"]}
-    accuracy = {task: over_seeds(lambda row, task=task: row["accuracy"][task]) for task in rows[0]["accuracy"]}
     costs = [list(run["history"].values())[-1] for _, run in runs]  # of the finetuning alone
     return {
         "name": variant.name,
-        "bpb": {domain: mean for domain, (mean, _) in bpb.items()},
-        "accuracy": {task: mean for task, (mean, _) in accuracy.items()},
-        "std": {
-            "bpb": {domain: std for domain, (_, std) in bpb.items()},
-            "accuracy": {task: std for task, (_, std) in accuracy.items()},
-        },
+        **mean_and_std(rows),
         "active_params": rows[0]["active_params"],
         "total_params": rows[0]["total_params"],
         "train_tokens": costs[0]["tokens"],

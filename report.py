@@ -8,6 +8,7 @@ Nothing is computed on models here: every number comes from results.json, routin
 import dataclasses
 import json
 import os
+import statistics
 
 import matplotlib
 
@@ -43,6 +44,24 @@ def markdown_table(header, rows):
     return "\n".join(lines)
 
 
+def bold(text, best):
+    return f"**{text}**" if best else text
+
+
+def mean_and_std(rows):
+    """{metric: {name: mean}} of several rows of results.json that differ in a random seed, and the same form of
+    standard deviations (of a sample; 0 for a single row) under "std"."""
+
+    def over(metric, name, of):
+        values = [row[metric][name] for row in rows]
+        return of(values) if of is statistics.mean or len(values) > 1 else 0.0
+
+    def all_scores(of):
+        return {m: {name: over(m, name, of) for name in rows[0][m]} for m in ("bpb", *METRICS) if m in rows[0]}
+
+    return {**all_scores(statistics.mean), "std": all_scores(statistics.stdev)}
+
+
 def score_table(results):
     """The main table: a row per model; the best of each score column in bold."""
     rows = results["rows"]
@@ -50,9 +69,6 @@ def score_table(results):
     tasks = [(metric, task) for metric in METRICS for task in rows[0][metric]]
     best_bpb = {d: min(row["bpb"][d] for row in rows) for d in domains}
     best_task = {(metric, t): max(row[metric][t] for row in rows) for metric, t in tasks}
-
-    def bold(text, best):
-        return f"**{text}**" if best else text
 
     header = ["model", *(f"{d} bpb" for d in domains), *(f"{t} {metric.replace('_', ' ')}" for metric, t in tasks)]
     header += ["active params", "total params", "training tokens", "training FLOPs"]

@@ -5,16 +5,21 @@
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
+#   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
-# chooses the domains; PYTHON=python3 uses an environment of your own instead of .venv.
+# chooses the domains, SEED=2 the random seed of all training (SEEDS="1 2" those of compare); PYTHON=python3 uses an
+# environment of your own instead of .venv.
 set -euo pipefail
 cd "$(dirname "$0")"
 size=${1:-cpu}
 domains=${DOMAINS:-code prose math}
 config=config/$size
-out=out/$size
-case ${2:-} in "" | ablate) ;; *) echo "error: '$2' is no task; choose ablate or nothing" >&2; exit 2 ;; esac
+seed=${SEED:-1}
+data=out/$size/data
+out=out/$size  # of seed 1, the others lie beside it
+[ "$seed" = 1 ] || out=$out/seed$seed
+case ${2:-} in "" | ablate | compare) ;; *) echo "error: '$2' is no task; choose ablate or compare" >&2; exit 2 ;; esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 
@@ -22,7 +27,7 @@ source setup.sh
 $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
 
 # 2. seed: one small language model for all domains
-$python train.py "$config/seed.py"
+$python train.py "$config/seed.py" --seed="$seed" --out_dir="$out/seed"
 
 # 3. branch: one expert a domain, processes that share nothing; side by side where each has a GPU of its own
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
@@ -31,7 +36,7 @@ for domain in $domains; do names+=("${domain%%=*}"); done
 for i in "${!names[@]}"; do
     expert=$out/expert-${names[i]}
     experts+=("$expert")
-    branch="$python train.py $config/expert.py --domain=${names[i]} --init_from=$out/seed --out_dir=$expert"
+    branch="$python train.py $config/expert.py --domain=${names[i]} --init_from=$out/seed --out_dir=$expert --seed=$seed"
     if [ "$gpus" -gt 1 ]; then
         CUDA_VISIBLE_DEVICES=$((i % gpus)) $branch & jobs+=($!)
     else
@@ -43,20 +48,32 @@ for i in "${!jobs[@]}"; do wait "${jobs[i]}" || failed+=("${experts[i]}"); done
 experts=$(IFS=,; echo "${experts[*]}")
 
 # 4. mix: feed-forward sublayers become a mixture of experts, the rest is averaged; soup averages everything
-$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed"
-$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup
+$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --seed="$seed"
+$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/soup" --seed="$seed" --method=soup
 
 # 5. finetune: all domains together, so that the routers learn
-$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx"
+$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --seed="$seed"
 
 # 6. evaluate every model on the same windows and problems, look at the routing, then draw
-$python eval.py "$config/eval.py" --model="$out/seed,$experts,$out/soup,$out/mixed,$out/btx" --experts="$experts,$out/seed"
-$python route.py --model="$out/btx" --data_dir="$out/data" --out_dir="$out/report"
+models=$out/seed,$experts,$out/soup,$out/mixed,$out/btx
+$python eval.py "$config/eval.py" --model="$models" --experts="$experts,$out/seed" --out_dir="$out/report"
+$python route.py --model="$out/btx" --data_dir="$data" --out_dir="$out/report"
 $python report.py --report="$out/report"
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "${2:-}" = ablate ]; then
     $python ablate.py "$config/ablate.py" --experts="$experts,$out/seed"
-    $python route.py --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$out/data" \
+    $python route.py --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$data" \
         --out_dir="$out/report/balancing"
+fi
+
+# 8. compare, when asked to: more random seeds of all the above, then the baselines of every seed
+if [ "${2:-}" = compare ]; then
+    chains=()
+    for seed in ${SEEDS:-1 2 3}; do
+        SEED=$seed bash run.sh "$size"
+        if [ "$seed" = 1 ]; then chains+=("out/$size"); else chains+=("out/$size/seed$seed"); fi
+    done
+    chains=$(IFS=,; echo "${chains[*]}")
+    $python compare.py "$config/compare.py" --chains="$chains"
 fi

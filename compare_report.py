@@ -1,0 +1,201 @@
+"""compare.json -> compare.md and its two pictures; see compare.py."""
+
+import json
+import math
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from configurator import write_atomically
+from report import baseline_lines, bold, markdown_table, short
+
+# a method's colour (Okabe and Ito) and marker, by the beginning of a row's name; markers tell them apart in grey
+METHODS = {
+    "seed": ("#999999", "o", "seed"),
+    "expert": ("#E69F00", "v", "experts"),
+    "dense": ("#0072B2", "s", "dense"),
+    "upcycle": ("#009E73", "D", "sparse upcycling"),
+    "soup": ("#CC79A7", "X", "soup"),
+    "btm": ("#56B4E9", "^", "BTM"),
+    "mixed": ("#CC79A7", "P", "mixed, not finetuned"),
+    "btx": ("#D55E00", "o", "BTX"),
+}
+SCORES = {"accuracy": (1, "task accuracy"), "bpb": (-1, "bits per byte")}  # 1: higher is better
+
+
+def method(row):
+    return METHODS[row["name"].partition("-")[0]]
+
+
+# ---- tables ----
+
+
+def score_table(rows):
+    """Bits per byte and accuracies, mean ± standard deviation over the chains; the best of each column in bold."""
+    columns = [("bpb", name) for name in rows[0]["bpb"]] + [("accuracy", name) for name in rows[0]["accuracy"]]
+    columns += [("edit_similarity", name) for name in rows[0]["edit_similarity"]]
+    best = {(m, n): (min if m == "bpb" else max)(row[m][n] for row in rows) for m, n in columns}
+    body = []
+    for row in rows:
+        cells = [row["name"]]
+        for metric, name in columns:
+            mean, std = row[metric][name], row["std"][metric][name]
+            text = f"{mean:.3f} ± {std:.3f}" if metric == "bpb" else f"{mean:.1%} ± {std:.1%}"
+            cells.append(bold(text, mean == best[metric, name]))
+        body.append(cells)
+    return markdown_table(["model", *(f"{n} {m.replace('_', ' ')}" for m, n in columns)], body)
+
+
+def cost_table(rows):
+    """What each row cost, from the seed on."""
+    header = ["model", "active params", "total params", "training tokens", "training FLOPs", "seconds, summed"]
+    header += ["seconds, branches side by side", "bytes sent by 8 workers"]
+    names = "active_params", "total_params", "train_tokens", "train_flops"
+    body = []
+    for row in rows:
+        cells = [row["name"], *(short(row[name]) for name in names)]
+        cells += [f"{row['seconds']:.0f}", f"{row['critical_seconds']:.0f}", f"{row['bytes_sent'] / 1e9:.1f} GB"]
+        body.append(cells)
+    return markdown_table(header, body)
+
+
+# ---- verdicts ----
+
+
+def difference(ours, theirs, metric, name):
+    """(how far `ours` is ahead, the tie limit): twice the standard deviation of a difference of two means' rows."""
+    sign, _ = SCORES[metric]
+    spread = math.hypot(ours["std"][metric][name], theirs["std"][metric][name])
+    return sign * (ours[metric][name] - theirs[metric][name]), 2 * spread
+
+
+def verdict(ours, theirs, metric, name):
+    """'ahead by 0.012', 'behind by 0.012' or 'tie (0.001)': a tie is closer than twice the spread."""
+    ahead, limit = difference(ours, theirs, metric, name)
+    size = f"{abs(ahead):.3f}" if metric == "bpb" else f"{100 * abs(ahead):.1f} points"
+    if abs(ahead) <= limit:
+        return f"tie ({size})"
+    return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
+
+
+def verdict_table(rows):
+    """BTX against every other row that may hold all domains: on the averages and domain by domain."""
+    btx = next(row for row in rows if row["name"] == "btx")
+    columns = [(metric, name) for metric in SCORES for name in rows[0][metric]]
+    columns.sort(key=lambda column: column[1] != "avg")
+    others = [row for row in rows if row is not btx and not row["name"].startswith("expert-")]
+    body = [[row["name"], *(verdict(btx, row, *column) for column in columns)] for row in others]
+    return markdown_table(["btx against", *(f"{name} {SCORES[metric][1]}" for metric, name in columns)], body)
+
+
+def home_lines(rows):
+    """How close BTX is to each expert at home: the issue of whether mixing keeps what the experts learned."""
+    named = {row["name"]: row for row in rows}
+    lines = []
+    for name, row in named.items():
+        domain = name.removeprefix("expert-")
+        if name != domain and domain in row["bpb"]:
+            ours, theirs = named["btx"]["bpb"][domain], row["bpb"][domain]
+            holds = "yes" if ours <= 1.03 * theirs else "**no**"
+            lines.append(f"- {holds}: btx within 3 % of {name} at home ({ours:.3f} and {theirs:.3f} bits per byte)")
+    return lines
+
+
+# ---- pictures ----
+
+
+def plot_cost(rows, cost, label, path):
+    """Average accuracy and average bits per byte against a cost; a circle's area is the row's active parameters.
+
+    Rows that forgot everything (accuracy or bits per byte far off) stay in; the axes are cut to the other rows.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
+    largest = max(row["active_params"] for row in rows)
+    shown = [row for row in rows if not row["name"].startswith(("expert-", "soup", "mixed"))]
+    for axis, (metric, (_, text)) in zip(axes, SCORES.items(), strict=True):
+        unit = 100 if metric == "accuracy" else 1
+        for row in shown:
+            colour, _, _ = method(row)
+            x, y = row[cost], unit * row[metric]["avg"]
+            axis.errorbar(x, y, yerr=unit * row["std"][metric]["avg"], color="black", capsize=3, linewidth=1, zorder=1)
+            size = 260 * row["active_params"] / largest
+            axis.scatter(x, y, s=size, color=colour, edgecolor="black", linewidth=0.8, zorder=2)
+        label_points(axis, [(row[cost], unit * row[metric]["avg"], row["name"]) for row in shown])
+        axis.set_xlabel(label)
+        axis.set_ylabel(f"average {text}" + (", %" if metric == "accuracy" else " (lower is better)"))
+        axis.grid(alpha=0.3)
+    axes[1].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def label_points(axis, points):
+    """Write each point's name beside it, pushing names apart that would lie on one another."""
+    axis.margins(x=0.18, y=0.1)
+    low, high = axis.get_ylim()
+    gap, last = 0.05 * (high - low), {}
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        near = [top for other, top in last.items() if abs(other - x) < 0.25 * (axis.get_xlim()[1] - axis.get_xlim()[0])]
+        place = max([y, *(top + gap for top in near)])
+        last[x] = place
+        axis.annotate(
+            name,
+            (x, y),
+            xytext=(x + 0.03 * (axis.get_xlim()[1] - axis.get_xlim()[0]), place),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5} if place > y else None,
+        )
+
+
+def plot_domains(rows, path):
+    """Each domain's scores over the best row's: accuracy over the highest, the lowest bits per byte over the row's."""
+    shown = [row for row in rows if not row["name"].startswith(("soup", "mixed"))]
+    columns = [("accuracy", name) for name in rows[0]["accuracy"] if name != "avg"]
+    columns += [("bpb", name) for name in rows[0]["bpb"] if name != "avg"]
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(1.6 * len(columns) + 1.2, 0.28 * len(shown) + 1.1), sharey=True
+    )
+    for axis, (metric, name) in zip(axes, columns, strict=True):
+        values = [row[metric][name] for row in shown]
+        best = max(values) if metric == "accuracy" else min(values)
+        for y, (row, value) in enumerate(zip(shown, values, strict=True)):
+            colour, marker, _ = method(row)
+            share = (value / best if metric == "accuracy" else best / value) if best else 0.0
+            axis.hlines(y, 0, share, color="#bbbbbb")
+            axis.scatter(share, y, color=colour, marker=marker, edgecolor="black", linewidth=0.6, zorder=2)
+        axis.set_title(f"{name}\n{SCORES[metric][1]}", fontsize=9)
+        axis.set_xlim(0, 1.08)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(shown)), [row["name"] for row in shown])
+    axes[0].invert_yaxis()
+    figure.supxlabel("score over the best row's (1 is best)", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_report(folder, found):
+    """Write compare.json, compare.md, compare.png, compare-time.png and compare-domains.png."""
+    rows, chains = found["rows"], len(found["config"]["compare"]["chains"].split(","))
+    write_atomically(os.path.join(folder, "compare.json"), json.dumps(found, indent=1) + "\n")
+    plot_cost(rows, "train_flops", "training FLOPs, from the seed model's on", os.path.join(folder, "compare.png"))
+    label = "training seconds, branches side by side"
+    plot_cost(rows, "critical_seconds", label, os.path.join(folder, "compare-time.png"))
+    plot_domains(rows, os.path.join(folder, "compare-domains.png"))
+    text = ["# BTX and other ways to spend the same compute\n", score_table(rows)]
+    text += [f"\nMean ± standard deviation over {chains} random seed(s) of the whole chain, on test text.", ""]
+    text += ["What guessing scores:\n", *baseline_lines(found["baselines"])]
+    text += ["\n![average scores against training FLOPs](compare.png)\n"]
+    text += ["![scores of each domain over the best](compare-domains.png)\n"]
+    text += ["## Who wins\n", verdict_table(rows), ""]
+    text += ["A difference up to twice its spread (the two rows' deviations, as a root of squares) is a tie.\n"]
+    text += home_lines(rows)
+    text += ["\n## What it cost\n", cost_table(rows), "\n![average scores against time](compare-time.png)"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    text += [f"\nMade with {versions}; data and settings are in compare.json."]
+    write_atomically(os.path.join(folder, "compare.md"), "\n".join(text) + "\n")

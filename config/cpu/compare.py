@@ -1,0 +1,7 @@
+"""BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
+
+report = "out/cpu/report"
+data_dir = "out/cpu/data"
+expert = "config/cpu/expert.py"
+finetune = "config/cpu/finetune.py"
+eval = "config/cpu/eval.py"

@@ -1,0 +1,66 @@
+"""What training cost, counted over every run behind a checkpoint: seconds side by side, bytes between workers.
+
+Tokens, FLOPs and seconds of one run stand in its run.json (model.flops_per_token has the FLOPs' formula).
+"""
+
+import math
+from typing import NamedTuple
+
+import checkpoint
+
+WORKERS = 8
+GRADIENT_BYTES = 4  # gradients travel in fp32
+
+
+class Run(NamedTuple):
+    """One training or mixing run: who came before it, directly and at all, and what it cost by itself."""
+
+    parents: tuple
+    before: frozenset
+    seconds: float
+    steps: int
+    parameters: int
+
+
+def lineage(folders):
+    """{folder: Run} for finished checkpoints and all runs behind them, each after its parents.
+
+    Weights from elsewhere have no run.json and cost nothing here. Mixing trains nothing: 0 steps.
+    """
+    found = {}
+    for folder in folders:
+        run = checkpoint.read_run(folder)
+        if run is None or folder in found:
+            continue
+        parents = tuple(run["recipe"]["parents"])
+        found |= {name: one for name, one in lineage(parents).items() if name not in found}
+        known = [name for name in parents if name in found]
+        before = frozenset(known).union(*(found[name].before for name in known))
+        own = run["history"].get(run["recipe"]["config"]["out_dir"], {"seconds": 0.0})
+        shapes = checkpoint.expected_tensors(checkpoint.read_model_config(folder))
+        parameters = sum(math.prod(shape) for shape in shapes.values())
+        found[folder] = Run(tuple(known), before, own["seconds"], run.get("step", 0), parameters)
+    return found
+
+
+def critical_seconds(runs):
+    """Seconds of the longest path through {folder: Run}: what training takes when branches run side by side."""
+    finish = {}
+    for folder, run in runs.items():
+        finish[folder] = run.seconds + max((finish[parent] for parent in run.parents), default=0.0)
+    return max(finish.values(), default=0.0)
+
+
+def bytes_sent(runs, workers=WORKERS):
+    """Bytes that data-parallel training on `workers` machines would have sent, all of them together.
+
+    A ring all-reduce of P gradients over w workers sends 2 (w - 1) P numbers a step, all of a mixture's experts
+    included. Runs that can go side by side share the workers evenly, so each of N branches has w = workers / N
+    and nothing passes between branches.
+    """
+    trained = {folder: run for folder, run in runs.items() if run.steps}
+    total = 0
+    for folder, run in trained.items():
+        beside = [f for f, other in trained.items() if f not in run.before and folder not in other.before]
+        total += run.steps * 2 * max(0, workers / len(beside) - 1) * run.parameters * GRADIENT_BYTES
+    return total

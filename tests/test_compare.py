@@ -1,0 +1,203 @@
+"""The comparison: data and FLOPs matched, costs against hand-computed ones, verdicts against cases worked out."""
+
+import json
+import os
+
+import pytest
+from helpers import SHORT, must, read, read_json, read_log, run
+
+import compare
+from compare import Chain, CompareConfig, evaluate, sweep, train_baselines
+from compare_report import difference, home_lines, verdict, write_report
+from configurator import UserError
+from cost import Run, bytes_sent, critical_seconds, lineage
+from report import mean_and_std
+
+# ---- cost ----
+
+A = Run((), frozenset(), seconds=10.0, steps=100, parameters=1000)  # the seed
+BRANCHES = [Run(("a",), frozenset("a"), seconds=s, steps=50, parameters=1000) for s in (3.0, 5.0)]
+MIX = Run(("b", "c", "a"), frozenset("abc"), seconds=0.0, steps=0, parameters=1800)
+FINETUNED = Run(("m",), frozenset("abcm"), seconds=7.0, steps=20, parameters=1800)
+CHAIN = {"a": A, "b": BRANCHES[0], "c": BRANCHES[1], "m": MIX, "f": FINETUNED}
+
+
+def test_the_critical_path_takes_the_slowest_branch():
+    assert critical_seconds(CHAIN) == 10 + 5 + 7
+    assert critical_seconds({"a": A, "b": BRANCHES[0]}) == 13
+    assert critical_seconds({}) == 0
+
+
+def test_bytes_of_a_ring_all_reduce():
+    """A worker sends each of w - 1 parts twice, a part has P / w numbers of 4 bytes, and there are w workers."""
+    workers, parameters = 8, 1000
+    for_each = 2 * (workers - 1) * parameters / workers * 4
+    assert bytes_sent({"a": A}, workers) == 100 * workers * for_each
+
+
+def test_branches_share_the_workers_and_send_nothing_to_one_another():
+    seed, finetuning = 100 * 2 * 7 * 1000 * 4, 20 * 2 * 7 * 1800 * 4
+    branches = 2 * 50 * 2 * 3 * 1000 * 4  # four workers each
+    assert bytes_sent(CHAIN, workers=8) == seed + branches + finetuning
+    assert bytes_sent(CHAIN, workers=2) == 100 * 2 * 1000 * 4 + 0 + 20 * 2 * 1800 * 4  # one worker sends nothing
+
+
+def test_lineage_of_a_real_chain(seed, experts, mixed, btx):
+    runs = lineage([btx])
+    assert list(runs) == [*_once([seed, *experts]), mixed, btx]  # parents first
+    assert runs[btx].before == {seed, *experts, mixed} and runs[experts[0]].before == {seed}
+    assert [runs[name].steps for name in (seed, mixed, btx)] == [12, 0, 12]
+    history = read_json(f"{btx}/run.json")["history"]
+    assert runs[btx].seconds == history[btx]["seconds"]
+    slowest = max(history[expert]["seconds"] for expert in experts)
+    assert critical_seconds(runs) == pytest.approx(history[seed]["seconds"] + slowest + history[btx]["seconds"])
+    assert lineage(experts).keys() == {seed, *experts}  # an ensemble
+
+
+def _once(names):
+    return list(dict.fromkeys(names))
+
+
+# ---- the baselines ----
+
+
+@pytest.fixture(scope="module")
+def chain(work, data, seed, experts, mixed, btx):
+    """The session's tiny pipeline as a chain, a soup added."""
+    must(run("mix.py", f"--experts={','.join([*experts, seed])}", f"--out_dir={work}/soup", "--method=soup"))
+    return Chain(work, data)
+
+
+@pytest.fixture(scope="module")
+def config(work, data):
+    path = os.path.join(work, "short.py")
+    with open(path, "w") as file:
+        for flag in SHORT:
+            name, value = flag.removeprefix("--").split("=")
+            file.write(f"{name} = {value!r}\n" if value.isalpha() or name == "dtype" else f"{name} = {value}\n")
+        file.write(f"data_dir = {data!r}\n")
+    scores = os.path.join(work, "eval.py")
+    with open(scores, "w") as file:
+        file.write(f"data_dir = {data!r}\nsequence_length = 32\neval_windows = 4\ntask_problems = 4\n")
+        file.write("max_new_tokens = 4\n")
+    settings = {"expert": path, "finetune": path, "eval": scores, "data_dir": data, "report": f"{work}/compare-report"}
+    return CompareConfig(
+        chains=work, rates="1e-3,3e-3", dense_learning_rate=3e-3, upcycle_learning_rate=3e-3, **settings
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process():
+    """Importing torch anew for each command would take seconds."""
+    before, compare.run = compare.run, lambda script, *arguments: must(run(script, *arguments))
+    yield
+    compare.run = before
+
+
+@pytest.fixture(scope="module")
+def baselines(config, chain):
+    return dict(zip(compare.BASELINES, train_baselines(config, chain), strict=True))
+
+
+def test_data_matched_rows_see_the_tokens_of_btx(baselines, experts, btx, seed):
+    """Counted in the logs, after the seed model."""
+    ours = sum(read_log(folder)[-1]["tokens"] for folder in (*experts, btx))
+    assert ours == 36 * 8 * 32
+    for name in ("dense-dm", "upcycle-dm"):
+        assert read_log(baselines[name])[-1]["tokens"] == ours
+        run = read_json(f"{baselines[name]}/run.json")
+        assert sum(cost["tokens"] for folder, cost in run["history"].items() if folder != seed) == ours
+
+
+def test_data_matched_rows_see_each_domain_as_often(baselines):
+    """Experts: 12 steps of math, 12 of rain. Finetuning: 12 steps of both, evenly."""
+    for name in ("dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm"):
+        mixture = read_json(f"{baselines[name]}/run.json")["recipe"]["config"]["domain"]
+        assert mixture == f"math:{18 * 8 * 32},rain:{18 * 8 * 32}"
+
+
+def test_compute_matched_rows_take_the_flops_of_btx(baselines, experts, btx):
+    ours = sum(read_log(folder)[-1]["flops"] for folder in (*experts, btx))
+    for name in ("dense-cm", "upcycle-cm"):
+        log = read_log(baselines[name])
+        of_a_step = log[-1]["flops"] / log[-1]["step"]
+        assert abs(log[-1]["flops"] - ours) <= of_a_step / 2  # whole steps
+    steps = {name: read_log(folder)[-1]["step"] for name, folder in baselines.items()}
+    assert steps["dense-cm"] > steps["dense-dm"] == steps["upcycle-dm"] == 36 > steps["upcycle-cm"]
+
+
+def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
+    recipe = read_json(f"{baselines['btx-sample']}/run.json")["recipe"]
+    assert recipe["config"]["router"] == "sample" and list(recipe["parents"]) == [mixed]
+    assert recipe["config"]["max_steps"] == 12
+
+
+def test_report_of_a_chain(config, chain, baselines, experts):
+    results = evaluate(config, chain, list(baselines.values()))
+    found = {"rows": compare.summarize([results, results]), "config": {"compare": {"chains": "a,b"}}}
+    os.makedirs(config.report, exist_ok=True)
+    write_report(config.report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
+    rows = {row["name"]: row for row in read_json(f"{config.report}/compare.json")["rows"]}
+    assert rows.keys() >= {"seed", "soup", "btm-top1", "btm-top2", "mixed", "btx", *compare.BASELINES}
+    own = {row["name"]: row for row in results["rows"]}
+    for name, row in rows.items():
+        assert row["bpb"] == own[name]["bpb"] and row["std"]["bpb"]["avg"] == 0  # twice the same
+    assert rows["btm-top1"]["critical_seconds"] < rows["btx"]["critical_seconds"] < rows["btx"]["seconds"]
+    assert rows["upcycle-dm"]["bytes_sent"] > rows["btx"]["bytes_sent"]
+    text = read(f"{config.report}/compare.md").decode()
+    assert all(f"| {name} |" in text for name in rows)
+    assert all(os.path.exists(f"{config.report}/{name}.png") for name in ("compare", "compare-time", "compare-domains"))
+
+
+def test_the_sweep_scores_on_validation_text(config, chain):
+    found = sweep(config, chain)
+    assert found.keys() == {"dense-dm", "upcycle-dm", "btx"}
+    for name, scores in found.items():
+        assert list(scores) == ["1e-3", "3e-3"]
+        for rate, score in scores.items():
+            assert score == read_log(chain.path(f"compare/sweep/{name}-{rate}"))[-1]["bpb"]["avg"]
+    assert len({*found["btx"].values()}) == 2  # the rate matters
+
+
+def test_an_unfinished_chain_is_named(tmp_path, data):
+    with pytest.raises(UserError, match="seed is not there or not finished; run the pipeline first"):
+        Chain(str(tmp_path), data)
+
+
+# ---- verdicts ----
+
+
+def row(name, bpb, accuracy, std=0.01):
+    scores = {"bpb": {"math": bpb, "avg": bpb}, "accuracy": {"avg": accuracy}}
+    spread = {"bpb": {"math": std, "avg": std}, "accuracy": {"avg": std}}
+    return {"name": name, **scores, "std": spread}
+
+
+@pytest.mark.parametrize(
+    "bpb, accuracy, expected",
+    [
+        (1.2, 0.3, ("ahead by 0.200", "ahead by 10.0 points")),
+        (0.9, 0.5, ("**behind by 0.100**", "**behind by 10.0 points**")),
+        (1.028, 0.4, ("tie (0.028)", "tie (0.0 points)")),  # the limit: 2 * sqrt(2) * 0.01 = 0.0283
+        (1.029, 0.4, ("ahead by 0.029", "tie (0.0 points)")),
+    ],
+)
+def test_verdicts(bpb, accuracy, expected):
+    btx, other = row("btx", 1.0, 0.4), row("dense-dm", bpb, accuracy)
+    assert verdict(btx, other, "bpb", "avg") == expected[0]
+    assert verdict(btx, other, "accuracy", "avg") == expected[1]
+    assert difference(btx, other, "bpb", "avg")[1] == pytest.approx(0.02 * 2**0.5)
+
+
+def test_being_within_3_percent_at_home():
+    rows = [row("expert-math", 1.0, 0.5), row("btx", 1.03, 0.5)]
+    assert home_lines(rows) == ["- yes: btx within 3 % of expert-math at home (1.030 and 1.000 bits per byte)"]
+    assert home_lines([rows[0], row("btx", 1.031, 0.5)])[0].startswith("- **no**")
+
+
+def test_means_and_sample_deviations():
+    rows = [{"bpb": {"avg": x}, "accuracy": {"avg": 2 * x}, "edit_similarity": {}} for x in (1.0, 2.0, 6.0)]
+    found = mean_and_std(rows)
+    assert found["bpb"]["avg"] == 3 and found["accuracy"]["avg"] == 6
+    assert found["std"]["bpb"]["avg"] == pytest.approx(7**0.5)  # (4 + 1 + 9) / 2
+    assert json.dumps(mean_and_std(rows[:1])["std"]["bpb"]) == '{"avg": 0.0}'
