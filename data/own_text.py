@@ -86,7 +86,8 @@ def read_own(path):
     if len(documents) < len(SPLITS):
         piece_bytes = sum(len(text.encode()) for text in documents.values()) // FEW_PIECES
         cut = {key: _pieces(text, piece_bytes) for key, text in documents.items()}
-        documents = {f"{key}.{n}": piece for key, pieces in cut.items() for n, piece in enumerate(pieces)}
+        pieces = [(f"{key}.{n}", piece) for key, parts in cut.items() for n, piece in enumerate(parts)]
+        documents = {key: piece for key, piece in pieces if piece.strip()}
     return documents, digest.hexdigest()
 
 
