@@ -20,7 +20,8 @@ from tqdm import tqdm
 import btm
 import checkpoint
 from configurator import UserError, command, key, parse, read_json, write_atomically
-from data.loader import list_domains, read_meta, validation_windows
+from data.loader import held_out_windows, list_domains, read_meta
+from data.split import HELD_OUT
 from data.task import METRICS, mean_score, read_answer
 from data.tokenizer import load_tokenizer, token_bytes
 from device import device_key, pick_device, place, threads_key
@@ -37,8 +38,9 @@ class EvalConfig:
     experts: str = key("", "checkpoint folders to run as an ensemble: rows btm-top1 and btm-top2")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    sequence_length: int = key(256, "tokens a validation window", minimum=1)
-    eval_windows: int = key(128, "validation windows per domain", minimum=1)
+    split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
+    sequence_length: int = key(256, "tokens a window", minimum=1)
+    eval_windows: int = key(128, "windows per domain", minimum=1)
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", minimum=1)
     max_new_tokens: int = key(128, "the longest answer, in tokens", minimum=1)
     device: str = device_key()
@@ -48,11 +50,12 @@ class EvalConfig:
 
 
 class Validation:
-    """Fixed validation windows of every domain, and how many bytes each token stands for."""
+    """Fixed windows of every domain's split ("val" or "test"), and how many bytes each token stands for."""
 
-    def __init__(self, data_dir, sequence_length, count, batch_size=16):
+    def __init__(self, data_dir, sequence_length, count, split="val", batch_size=16):
         self.windows = {
-            domain: validation_windows(data_dir, domain, sequence_length, count) for domain in list_domains(data_dir)
+            domain: held_out_windows(data_dir, domain, split, sequence_length, count)
+            for domain in list_domains(data_dir)
         }
         self.bytes = torch.from_numpy(token_bytes(load_tokenizer(data_dir)))
         self.batch_size = batch_size
@@ -95,7 +98,7 @@ def task_scores(model, config):
         room = model.max_length - new_tokens
         if room < 1:
             raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
-        with open(os.path.join(config.data_dir, domain, "task.jsonl")) as file:
+        with open(os.path.join(config.data_dir, domain, f"task-{config.split}.jsonl")) as file:
             problems = [json.loads(line) for line in file][: config.task_problems]
         stop = {encoding.eot_token} if task["marker"] else {encoding.eot_token, *line_ends}
         answers = []
@@ -103,7 +106,7 @@ def task_scores(model, config):
             prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems[start : start + 100]]
             texts = map(encoding.decode, generate(model, prompts, new_tokens, stop))
             answers += [read_answer(text, task["marker"]) for text in texts]
-        for metric in task["baselines"]:
+        for metric in task["baselines"][config.split]:
             scores[metric][domain] = mean_score(metric, answers, problems)
     return scores
 
@@ -145,7 +148,7 @@ def evaluate_row(name, identity, history, model, validation, config):
 
 def read_results(config):
     """results.json as it stands, or an empty one; refused when its settings or data differ."""
-    settings = ("data_dir", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
+    settings = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
     metas = {domain: read_meta(config.data_dir, domain) for domain in list_domains(config.data_dir)}
     fresh = {
         "rows": [],
@@ -153,7 +156,9 @@ def read_results(config):
         "data": {
             domain: {name: meta[name] for name in ("content_hash", "tokenizer_hash")} for domain, meta in metas.items()
         },
-        "baselines": {domain: meta["task"]["baselines"] for domain, meta in metas.items() if "task" in meta},
+        "baselines": {
+            domain: meta["task"]["baselines"][config.split] for domain, meta in metas.items() if "task" in meta
+        },
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
     }
     path = os.path.join(config.out_dir, "results.json")
@@ -170,7 +175,7 @@ def main():
     if not config.model and not config.experts:
         raise UserError("nothing to evaluate; give --model=DIR or --experts=DIR,DIR")
     device = pick_device(config.device, config.threads)
-    validation = Validation(config.data_dir, config.sequence_length, config.eval_windows)
+    validation = Validation(config.data_dir, config.sequence_length, config.eval_windows, config.split)
     results = read_results(config)
     os.makedirs(config.out_dir, exist_ok=True)
     rows = {row["name"]: row for row in results["rows"]}

@@ -224,7 +224,8 @@ def main():
     runs = {run: read_run(run) for run in folders if os.path.exists(os.path.join(run, LOG))}
 
     plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
-    text = ["# Results\n", score_table(results), "\nbpb: bits per byte on held-out text, lower is better.\n"]
+    text = ["# Results\n", score_table(results)]
+    text += [f"\nbpb: bits per byte on held-out text ({results['config']['split']}), lower is better.\n"]
     if results["baselines"]:
         text += ["Scores of guesses, made without a model:\n", *baseline_lines(results["baselines"]), ""]
     text += ["![bits per byte](bpb.png)\n", "## What was expected\n", *claims(rows)]

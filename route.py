@@ -20,14 +20,15 @@ import torch
 
 import checkpoint
 from configurator import UserError, command, key, parse, write_atomically
-from data.loader import list_domains, read_meta, validation_windows
+from data.loader import held_out_windows, list_domains, read_meta
+from data.split import HELD_OUT
 from data.tokenizer import load_tokenizer
 from device import device_key, pick_device, place, threads_key
 from token_view import check_mixture, expert_names, show_experts
 
 DEAD = 0.01  # an expert used by a smaller share of the tokens is dead
 BATCH_SIZE = 16
-PAGE_WINDOWS = 2  # validation windows on a domain's page of tokens
+PAGE_WINDOWS = 2  # windows on a domain's page of tokens
 
 
 @dataclasses.dataclass
@@ -37,8 +38,9 @@ class RouteConfig:
     model: str = key("out/cpu/btx", "checkpoint folders of mixtures, separated by commas")
     out_dir: str = key("out/cpu/report", "where routing.json, the pictures and the pages go")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    sequence_length: int = key(256, "tokens a validation window")
-    eval_windows: int = key(128, "validation windows per domain")
+    split: str = key("test", "held-out text to read: val for searching, test for reporting", HELD_OUT)
+    sequence_length: int = key(256, "tokens a window")
+    eval_windows: int = key(128, "windows per domain")
     device: str = device_key()
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
     threads: int = threads_key()
@@ -181,8 +183,8 @@ def main():
         check_mixture(checkpoint.read_model_config(folder), folder)
     checkpoint.same_tokenizer([config.data_dir, *folders])
     domains = list_domains(config.data_dir)
-    size = config.sequence_length, config.eval_windows
-    windows = {domain: validation_windows(config.data_dir, domain, *size)[0] for domain in domains}
+    size = config.split, config.sequence_length, config.eval_windows
+    windows = {domain: held_out_windows(config.data_dir, domain, *size)[0] for domain in domains}
     os.makedirs(config.out_dir, exist_ok=True)
 
     entries = []
@@ -204,7 +206,9 @@ def main():
                 title = f"{name} reading {domain}"
                 show_experts(page, title, model, load_tokenizer(folder), rows[:PAGE_WINDOWS].tolist())
 
-    settings = {name: getattr(config, name) for name in ("data_dir", "sequence_length", "eval_windows", "dtype")}
+    settings = {
+        name: getattr(config, name) for name in ("data_dir", "split", "sequence_length", "eval_windows", "dtype")
+    }
     hashes = {domain: read_meta(config.data_dir, domain)["content_hash"] for domain in domains}
     results = {"models": entries, "config": settings, "data": hashes}
     write_atomically(os.path.join(config.out_dir, "routing.json"), json.dumps(results) + "\n")

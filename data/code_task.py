@@ -46,19 +46,20 @@ def completions(text):
     return sorted(rows, key=lambda row: hashlib.sha256(f"{row['prompt']}{row['answer']}".encode()).digest())
 
 
-def code_task(texts, seed, count=500):
-    """Lines of validation files, one of each file, then a second one, and so on; none that training text has with the
-    same prompt. Chance is any line of training text that is worth asking, majority the most frequent one, copy the
-    line above. The task is the same for every seed; there is none (None) where no line is worth asking."""
-    training = "\0".join(texts["train"])
+def code_task(texts, split, seed, count=500):
+    """Lines of the split's files, one of each file, then a second one, and so on; none that text of another split has
+    with the same prompt. Chance is any line of training text that is worth asking, majority the most frequent one,
+    copy the line above. The task is the same for every seed; there is none (None) where no line is worth asking."""
+    elsewhere = "\0".join(text for name in texts if name != split for text in texts[name])
     rows, seen = [], set()
-    for row in chain.from_iterable(zip_longest(*map(completions, texts["val"]))):
-        if row and row["prompt"] not in seen and row["prompt"] + row["answer"] not in training:
+    for row in chain.from_iterable(zip_longest(*map(completions, texts[split]))):
+        if row and row["prompt"] not in seen and row["prompt"] + row["answer"] not in elsewhere:
             rows.append(row)
             seen.add(row["prompt"])
         if len(rows) == count:
             break
-    lines = Counter(line.strip() for line in training.replace("\0", "\n").split("\n") if is_worth_asking(line))
+    training = chain.from_iterable(text.split("\n") for text in texts["train"])
+    lines = Counter(line.strip() for line in training if is_worth_asking(line))
     if not rows or not lines:
         return None
     guesses = {

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 
-from data.split import split_of
+from data.split import HELD_OUT, split_of
 from data.task import Task
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "wiki_templates.txt")
@@ -123,7 +123,7 @@ def make_quiz(entities, attributes, rng):
 
 def wiki_documents(seed):
     """(split, read) for articles, mentions and quizzes, in practice without end; the text decides the split, so
-    validation has the facts of training in other words."""
+    val and test have the facts of training in other words."""
     rng, (entities, attributes) = random.Random(f"wiki {seed}"), make_world()
     shapes, weights = list(SHAPES), list(SHAPES.values())
     seen = set()
@@ -141,7 +141,16 @@ def wiki_documents(seed):
             yield split_of(text), lambda text=text: text
 
 
-def wiki_task(texts, seed, count=500):
+def unasked_facts(split):
+    """The (entity, attribute) pairs that no quiz asks: one half for val, the other for test, whatever the seed; of each
+    attribute both halves have as many, or one more."""
+    entities, attributes = make_world()
+    unasked = [(e, a) for kind in attributes for a in attributes[kind] for e in entities if e.kind == kind]
+    unasked = [(e, a) for e, a in unasked if a.name not in e.asked]
+    return unasked[HELD_OUT.index(split) :: len(HELD_OUT)]
+
+
+def wiki_task(texts, split, seed, count=500):
     """Questions for facts that no quiz asks. Chance is one of the attribute's values, majority its most frequent."""
     rng, (entities, attributes) = random.Random(f"wiki task {seed}"), make_world()
     rows, majority, chance = [], [], []
@@ -150,7 +159,7 @@ def wiki_task(texts, seed, count=500):
         for kind in attributes
         for attribute in attributes[kind]
     }
-    unasked = [(e, a) for e in entities for a in attributes[e.kind] if a.name not in e.asked]
+    unasked = unasked_facts(split)
     for entity, attribute in rng.sample(unasked, min(count, len(unasked))):
         answer = entity.facts[attribute.name]
         rows.append({"prompt": ask(entity, attribute, rng), "answer": answer, "kind": attribute.name})

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 
 from configurator import UserError, read_json
+from data.split import check_splits
 
 
 def read_meta(data_dir, domain):
-    """meta.json of one domain, as data/prepare.py wrote it."""
-    path = os.path.join(data_dir, domain, "meta.json")
-    return read_json(path, f"prepare it: python -m data.prepare --out_dir={data_dir} --domains={domain}")
+    """meta.json of one domain, as data/prepare.py wrote it. UserError when it is missing or has no test split."""
+    folder = os.path.join(data_dir, domain)
+    remedy = f"prepare it: python -m data.prepare --out_dir={data_dir} --domains={domain}"
+    meta = read_json(os.path.join(folder, "meta.json"), remedy)
+    check_splits(meta, folder)
+    return meta
 
 
 def list_domains(data_dir):
@@ -86,9 +90,10 @@ class Batches:
         return tuple(torch.cat(column) for column in zip(*rows, strict=True))
 
 
-def validation_windows(data_dir, domain, sequence_length, count):
-    """Up to `count` windows spread evenly over a domain's validation text, the same for every model."""
-    tokens = read_tokens(data_dir, domain, "val", sequence_length)
+def held_out_windows(data_dir, domain, split, sequence_length, count):
+    """Up to `count` windows spread evenly over the text of a domain's split ("val" or "test"), the same for every
+    model: inputs and targets, each (count, sequence_length)."""
+    tokens = read_tokens(data_dir, domain, split, sequence_length)
     count = min(count, (len(tokens) - 1) // sequence_length)
     starts = np.linspace(0, len(tokens) - sequence_length - 1, count).astype(int)
     return cut(tokens, starts, sequence_length)

@@ -164,15 +164,15 @@ def math_documents(seed):
         yield split_of(problem.question), lambda problem=problem: problem.text
 
 
-def math_task(texts, seed, count=500):
-    """Held-out problems, evenly spread over the templates. Chance is any number an answer may be, majority the most
+def math_task(texts, split, seed, count=500):
+    """Problems of the split, evenly spread over the templates. Chance is any number an answer may be, majority the most
     frequent answer of the training text."""
     rng, templates = random.Random(f"math task {seed}"), read_templates()
     rows, seen = [], set()
     while len(rows) < count:
         template = templates[len(rows) % len(templates)]
         problem = make_problem(template, rng)
-        if split_of(problem.question) == "val" and problem.question not in seen:
+        if split_of(problem.question) == split and problem.question not in seen:
             seen.add(problem.question)
             row = {"prompt": problem.prompt, "answer": str(problem.answer)}
             rows.append({**row, "template": problem.template, "steps": problem.steps})

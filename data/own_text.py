@@ -5,11 +5,12 @@ import json
 import os
 
 from configurator import UserError
-from data.split import VALIDATION_SHARE, in_hash_order
+from data.split import HELD_OUT_SHARE, SPLITS, in_hash_order
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-MIN_VALIDATION_BYTES = 4000  # some windows of a small model's context
+MIN_HELD_OUT_BYTES = 4000  # of a split: some windows of a small model's context
 PIECE_BYTES = 4000  # longer files are cut at blank lines, so that one long file can be split too
+FEW_PIECES = 8  # as many where there are fewer documents than splits
 
 
 def _list_files(path):
@@ -44,13 +45,13 @@ def _jsonl_documents(text, key, path):
         yield f"{key}:{number}", document
 
 
-def _pieces(text):
-    """Cut a long text at blank lines into pieces of about PIECE_BYTES."""
+def _pieces(text, piece_bytes=PIECE_BYTES):
+    """Cut a long text at blank lines into pieces of about piece_bytes."""
     piece, size = [], 0
     for paragraph in text.split("\n\n"):
         piece.append(paragraph)
         size += len(paragraph.encode()) + 2
-        if size >= PIECE_BYTES:
+        if size >= piece_bytes:
             yield "\n\n".join(piece)
             piece, size = [], 0
     if piece:
@@ -82,22 +83,28 @@ def read_own(path):
     documents = {key: text for key, text in documents.items() if text.strip()}
     if not documents:
         raise UserError(f"{path} has no readable text; its files are empty")
+    if len(documents) < len(SPLITS):
+        piece_bytes = sum(len(text.encode()) for text in documents.values()) // FEW_PIECES
+        cut = {key: _pieces(text, piece_bytes) for key, text in documents.items()}
+        pieces = [(f"{key}.{n}", piece) for key, parts in cut.items() for n, piece in enumerate(parts)]
+        documents = {key: piece for key, piece in pieces if piece.strip()}
     return documents, digest.hexdigest()
 
 
 def own_documents(documents, seed):
     """(split, read) for each document, in hash order; read() returns its text.
 
-    Validation gets about 5% of the bytes, but MIN_VALIDATION_BYTES where that is more (these texts may be few), and
-    no more than it takes to reach half of them.
+    val and test get about 5% of the bytes each, but MIN_HELD_OUT_BYTES where that is more (these texts may be few),
+    and no more than it takes to reach a quarter of them. Three documents are enough for one in each split.
     """
     sizes = {key: len(text.encode()) for key, text in documents.items()}
-    wanted = min(max(VALIDATION_SHARE * sum(sizes.values()), MIN_VALIDATION_BYTES), sum(sizes.values()) / 2)
-    validation, size = set(), 0
-    for key in in_hash_order(documents, "split")[:-1]:  # one document at least is for training
-        if size >= wanted:
-            break
-        validation.add(key)
-        size += sizes[key]
+    wanted = min(max(HELD_OUT_SHARE * sum(sizes.values()), MIN_HELD_OUT_BYTES), sum(sizes.values()) / 4)
+    left, held_out = in_hash_order(documents, "split")[::-1], {}
+    for split, to_leave in (("val", 2), ("test", 1)):  # documents at least, for the splits that follow
+        size = 0
+        while size < wanted and len(left) > to_leave:
+            key = left.pop()
+            held_out[key] = split
+            size += sizes[key]
     for key in in_hash_order(documents, seed):
-        yield "val" if key in validation else "train", lambda key=key: documents[key]
+        yield held_out.get(key, "train"), lambda key=key: documents[key]

@@ -3,8 +3,9 @@
     python -m data.prepare config/cpu/data.py
     python -m data.prepare config/cpu/data.py --domains=poems=~/poems     # one more, later
 
-writes <out_dir>/{tiktoken.json,tokenizer.tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,meta.json}. What is
-already there is kept: running the same command again continues, or does nothing.
+writes <out_dir>/{tiktoken.json,tokenizer.tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json},
+with task-val.jsonl and task-test.jsonl where the domain has a task. What is already there is kept: running the same
+command again continues, or does nothing.
 """
 
 import difflib
@@ -23,13 +24,13 @@ from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, prose_documents, python_sources
-from data.split import VALIDATION_SHARE
+from data.split import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
 from data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
 
 BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
 ENDLESS = ("math", "wiki")
 TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
-MAX_VALIDATION_BYTES = 1_000_000
+MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
 
 
@@ -61,7 +62,7 @@ class Domain:
     recipe: dict  # what decides the content; a finished domain with the same recipe is not made again
     sources: dict  # the versions of what the texts are made from
     documents: object  # iterator of (split, read)
-    texts: dict = field(default_factory=lambda: {"train": [], "val": []})
+    texts: dict = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
 def domain_of(entry, config):
@@ -92,6 +93,7 @@ def is_finished(domain, config):
         return False
     remedy = "use --overwrite=True or another --out_dir"
     meta = read_json(path, remedy)
+    check_splits(meta, domain.folder)
     if meta["recipe"] != domain.recipe:
         names = [
             name for name in {**meta["recipe"], **domain.recipe} if meta["recipe"].get(name) != domain.recipe.get(name)
@@ -103,10 +105,10 @@ def is_finished(domain, config):
 
 
 def collect(domain, max_bytes):
-    """Read documents into domain.texts until both splits hold their share of max_bytes (0: all)."""
-    limits = {"train": max_bytes * (1 - VALIDATION_SHARE) or np.inf, "val": max_bytes * VALIDATION_SHARE or np.inf}
-    limits["val"] = min(limits["val"], MAX_VALIDATION_BYTES)
-    sizes = {"train": 0, "val": 0}
+    """Read documents into domain.texts until all splits hold their share of max_bytes (0: all)."""
+    limits = dict.fromkeys(HELD_OUT, min(max_bytes * HELD_OUT_SHARE or np.inf, MAX_HELD_OUT_BYTES))
+    limits["train"] = max_bytes * (1 - HELD_OUT_SHARE * len(HELD_OUT)) or np.inf
+    sizes = dict.fromkeys(SPLITS, 0)
     total = None if limits["train"] == np.inf else int(sum(limits.values()))
     with tqdm(desc=f"{domain.name}: reading", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for split, read in domain.documents:
@@ -119,9 +121,10 @@ def collect(domain, max_bytes):
                 domain.texts[split].append(text)
                 sizes[split] += len(text.encode())
                 bar.update(len(text.encode()))
-    if not all(domain.texts.values()):
-        lacking = "validation" if domain.texts["train"] else "training"
-        raise UserError(f"domain {domain.name!r} is too small to split: nothing is left for {lacking}; add more text")
+    lacking = [split for split, texts in domain.texts.items() if not texts]
+    if lacking:
+        nothing = f"nothing is left for {' and '.join(lacking)}"
+        raise UserError(f"domain {domain.name!r} is too small to split: {nothing}; add more text")
 
 
 def tokenizer_sample(domains):
@@ -145,6 +148,7 @@ def write_domain(domain, encoding, config):
     digest, counts = hashlib.sha256(), {}
     for split, texts in domain.texts.items():
         parts = []
+        digest.update(split.encode() + b"\0")
         for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None):
             parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), np.array(end, dtype)]
             digest.update(text.encode() + b"\0")
@@ -163,13 +167,20 @@ def write_domain(domain, encoding, config):
         "tokenizer_hash": tokenizer_hash(config.out_dir),
         "sources": domain.sources,
     }
-    built_in = "files" not in domain.recipe
-    task = TASKS[domain.name](domain.texts, config.seed) if built_in and domain.name in TASKS else None
-    if task:
-        lines = "".join(json.dumps(row) + "\n" for row in task.rows)
-        write_atomically(os.path.join(domain.folder, "task.jsonl"), lines)
-        meta["task"] = task.describe()
+    if "files" not in domain.recipe and domain.name in TASKS:
+        tasks = {split: TASKS[domain.name](domain.texts, split, config.seed) for split in HELD_OUT}
+        if all(tasks.values()):
+            meta["task"] = write_tasks(domain.folder, tasks)
     write_atomically(os.path.join(domain.folder, "meta.json"), json.dumps(meta, indent=2) + "\n")
+
+
+def write_tasks(folder, tasks):
+    """Write the task files of a domain from {split: Task}; returns what its meta.json says about them."""
+    for split, task in tasks.items():
+        lines = "".join(json.dumps(row) + "\n" for row in task.rows)
+        write_atomically(os.path.join(folder, f"task-{split}.jsonl"), lines)
+    baselines = {split: task.baselines() for split, task in tasks.items()}
+    return {"marker": tasks["val"].marker, "baselines": baselines}
 
 
 def keeps_tokenizer(config, names):
@@ -204,7 +215,7 @@ def print_table(metas):
     """Print documents, tokens and bytes of each domain: {name: meta}."""
     print(f"{'domain':12} {'split':5} {'documents':>9} {'tokens':>11} {'bytes':>11} {'bytes/token':>11}")
     for name, meta in metas.items():
-        for split in ("train", "val"):
+        for split in SPLITS:
             documents, tokens, size = (meta[split][column] for column in ("documents", "tokens", "bytes"))
             print(f"{name:12} {split:5} {documents:9,} {tokens:11,} {size:11,} {size / tokens:11.2f}")
 

@@ -1,9 +1,9 @@
 """Tasks: questions with one right answer each, what counts as right, and what an ignorant model would score.
 
-A domain with a task has task.jsonl, a row a question: {"prompt", "answer", and what the domain adds}. Its meta.json
-says under "task" how to read an answer and what to compare a score with:
+A domain with a task has task-val.jsonl and task-test.jsonl, a row a question: {"prompt", "answer", and what the
+domain adds}. Its meta.json says under "task" how to read an answer and what to compare a score with:
 
-    {"marker": "####", "baselines": {"accuracy": {"chance": 0.001, "majority": 0.026}}}
+    {"marker": "####", "baselines": {"val": {"accuracy": {"chance": 0.001, "majority": 0.026}}, "test": ...}}
 
 A model's answer is the line behind the marker. Without a marker it is what continues the prompt's last line.
 """
@@ -50,11 +50,11 @@ class Task:
     marker: str = ""
     metrics: tuple = ("accuracy",)
 
-    def describe(self):
-        """What meta.json says about the task."""
-        baselines = {
+    def baselines(self):
+        """{metric: {baseline: its mean score over the rows}}; accuracy has "chance" too."""
+        scores = {
             metric: {name: round(mean_score(metric, guess, self.rows), 4) for name, guess in self.guesses.items()}
             for metric in self.metrics
         }
-        baselines["accuracy"] = {"chance": round(self.chance, 4), **baselines["accuracy"]}
-        return {"marker": self.marker, "baselines": baselines}
+        scores["accuracy"] = {"chance": round(self.chance, 4), **scores["accuracy"]}
+        return scores

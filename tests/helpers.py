@@ -137,7 +137,11 @@ def same_bits(a, b):
         assert read(os.path.join(a, name)) == read(os.path.join(b, name)), name
 
 
-def val_tokens(data, domain):
-    """A domain's validation tokens, read without the project's loader."""
+def tokens_of(data, domain, split):
+    """The tokens of a domain's split, read without the project's loader."""
     meta = read_json(os.path.join(data, domain, "meta.json"))
-    return np.fromfile(os.path.join(data, domain, "val.bin"), dtype=meta["dtype"]).astype(np.int64)
+    return np.fromfile(os.path.join(data, domain, f"{split}.bin"), dtype=meta["dtype"]).astype(np.int64)
+
+
+def val_tokens(data, domain):
+    return tokens_of(data, domain, "val")

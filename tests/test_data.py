@@ -21,7 +21,7 @@ from data.docstrings import english_paragraphs
 from data.math_problems import make_problem, math_documents, math_task, read_templates
 from data.own_text import own_documents
 from data.prepare import main
-from data.split import in_hash_order
+from data.split import HELD_OUT, SPLITS, in_hash_order, split_of
 from data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -129,25 +129,34 @@ def test_round_trip_and_digits(smoke):
 
 def test_files_agree_with_meta(smoke):
     for domain in DOMAINS:
-        for split in ("train", "val"):
+        for split in SPLITS:
             documents, tokens, meta = read_split(smoke, domain, split)
             assert meta[split]["documents"] == len(documents)
             assert meta[split]["tokens"] == len(tokens)
             assert meta[split]["bytes"] == sum(len(text.encode()) for text in documents)
             assert meta[split]["bytes"] == token_bytes(load_tokenizer(smoke))[tokens].sum()
             assert meta["tokenizer_hash"] == tokenizer_hash(smoke)
-        assert 0.9 < meta["train"]["bytes"] / 285_000 < 1.2
+        assert 0.9 < meta["train"]["bytes"] / 270_000 < 1.2
+        assert all(15_000 <= meta[split]["bytes"] < 100_000 for split in HELD_OUT)
 
 
-def test_train_and_val_share_no_document(smoke):
+def test_splits_share_no_document(smoke):
     for domain in DOMAINS:
-        train, val = (read_split(smoke, domain, split)[0] for split in ("train", "val"))
-        assert not set(train) & set(val)
-        assert len(set(train)) == len(train)
+        documents = [text for split in SPLITS for text in read_split(smoke, domain, split)[0]]
+        assert len(set(documents)) == len(documents)
+    prose = [text for split in SPLITS for text in read_split(smoke, "prose", split)[0]]
+    paragraphs = [paragraph for text in prose for paragraph in text.strip().split("\n\n")]
+    assert len(set(paragraphs)) == len(paragraphs) > 1000
+
+
+def test_splits_are_of_the_size_they_should_be():
+    counts = Counter(split_of(str(number)) for number in range(20_000))
+    assert set(counts) == set(SPLITS)
+    assert all(abs(counts[split] / 20_000 - 0.05) < 4 * (0.05 * 0.95 / 20_000) ** 0.5 for split in HELD_OUT)
 
 
 def test_code_and_prose_of_a_file_are_in_the_same_split(monkeypatch):
-    """No file is in one domain's training and in the other's validation text."""
+    """No file is in one domain's training text and held out from the other, or val here and test there."""
     files = python_text.list_python_files()
     few = {key: files[key] for key in sorted(files)[::40]}
     monkeypatch.setattr(python_text, "list_python_files", lambda: few)
@@ -155,12 +164,12 @@ def test_code_and_prose_of_a_file_are_in_the_same_split(monkeypatch):
     code_keys, prose_keys = in_hash_order(few, seed=3), in_hash_order([*few, *topic_keys], seed=3)
     code = dict(zip(code_keys, (split for split, _ in python_text.code_documents(3)), strict=True))
     prose = dict(zip(prose_keys, (split for split, _ in python_text.prose_documents(3)), strict=True))
-    assert set(code.values()) == {"train", "val"}
+    assert set(code.values()) == set(SPLITS)
     assert all(code[key] == prose[key] for key in few)
 
 
 def test_code_parses_and_has_no_docstrings(smoke):
-    for text in read_split(smoke, "code", "train")[0] + read_split(smoke, "code", "val")[0]:
+    for text in (text for split in SPLITS for text in read_split(smoke, "code", split)[0]):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
                 first = node.body[0]  # what remains shares its line with other code
@@ -231,27 +240,30 @@ def test_math_is_right():
 
 
 def test_math_splits_and_task(smoke):
-    train, val = (read_split(smoke, "math", split)[0] for split in ("train", "val"))
-    questions = [{text.split("\nAnswer:")[0] for text in texts} for texts in (train, val)]
-    assert not questions[0] & questions[1]
-    assert 0.03 < len(val) / len(train + val) < 0.07
-    with open(os.path.join(smoke, "math", "task.jsonl")) as file:
-        task = [json.loads(line) for line in file]
-    assert len(task) == len({row["prompt"] for row in task}) == 500
-    assert not {row["prompt"].split("\nAnswer:")[0] for row in task} & questions[0]
-    counts = Counter(row["template"] for row in task)
-    assert set(counts) == {template.name for template in read_templates()}
-    assert max(counts.values()) - min(counts.values()) <= 1
-    # A solution is not needed to check an answer, but a prompt must end where a training text goes on.
-    assert all(row["prompt"].endswith("\nAnswer:") and row["answer"].isdigit() for row in task)
+    texts = {split: read_split(smoke, "math", split)[0] for split in SPLITS}
+    questions = {split: {text.split("\nAnswer:")[0] for text in texts[split]} for split in SPLITS}
+    assert len(set.union(*questions.values())) == sum(map(len, questions.values()))
+    for split, other in (("val", "test"), ("test", "val")):
+        assert 0.03 < len(texts[split]) / sum(map(len, texts.values())) < 0.07
+        with open(os.path.join(smoke, "math", f"task-{split}.jsonl")) as file:
+            task = [json.loads(line) for line in file]
+        assert len(task) == len({row["prompt"] for row in task}) == 500
+        asked = {row["prompt"].split("\nAnswer:")[0] for row in task}
+        assert not asked & (questions["train"] | questions[other])
+        counts = Counter(row["template"] for row in task)
+        assert set(counts) == {template.name for template in read_templates()}
+        assert max(counts.values()) - min(counts.values()) <= 1
+        # A solution is not needed to check an answer, but a prompt must end where a training text goes on.
+        assert all(row["prompt"].endswith("\nAnswer:") and row["answer"].isdigit() for row in task)
 
 
-def test_task_is_never_in_training_text_of_another_seed():
-    held_out = {row["prompt"] for row in math_task({"train": ["#### 1"]}, 0, count=100).rows}
+@pytest.mark.parametrize("asked", HELD_OUT)
+def test_task_is_never_in_training_text_of_another_seed(asked):
+    held_out = {row["prompt"] for row in math_task({"train": ["#### 1"]}, asked, 0, count=100).rows}
     stream = math_documents(seed=1)
     for _ in range(5000):
         split, read = next(stream)
-        assert split == "val" or read().split("Answer:")[0] + "Answer:" not in held_out
+        assert split == asked or read().split("Answer:")[0] + "Answer:" not in held_out
 
 
 def test_same_bytes_on_every_run(smoke, tmp_path):
@@ -280,9 +292,10 @@ def test_a_domain_of_ones_own_is_added_and_kept(smoke, poems, monkeypatch, capsy
     before = tokenizer_hash(smoke)
     out, _ = run_main(monkeypatch, capsys, *arguments)
     assert "poems" in out and tokenizer_hash(smoke) == before
-    train, val = (read_split(smoke, "poems", split)[0] for split in ("train", "val"))
-    assert not set(train) & set(val) and len(train) > len(val) >= 1
-    assert {f"Line {n} sings of the sea." for n in range(30)} <= set(train + val)
+    train, val, test = (read_split(smoke, "poems", split)[0] for split in SPLITS)
+    everything = [*train, *val, *test]
+    assert len(set(everything)) == len(everything) and len(train) > len(val) >= 1 and len(test) >= 1
+    assert {f"Line {n} sings of the sea." for n in range(30)} <= set(everything)
 
     out, _ = run_main(monkeypatch, capsys, *arguments)
     assert "already there" in out
@@ -319,15 +332,24 @@ def test_damaged_tokenizer(poems, tmp_path, monkeypatch, capsys):
     assert "lost the tokenizer of poems" in error
 
 
-def test_validation_of_few_own_texts_is_enough_for_some_windows():
-    """30 pieces of 1,000 bytes: 5 % would be 1,500 bytes; 4,000 are taken, and of two pieces just one."""
-    documents = {str(number): "x" * 1000 for number in range(30)}
-    splits = [split for split, _ in own_documents(documents, seed=0)]
-    assert splits.count("val") == 4 and splits.count("train") == 26
-    few = dict(list(documents.items())[:2])
-    assert sorted(split for split, _ in own_documents(few, seed=0)) == ["train", "val"]
-    many = {str(number): "x" * 1000 for number in range(1000)}
-    assert [split for split, _ in own_documents(many, seed=0)].count("val") == 50
+def test_held_out_of_few_own_texts_is_enough_for_some_windows():
+    """30 pieces of 1,000 bytes: 5 % would be 1,500 bytes; 4,000 are taken, of 8 pieces 2, and of three just one."""
+    documents = {str(number): "x" * 1000 for number in range(1000)}
+    for number, held_out in ((1000, 50), (30, 4), (8, 2), (3, 1)):
+        some = dict(list(documents.items())[:number])
+        splits = Counter(split for split, _ in own_documents(some, seed=0))
+        assert splits == {"train": number - 2 * held_out, "val": held_out, "test": held_out}
+
+
+def test_one_short_file_of_ones_own_is_cut_for_all_splits(tmp_path, monkeypatch, capsys):
+    lines = [f"Verse {n}: the rain, the river and the sea." for n in range(20)]
+    (tmp_path / "song.txt").write_text("\n\n".join(lines))
+    out, _ = run_main(
+        monkeypatch, capsys, f"--out_dir={tmp_path}/out", f"--domains=x={tmp_path}/song.txt", "--vocab_size=260"
+    )
+    texts = {split: "\n\n".join(read_split(tmp_path / "out", "x", split)[0]) for split in SPLITS}
+    assert all(split in out for split in SPLITS) and len(texts["train"]) > len(texts["test"]) > 0
+    assert sorted("\n\n".join(texts.values()).split("\n\n")) == sorted(lines)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +368,8 @@ def test_validation_of_few_own_texts_is_enough_for_some_windows():
         (["--domains=x=blank"], ["blank has no readable text", "empty"]),
         (["--domains=x=bad.jsonl"], ["bad.jsonl:2", '"text"']),
         (["--domains=x=latin.txt"], ["latin.txt is not UTF-8"]),
-        (["--domains=x=short.txt"], ["'x' is too small"]),
+        (["--domains=x=short.txt"], ["'x' is too small", "nothing is left for val and test"]),
+        (["--domains=x=two.jsonl"], ["'x' is too small", "nothing is left for val;"]),
         (["--domains=x=good.jsonl", "--vocab_size=5000"], ["vocab_size=5000 is too large"]),
         (["--out_dir=short.txt"], ["--out_dir=short.txt"]),
     ],
@@ -357,7 +380,8 @@ def test_errors_name_the_thing_and_the_remedy(arguments, expected, tmp_path, mon
     (tmp_path / "blank").mkdir()
     (tmp_path / "blank" / "a.txt").write_text(" \n")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    (tmp_path / "good.jsonl").write_text('{"text": "fine"}\n{"text": "fine too"}\n')
+    (tmp_path / "good.jsonl").write_text('{"text": "fine"}\n{"text": "fine too"}\n{"text": "finest"}\n')
+    (tmp_path / "two.jsonl").write_text('{"text": "fine"}\n{"text": "fine too"}\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "short.txt").write_text("one line")
     _, error = run_main(monkeypatch, capsys, "--out_dir=out", "--max_bytes=1000", *arguments)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENS, error_line, must, read, read_json, run, val_tokens
+from helpers import TOKENS, error_line, must, read, read_json, read_log, run, tokens_of
 from transformers import AutoModelForCausalLM
 
 import model as model_module
@@ -43,12 +43,12 @@ def rows(results):
     return {row["name"]: row for row in results["rows"]}
 
 
-def bits_per_byte(folder, data, domain):
+def bits_per_byte(folder, data, domain, split, windows):
     """With transformers' model, one token at a time, over bytes of the text that the tokens spell."""
     model, encoding = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer(data)
-    tokens = val_tokens(data, domain)
+    tokens = tokens_of(data, domain, split)
     bits, size = 0.0, 0
-    for start in np.linspace(0, len(tokens) - 33, 7).astype(int):
+    for start in np.linspace(0, len(tokens) - 33, windows).astype(int):
         window = tokens[start : start + 33].tolist()
         with torch.no_grad():
             logits = model(torch.tensor([window[:-1]])).logits[0].double()
@@ -61,7 +61,7 @@ def bits_per_byte(folder, data, domain):
 def test_bits_per_byte_equal_an_independent_sum(rows, seed, btx, data):
     for name, folder in (("seed", seed), ("btx", btx)):
         for domain in ("math", "rain"):
-            assert rows[name]["bpb"][domain] == pytest.approx(bits_per_byte(folder, data, domain), rel=1e-5)
+            assert rows[name]["bpb"][domain] == pytest.approx(bits_per_byte(folder, data, domain, "test", 7), rel=1e-5)
     for row in rows.values():
         assert row["bpb"]["avg"] == pytest.approx((row["bpb"]["math"] + row["bpb"]["rain"]) / 2)
 
@@ -107,7 +107,7 @@ def test_loads(rows):
 def test_loads_are_the_routers_choices(rows, btx, data):
     """Counted again from the logits that transformers' routers give."""
     model = AutoModelForCausalLM.from_pretrained(btx).eval()
-    tokens = val_tokens(data, "math")
+    tokens = tokens_of(data, "math", "test")
     counts = np.zeros((2, 3))
     for start in np.linspace(0, len(tokens) - 33, 7).astype(int):
         with torch.no_grad():
@@ -126,6 +126,33 @@ def test_again_does_nothing_and_other_settings_are_refused(results, command, wor
     message = error_line(run(*command, "--eval_windows=6"))
     assert path in message and "--overwrite" in message
     assert (read(path), os.stat(path).st_mtime_ns) == before
+
+
+def test_val_and_test_are_scored_apart(results, rows, seed, data, tmp_path, monkeypatch):
+    """Other windows, other problems, other baselines, and not in one results.json; training looks at val."""
+    asked, encoding = [], load_tokenizer(data)
+
+    def answer(model, prompts, max_new_tokens, stop):
+        asked.extend(encoding.decode(prompt) for prompt in prompts)
+        return [[]] * len(prompts)
+
+    monkeypatch.setattr(model_module, "generate", answer)
+    flags = *FLAGS, f"--model={seed}", f"--data_dir={data}"
+    baselines = read_json(os.path.join(data, "math", "meta.json"))["task"]["baselines"]
+    for split in ("val", "test"):
+        asked.clear()
+        must(run("eval.py", *flags, f"--split={split}", f"--out_dir={tmp_path}/{split}"))
+        found = read_json(tmp_path / split / "results.json")
+        bpb = found["rows"][0]["bpb"]["math"]
+        assert bpb == pytest.approx(bits_per_byte(seed, data, "math", split, 7), rel=1e-5)
+        assert found["baselines"] == {"math": baselines[split]} and found["config"]["split"] == split
+        lines = read(os.path.join(data, "math", f"task-{split}.jsonl")).splitlines()
+        assert asked == [json.loads(line)["prompt"] for line in lines[:3]]
+        assert (bpb == rows["seed"]["bpb"]["math"]) == (split == "test")  # what eval.py reports unless told
+    message = error_line(run("eval.py", *flags, "--split=test", f"--out_dir={tmp_path}/val"))
+    assert "other settings" in message and "--overwrite=True" in message
+    in_training = read_log(seed)[-1]["bpb"]["math"]
+    assert in_training == pytest.approx(bits_per_byte(seed, data, "math", "val", 4), rel=1e-4)
 
 
 def test_a_model_that_changed_is_evaluated_again(results, seed, data, tmp_path):
@@ -162,7 +189,7 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
     """Of four problems: right; right but for a digit more; right with other words around it; no answer."""
     copy = shutil.copytree(data, tmp_path / "data")
     lines = [{"prompt": f"Question: {n}?\n", "answer": "12"} for n in range(4)]
-    (copy / "math" / "task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy / "math" / "task-test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     encoding = load_tokenizer(data)
     texts = ["6 + 6 = 12\n#### 12", "#### 121", "It is a dozen.\n#### 12\n\nQuestion: what", "12"]
     asked = []

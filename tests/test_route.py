@@ -14,7 +14,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, must, read_json, run, val_tokens
+from helpers import error_line, must, read_json, run, tokens_of
 
 import checkpoint
 import route
@@ -305,8 +305,8 @@ def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
     for name in ("routing.png", "pairs.png", "tokens-math.html", "tokens-rain.html"):
         assert 1000 < os.path.getsize(tmp_path / name) < 1e6
 
-    # the numbers are those of the validation windows, cut here without the loader
-    tokens = val_tokens(data, "math")
+    # the numbers are those of the test windows, cut here without the loader
+    tokens = tokens_of(data, "math", "test")
     rows = np.stack([tokens[s : s + 32] for s in np.linspace(0, len(tokens) - 33, 5).astype(int)])
     with torch.no_grad():
         gates = checkpoint.load_model(btx)(torch.from_numpy(rows)).gates.numpy()  # (L, B, T, E)
@@ -315,6 +315,10 @@ def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
 
     must(run("route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}/again", *size))
     assert read_json(tmp_path / "again/routing.json") == found
+    must(run("route.py", f"--model={btx}", f"--out_dir={tmp_path}/val", *size, "--split=val"))
+    val = read_json(tmp_path / "val/routing.json")
+    assert (val["config"]["split"], found["config"]["split"]) == ("val", "test")
+    assert val["models"][0]["domains"] != found["models"][0]["domains"]
 
     message = error_line(run("route.py", f"--model={btx},{seed}", f"--out_dir={tmp_path}/dense", *size))
     assert seed in message and "dense" in message

@@ -14,9 +14,9 @@ from helpers import must, read, read_json, run
 
 from btm import Ensemble
 from data import code_task as lines
-from data.encyclopedia import PEOPLE, PLACES, make_world, wiki_documents, wiki_task
+from data.encyclopedia import PEOPLE, PLACES, make_world, unasked_facts, wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
-from data.split import split_of
+from data.split import HELD_OUT, SPLITS, split_of
 from data.task import Task, edit_similarity, exact_match, mean_score, read_answer
 from data.tokenizer import END_OF_TEXT, load_tokenizer
 from eval import EvalConfig, task_scores
@@ -36,7 +36,7 @@ VALUE = {
 @pytest.fixture(scope="module")
 def documents():
     """The first 6,000 documents of the encyclopedia, by split."""
-    texts = {"train": [], "val": []}
+    texts = {split: [] for split in SPLITS}
     for split, read_text in itertools.islice(wiki_documents(0), 6000):
         texts[split].append(read_text())
     return texts
@@ -51,8 +51,8 @@ def prepared(tmp_path_factory):
     return folder
 
 
-def rows_of(folder, domain):
-    return [json.loads(line) for line in read(os.path.join(folder, domain, "task.jsonl")).splitlines()]
+def rows_of(folder, domain, split):
+    return [json.loads(line) for line in read(os.path.join(folder, domain, f"task-{split}.jsonl")).splitlines()]
 
 
 def texts_of(folder, domain, split):
@@ -90,7 +90,7 @@ def test_the_world_can_be_checked_and_guessed():
 
 def test_every_document_states_the_same_facts(documents):
     found = Counter()
-    for text in documents["train"][:2000] + documents["val"]:
+    for text in documents["train"][:2000] + documents["val"] + documents["test"]:
         for name, attribute, value in stated(text):
             assert BY_NAME[name].facts[attribute] == value, text
             found[name, attribute] += 1
@@ -105,26 +105,30 @@ def test_articles_are_whole_and_worded_in_many_ways(documents):
 
 
 def test_wiki_splits_share_no_document(documents):
-    everything = documents["train"] + documents["val"]
+    everything = list(itertools.chain(*documents.values()))
     assert len(set(everything)) == len(everything)
-    assert 0.03 < len(documents["val"]) / len(everything) < 0.07
+    assert all(0.03 < len(documents[split]) / len(everything) < 0.07 for split in HELD_OUT)
     assert all(split_of(text) == split for split, texts in documents.items() for text in texts)
 
 
 def test_no_question_of_the_task_was_ever_asked(documents):
-    """Neither verbatim nor in other words, and for half of each entity's facts."""
-    asked = set()
-    for text in documents["train"] + documents["val"]:
-        if text.startswith("Question:"):
-            asked |= {fact[:2] for fact in stated(text)}
-    task = wiki_task(documents, seed=0)
-    everything = "\n".join(documents["train"] + documents["val"])
-    assert len(task.rows) == len({row["prompt"] for row in task.rows}) == 500
-    for row in task.rows:
-        ((name, attribute, value),) = stated(f"{row['prompt']} {row['answer']}\n")
-        assert row["prompt"] not in everything and (name, attribute) not in asked
-        assert BY_NAME[name].facts[attribute] == value == row["answer"] and attribute == row["kind"]
-    assert {row["kind"] for row in task.rows} == {attribute for _, attribute in asked}
+    """Neither verbatim nor in other words, nor by the other split, and for half of each entity's facts."""
+    everything = list(itertools.chain(*documents.values()))
+    quizzed = {fact[:2] for text in everything if text.startswith("Question:") for fact in stated(text)}
+    told, asked = "\n".join(everything), []
+    for seed, split in ((0, "val"), (1, "test")):  # which facts a split has does not depend on the seed
+        task = wiki_task(documents, split, seed)
+        assert len(task.rows) == len({row["prompt"] for row in task.rows}) == len(unasked_facts(split)) > 240
+        for row in task.rows:
+            ((name, attribute, value),) = stated(f"{row['prompt']} {row['answer']}\n")
+            assert row["prompt"] not in told
+            assert BY_NAME[name].facts[attribute] == value == row["answer"] and attribute == row["kind"]
+            asked.append((name, attribute))
+    assert not quizzed & {*asked}
+    assert len({*asked}) == len(asked) == sum(len(entity.facts) - len(entity.asked) for entity in ENTITIES)
+    val, test = (Counter(attribute.name for _, attribute in unasked_facts(split)) for split in HELD_OUT)
+    assert val.keys() == test.keys() == {attribute for _, attribute in quizzed}
+    assert all(abs(val[attribute] - test[attribute]) <= 1 for attribute in val)
     for entity in ENTITIES:
         assert len(entity.asked) == len(entity.facts) // 2
 
@@ -132,12 +136,12 @@ def test_no_question_of_the_task_was_ever_asked(documents):
 def test_the_same_seed_gives_the_same_text(documents):
     again = [read_text() for _, read_text in itertools.islice(wiki_documents(0), 200)]
     other = [read_text() for _, read_text in itertools.islice(wiki_documents(1), 200)]
-    assert set(again) <= {*documents["train"], *documents["val"]} and not set(again) & set(other)
-    assert wiki_task({}, 0).rows == wiki_task({}, 0).rows != wiki_task({}, 1).rows
+    assert set(again) <= set(itertools.chain(*documents.values())) and not set(again) & set(other)
+    assert wiki_task({}, "val", 0).rows == wiki_task({}, "val", 0).rows != wiki_task({}, "val", 1).rows
 
 
 def test_wiki_baselines_by_counting():
-    task = wiki_task({}, 0, count=300)
+    task = wiki_task({}, "test", 0, count=200)
     right = chance = 0
     for row in task.rows:
         kind = "place" if row["kind"] in ENTITIES[0].facts else "person"
@@ -145,8 +149,7 @@ def test_wiki_baselines_by_counting():
         best = [value for value in values if values[value] == max(values.values())]
         right += best[0] == row["answer"]
         chance += 1 / next(len(a.values) for a in ATTRIBUTES[kind] if a.name == row["kind"])
-    baselines = task.describe()["baselines"]["accuracy"]
-    assert baselines == {"chance": round(chance / 300, 4), "majority": round(right / 300, 4)}
+    assert task.baselines()["accuracy"] == {"chance": round(chance / 200, 4), "majority": round(right / 200, 4)}
 
 
 def test_lines_worth_asking():
@@ -156,12 +159,14 @@ def test_lines_worth_asking():
     assert lines.lines_of_strings("a = 1\nb = \"\"\"c\nd = 2\n\"\"\"\ne = '''f'''\ng = 3\n") == {1, 2, 3, 4}
 
 
-def test_code_rows_are_the_next_line_of_held_out_files(prepared):
-    train, val = ("\0".join(texts_of(prepared, "code", split)) for split in ("train", "val"))
-    rows, files = rows_of(prepared, "code"), texts_of(prepared, "code", "val")
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_code_rows_are_the_next_line_of_held_out_files(split, prepared):
+    rows, files = rows_of(prepared, "code", split), texts_of(prepared, "code", split)
+    elsewhere = "\0".join(text for name in SPLITS if name != split for text in texts_of(prepared, "code", name))
     assert len(rows) == len({row["prompt"] for row in rows}) > 100
     for row in rows:
-        assert row["prompt"] + row["answer"] + "\n" in val and row["prompt"] + row["answer"] not in train
+        asked = row["prompt"] + row["answer"]
+        assert any(asked + "\n" in text for text in files) and asked not in elsewhere
         assert len(row["prompt"].encode()) >= 200 and len(row["prompt"].rstrip(" ").encode()) <= 400
         assert row["answer"] == row["answer"].strip() and not row["answer"].startswith("#")
     first = rows[: len(files)]  # spread over the files: no file comes twice while another has not come at all
@@ -179,8 +184,26 @@ def test_code_prompts_fill_their_context():
     assert last["prompt"].endswith("value_038 = call()\n    ") and len(last["prompt"]) == 17 * 23 + 4
 
 
-def test_code_baselines_by_counting(prepared):
-    rows, baselines = rows_of(prepared, "code"), read_json(f"{prepared}/code/meta.json")["task"]["baselines"]
+def test_no_row_is_in_both_splits(prepared):
+    for domain in ("code", "math", "wiki"):
+        val, test = ({(row["prompt"], row["answer"]) for row in rows_of(prepared, domain, split)} for split in HELD_OUT)
+        assert min(len(val), len(test)) > 100 and not val & test
+
+
+def test_code_that_both_splits_have_is_asked_in_neither():
+    """Two files that begin alike: only the lines after that are asked."""
+    shared = "".join(f"value_{n:03} = call()\n" for n in range(20))
+    own = {split: "".join(f"{split}_{n:03} = call()\n" for n in range(20)) for split in SPLITS}
+    texts = {"train": [own["train"]], **{split: [shared + own[split]] for split in HELD_OUT}}
+    for split in HELD_OUT:
+        answers = {row["answer"] for row in lines.code_task(texts, split, 0).rows}
+        assert answers == set(own[split].splitlines())
+
+
+@pytest.mark.parametrize("split", HELD_OUT)
+def test_code_baselines_by_counting(split, prepared):
+    rows, meta = rows_of(prepared, "code", split), read_json(f"{prepared}/code/meta.json")
+    baselines = meta["task"]["baselines"][split]
     above = [next(line.strip() for line in row["prompt"].split("\n")[-2::-1] if line.strip()) for row in rows]
     counts = Counter()
     for text in texts_of(prepared, "code", "train"):
@@ -197,11 +220,11 @@ def test_code_baselines_by_counting(prepared):
 def test_math_baselines_by_counting():
     stream = itertools.islice(math_documents(0), 2000)
     texts = {"train": [read_text() for split, read_text in stream if split == "train"]}
-    task = math_task(texts, 0, count=100)
+    task = math_task(texts, "test", 0, count=100)
     counts = Counter(text.rsplit("#### ")[-1].strip() for text in texts["train"])
     best = max(counts, key=counts.get)
     right = sum(row["answer"] == best for row in task.rows) / 100
-    assert task.describe() == {"marker": "####", "baselines": {"accuracy": {"chance": 0.001, "majority": right}}}
+    assert task.baselines() == {"accuracy": {"chance": 0.001, "majority": right}} and task.marker == "####"
 
 
 def test_scores_by_hand():
@@ -214,7 +237,7 @@ def test_scores_by_hand():
     assert mean_score("accuracy", ["ab", "bcde"], rows) == 0.5
     assert mean_score("edit_similarity", ["ab", "bcde"], rows) == (1 + 0.75) / 2
     task = Task(rows, chance=0.25, guesses={"x": ["abcd", "abcd"]}, metrics=("accuracy", "edit_similarity"))
-    assert task.describe()["baselines"] == {"accuracy": {"chance": 0.25, "x": 0.5}, "edit_similarity": {"x": 0.8333}}
+    assert task.baselines() == {"accuracy": {"chance": 0.25, "x": 0.5}, "edit_similarity": {"x": 0.8333}}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +281,8 @@ def test_scores_of_equal_models_are_equal(prepared):
 def test_a_right_line_scores_one(prepared, monkeypatch):
     """Half of the answers are right; a line task stops at the end of the line, math at the end of the document."""
     encoding, stops = load_tokenizer(prepared), []
-    right = {row["prompt"]: row["answer"] for domain in ("code", "math", "wiki") for row in rows_of(prepared, domain)}
+    rows = itertools.chain(*(rows_of(prepared, domain, "test") for domain in ("code", "math", "wiki")))
+    right = {row["prompt"]: row["answer"] for row in rows}
 
     def write(model, prompts, max_new_tokens, stop):
         stops.append(stop)

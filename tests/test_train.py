@@ -14,7 +14,7 @@ from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, 
 
 import checkpoint
 from configurator import UserError
-from data.loader import Batches, parse_mixture, validation_windows
+from data.loader import Batches, held_out_windows, parse_mixture
 from train import TrainConfig, learning_rate, make_optimizer
 
 
@@ -46,9 +46,10 @@ def numbers(tmp_path):
     for name, tokens in (("low", range(900)), ("high", range(5000, 5400))):
         folder = tmp_path / name
         folder.mkdir()
-        for split in ("train", "val"):
-            np.array(tokens, dtype="uint16").tofile(folder / f"{split}.bin")
-        (folder / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
+        np.array(tokens, dtype="uint16").tofile(folder / "train.bin")
+        np.array(tokens, dtype="uint16").tofile(folder / "val.bin")
+        np.array(tokens[::-1], dtype="uint16").tofile(folder / "test.bin")
+        (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "test": {}}))
     return str(tmp_path)
 
 
@@ -80,10 +81,12 @@ def test_batches_do_not_depend_on_how_they_are_split(numbers):
     assert not batches(8, 0, 12)[0].equal(whole[0]) and not other_seed(7, 0, 12)[0].equal(whole[0])
 
 
-def test_validation_windows_are_fixed_and_spread(numbers):
-    inputs, targets = validation_windows(numbers, "low", 10, 5)
+def test_held_out_windows_are_fixed_and_spread(numbers):
+    inputs, targets = held_out_windows(numbers, "low", "val", 10, 5)
     assert inputs[:, 0].tolist() == [0, 222, 444, 666, 889] and targets[-1, -1] == 899
-    assert len(validation_windows(numbers, "low", 10, 10_000)[0]) == 89  # no more than fit side by side
+    assert len(held_out_windows(numbers, "low", "val", 10, 10_000)[0]) == 89  # no more than fit side by side
+    inputs, targets = held_out_windows(numbers, "low", "test", 10, 5)
+    assert inputs[:, 0].tolist() == [899, 677, 455, 233, 10] and targets[-1, -1] == 0
 
 
 @pytest.mark.parametrize("text", ["low:x", "low:-1,high:2", "low:0"])
