@@ -1,8 +1,17 @@
-"""Branch-Train-Merge (Li et al. 2022) as the BTX paper runs it: the experts as an ensemble, routed by tf-idf.
+"""Branch-Train-Merge (Li et al. 2022, arXiv 2208.03306): the experts as an ensemble, nothing is trained.
 
-For each token the text so far is compared with each expert's training text: the cosine between tf-idf vectors
-over token ids. The k nearest experts each predict the next token, and their probabilities are averaged.
+Each expert predicts the next token, and their probabilities are averaged with weights that follow the text so far:
+
+    p(x_t | x_<t) = sum_e w_e,t p_e(x_t | x_<t)
+
+Two ways to weigh. NearestEnsemble is how the BTX paper runs it: k experts, those whose training text is nearest by
+tf-idf, count the same. PosteriorEnsemble is BTM's own: Bayes' rule, the expert being the unknown.
+
+Reading order: Ensemble, NearestEnsemble, PosteriorEnsemble.
 """
+
+import functools
+import math
 
 import numpy as np
 import torch
@@ -11,8 +20,113 @@ from torch import nn
 
 import checkpoint
 from configurator import UserError
-from data.loader import cut, parse_mixture, read_tokens
+from data.loader import cut, list_domains, parse_mixture, read_tokens, validation_windows
 from model import Output
+
+# ---- the ensemble ----
+
+
+class EnsembleCache:
+    """What an ensemble of N experts knows of B texts so far.
+
+    caches: the experts' key-value caches. evidence: (B, N), summed over the text, whatever a subclass goes by.
+    expected: N of (B, V), log-probabilities of the next token; 0 before the first, which no expert predicts.
+    """
+
+    def __init__(self, caches, batch_size, vocab_size, device):
+        self.caches = caches
+        self.evidence = torch.zeros(batch_size, len(caches), device=device)
+        self.expected = [torch.zeros(batch_size, vocab_size, device=device) for _ in caches]
+
+    def add(self, evidence):
+        """Append the evidence of T tokens, (B, T, N). Returns the sums up to and including each token, (B, T, N)."""
+        sums = self.evidence.unsqueeze(1) + evidence.cumsum(dim=1)
+        self.evidence = sums[:, -1]
+        return sums
+
+
+class Ensemble(nn.Module):
+    """N models that predict as one. Has the forward pass, cache and counts of model.Transformer.
+
+    k: how many of them a token is predicted with. Subclasses say in `log_weights` which, and how much each counts.
+    """
+
+    def __init__(self, models, k):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.config, self.k = models[0].config, k
+
+    @property
+    def compute_dtype(self):
+        return self.models[0].compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype):
+        for model in self.models:
+            model.compute_dtype = dtype
+
+    @property
+    def max_length(self):
+        return min(model.max_length for model in self.models)
+
+    def log_weights(self, ids, likelihood, cache):
+        """The logarithms of the weights with which each token's successor is predicted, (B, T, N) in fp32.
+
+        ids: (B, T). likelihood: (B, T, N) log-probability that each expert gave to each of them, 0 for a text's first.
+        cache: an EnsembleCache, brought up to date.
+        """
+        raise NotImplementedError
+
+    def read(self, ids, targets=None, cache=None):
+        """Each expert's log-probabilities, N of (B, T, V) in fp32, and the log weights (B, T, N).
+
+        With targets (B, T) only theirs are kept, N of (B, T, 1).
+        """
+        cache = cache or self.new_cache(*ids.shape)
+        experts, likelihood = [], []
+        for n, model in enumerate(self.models):
+            log_p = model(ids, cache=cache.caches[n]).logits.float().log_softmax(dim=-1)  # (B, T, V)
+            first = cache.expected[n].gather(-1, ids[:, :1])  # (B, 1)
+            rest = log_p[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T - 1)
+            likelihood.append(torch.cat((first, rest), dim=1))
+            cache.expected[n] = log_p[:, -1].clone()  # a view would keep all of log_p
+            experts.append(log_p if targets is None else log_p.gather(-1, targets.unsqueeze(-1)))
+        return experts, self.log_weights(ids, torch.stack(likelihood, dim=-1), cache)
+
+    def forward(self, ids, targets=None, cache=None):
+        """As Transformer's; `logits` are log-probabilities, (B, T, V) in fp32, and every target counts."""
+        experts, log_weights = self.read(ids, targets, cache)
+        weighted = [log_p + log_weights[..., n : n + 1] for n, log_p in enumerate(experts)]
+        log_p = functools.reduce(torch.logaddexp, weighted)  # (B, T, V), or (B, T, 1) of the targets
+        return Output(log_p, None, 0.0, None, {}) if targets is None else Output(None, -log_p.mean(), 0.0, None, {})
+
+    def new_cache(self, batch_size, length):
+        caches = [model.new_cache(batch_size, length) for model in self.models]
+        return EnsembleCache(caches, batch_size, self.config.vocab_size, next(self.parameters()).device)
+
+    def num_parameters(self):
+        """(active, total): k experts count for a token, N are kept."""
+        sizes = [model.num_parameters()[1] for model in self.models]
+        return self.k * max(sizes), sum(sizes)
+
+
+# ---- weights by tf-idf ----
+
+
+class NearestEnsemble(Ensemble):
+    """The k experts nearest to the text so far weigh 1 / k each, the others nothing (Sukhbaatar et al. 2024).
+
+    Near is the cosine between tf-idf vectors over token ids: of the text, and the mean over an expert's training text.
+    """
+
+    def __init__(self, models, profiles, k):
+        super().__init__(models, k)
+        self.register_buffer("profiles", profiles)  # (V, N), from expert_profiles
+
+    def log_weights(self, ids, likelihood, cache):
+        similarity = cache.add(self.profiles[ids])  # (B, T, N)
+        nearest = similarity.topk(self.k, dim=-1).indices  # (B, T, k)
+        return torch.full_like(similarity, -math.inf).scatter(-1, nearest, -math.log(self.k))
 
 
 def term_counts(data_dir, domain, vocab_size, length=256, windows=500):
@@ -35,66 +149,6 @@ def expert_profiles(mixtures, counts):
     return (idf * F.normalize(profiles, dim=1)).T
 
 
-class EnsembleCache:
-    """The experts' key-value caches, and each expert's similarity to the text so far, (B, N)."""
-
-    def __init__(self, caches, similarity):
-        self.caches, self.similarity = caches, similarity
-
-
-class Ensemble(nn.Module):
-    """N models that predict as one. Has the forward pass, cache and counts of model.Transformer."""
-
-    def __init__(self, models, profiles, k):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-        self.register_buffer("profiles", profiles)  # (V, N)
-        self.config, self.k = models[0].config, k
-
-    @property
-    def compute_dtype(self):
-        return self.models[0].compute_dtype
-
-    @compute_dtype.setter
-    def compute_dtype(self, dtype):
-        for model in self.models:
-            model.compute_dtype = dtype
-
-    @property
-    def max_length(self):
-        return min(model.max_length for model in self.models)
-
-    def weights(self, ids, cache=None):
-        """(B, T, N): 1 / k for the k experts nearest to the text up to and including each token, else 0."""
-        similarity = self.profiles[ids].cumsum(dim=1)  # (B, T, N)
-        if cache is not None:
-            similarity = similarity + cache.similarity.unsqueeze(1)
-            cache.similarity = similarity[:, -1]
-        nearest = similarity.topk(self.k, dim=-1).indices  # (B, T, k)
-        return torch.zeros_like(similarity).scatter(-1, nearest, 1 / self.k)
-
-    def forward(self, ids, targets=None, cache=None):
-        """As Transformer's; `logits` are the logarithms of the averaged probabilities, (B, T, V) in fp32."""
-        weights = self.weights(ids, cache)  # (B, T, N)
-        caches = cache.caches if cache is not None else [None] * len(self.models)
-        probabilities = 0
-        for n, model in enumerate(self.models):
-            p = model(ids, cache=caches[n]).logits.float().softmax(dim=-1)  # (B, T, V)
-            probabilities = probabilities + weights[..., n : n + 1] * p
-        log_probabilities = probabilities.log()
-        loss = None if targets is None else F.nll_loss(log_probabilities.flatten(0, 1), targets.flatten())
-        return Output(log_probabilities, loss, 0.0, None, {})
-
-    def new_cache(self, batch_size, length):
-        caches = [model.new_cache(batch_size, length) for model in self.models]
-        return EnsembleCache(caches, torch.zeros(batch_size, len(self.models), device=self.profiles.device))
-
-    def num_parameters(self):
-        """(active, total): k experts run for a token, N are kept."""
-        sizes = [model.num_parameters()[1] for model in self.models]
-        return self.k * max(sizes), sum(sizes)
-
-
 def training_mixture(folder, data_dir):
     """{domain: weight} that a checkpoint was trained on, from its run.json."""
     recipe = (checkpoint.read_run(folder) or {}).get("recipe", {})
@@ -104,12 +158,84 @@ def training_mixture(folder, data_dir):
     return parse_mixture(",".join(recipe["data"]) if text == "all" else text, data_dir)  # all that there was then
 
 
-def load_ensemble(folders, data_dir, k):
-    """Read expert checkpoints into an Ensemble on the CPU; profiles come from their domains' training text."""
+def load_nearest(folders, data_dir, k):
+    """Read expert checkpoints into a NearestEnsemble on the CPU; profiles come from their domains' training text."""
     if len(folders) < k:
         raise UserError(f"--experts={','.join(folders)}: top-{k} needs at least {k} experts")
     mixtures = [training_mixture(folder, data_dir) for folder in folders]
     models = [checkpoint.load_model(folder) for folder in folders]
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
     counts = {domain: term_counts(data_dir, domain, models[0].config.vocab_size) for domain in domains}
-    return Ensemble(models, expert_profiles(mixtures, counts), k)
+    return NearestEnsemble(models, expert_profiles(mixtures, counts), k)
+
+
+# ---- weights by Bayes' rule ----
+
+
+class PosteriorEnsemble(Ensemble):
+    """The posterior over experts given the text so far, by Bayes' rule (Li et al. 2022; Gururangan et al. 2022).
+
+        prefix=True   w_e,t ~ prior_e prod_{s<t} p_e(x_s | x_<s)    as in a textbook
+        prefix=False  w_e,t ~ prior_e p_e(x_{t-1} | x_<t-1)         as in BTM's code: the last token's likelihood alone
+
+    What follows a text's first token, which no expert predicts, is weighed by the prior alone.
+    prior: (N,) probabilities. k: the k experts of the largest prior share all of it; by default all of them.
+    """
+
+    def __init__(self, models, prior, k=None, prefix=False):
+        super().__init__(models, k or len(models))
+        kept = prior.topk(self.k)
+        log_prior = torch.full_like(prior, -math.inf).scatter(0, kept.indices, kept.values.log())
+        self.register_buffer("log_prior", log_prior.log_softmax(dim=0))  # (N,)
+        self.prefix = prefix
+
+    def log_weights(self, ids, likelihood, cache):
+        if self.prefix:
+            # only differences between experts matter: against the best, sums stay small where rounding would count
+            likelihood = cache.add(likelihood - likelihood.amax(dim=-1, keepdim=True))  # (B, T, N)
+        return (self.log_prior + likelihood).log_softmax(dim=-1)
+
+
+def cached_prior(log_posteriors, decay=0.3):
+    """(N,): the exponential moving average of posteriors over a domain's held-out windows, in their order.
+
+    log_posteriors: (windows, N), at each window's end and under a uniform prior. The average starts uniform and is
+    the prior of the next window's posterior: prior = decay * posterior + (1 - decay) * prior. BTM's code, too, gives
+    0.3 to the newest posterior (pandas' ewm with alpha = 0.3).
+    """
+    prior = torch.full_like(log_posteriors[0], 1 / log_posteriors.size(1))  # (N,)
+    for log_posterior in log_posteriors:
+        posterior = (prior.log() + log_posterior).softmax(dim=0)
+        prior = decay * posterior + (1 - decay) * prior
+    return prior
+
+
+@torch.no_grad()
+def held_out_prior(ensemble, data_dir, length, windows=100):
+    """(N,): the mean over all domains of their cached priors, each from up to `windows` windows of validation text.
+
+    BTM's own evaluation takes the prior of the domain at hand, so it is told the domain. Here no model is told, and
+    so the same prior serves every domain. ensemble: a PosteriorEnsemble with a uniform prior.
+    """
+    priors = []
+    for domain in list_domains(data_dir):
+        ids, _ = validation_windows(data_dir, domain, min(length, ensemble.max_length), windows)  # (windows, T)
+        parts = ids.to(ensemble.log_prior.device).split(16)
+        priors.append(cached_prior(torch.cat([ensemble.read(part, targets=part)[1][:, -1] for part in parts])))
+    return torch.stack(priors).mean(dim=0)
+
+
+def load_posterior(folders, data_dir, length, device="cpu", prefix=False, k=None):
+    """Read expert checkpoints into a PosteriorEnsemble on `device`, with held_out_prior's prior from windows of
+    `length` tokens."""
+    models = [checkpoint.load_model(folder) for folder in folders]
+    uniform = PosteriorEnsemble(models, torch.full((len(models),), 1 / len(models)), prefix=prefix).to(device)
+    return PosteriorEnsemble(models, held_out_prior(uniform, data_dir, length), k, prefix)
+
+
+ENSEMBLES = {  # eval.py's rows: name -> function of checkpoint folders, data_dir, tokens a window, and device
+    "btm-top1": lambda folders, data_dir, *_: load_nearest(folders, data_dir, 1),
+    "btm-top2": lambda folders, data_dir, *_: load_nearest(folders, data_dir, 2),
+    "btm-posterior": load_posterior,
+    "btm-posterior-prefix": functools.partial(load_posterior, prefix=True),
+}

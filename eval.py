@@ -8,6 +8,7 @@ Each model becomes a row of out_dir/results.json. Every model sees the same wind
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ class EvalConfig:
     """Evaluate one or several checkpoints, and the ensembles of Branch-Train-Merge."""
 
     model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
-    experts: str = key("", "checkpoint folders to run as an ensemble: rows btm-top1 and btm-top2")
+    experts: str = key("", "checkpoint folders to run as ensembles; a row for each way to weigh them (btm.py)")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
@@ -120,9 +121,11 @@ def load_rows(config):
         folders = config.experts.split(",")
         parents = [checkpoint.parent(folder) for folder in folders]
         history = checkpoint.joint_history(one for _, one in parents)
-        for k in (1, 2):
-            identity = checkpoint.recipe_id(["btm", k, *(identity for identity, _ in parents)])
-            yield f"btm-top{k}", identity, history, lambda k=k: btm.load_ensemble(folders, config.data_dir, k)
+        device = pick_device(config.device, config.threads)
+        for name, load in btm.ENSEMBLES.items():
+            identity = checkpoint.recipe_id([name, *(identity for identity, _ in parents)])
+            arguments = folders, config.data_dir, config.sequence_length, device
+            yield name, identity, history, functools.partial(load, *arguments)
 
 
 def evaluate_row(name, identity, history, model, validation, config):

@@ -1,6 +1,7 @@
 """Branch-Train-Merge against a few lines of numpy, which compare the text so far anew for every token."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,9 +9,20 @@ import torch
 from helpers import val_tokens
 
 import checkpoint
-from btm import Ensemble, expert_profiles, load_ensemble, term_counts, training_mixture
+from btm import (
+    ENSEMBLES,
+    NearestEnsemble,
+    PosteriorEnsemble,
+    cached_prior,
+    expert_profiles,
+    held_out_prior,
+    load_nearest,
+    load_posterior,
+    term_counts,
+    training_mixture,
+)
 from data.loader import list_domains
-from model import generate
+from model import ModelConfig, Transformer, generate
 
 
 def similarities(ids, mixtures, counts):
@@ -29,6 +41,12 @@ def similarities(ids, mixtures, counts):
     return result
 
 
+def weights_of(ensemble, ids):
+    """(B, T, N): how much each expert counts in predicting what follows each token."""
+    with torch.no_grad():
+        return ensemble.read(torch.as_tensor(ids))[1].exp()
+
+
 @pytest.fixture(scope="module")
 def folders(experts, seed):
     return [*experts, seed]
@@ -36,7 +54,7 @@ def folders(experts, seed):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_probabilities_equal_brute_force(k, folders, data):
-    ensemble = load_ensemble(folders, data, k)
+    ensemble = load_nearest(folders, data, k)
     domains = {"math": 320, "rain": 320}
     counts = {domain: term_counts(data, domain, size).double().numpy() for domain, size in domains.items()}
     mixtures = [{"math": 1.0}, {"rain": 1.0}, {"math": 0.5, "rain": 0.5}]
@@ -63,10 +81,10 @@ def test_probabilities_equal_brute_force(k, folders, data):
 
 
 def test_each_domain_asks_its_own_expert_first(folders, data):
-    ensemble = load_ensemble(folders[:2], data, 1)
+    ensemble = load_nearest(folders[:2], data, 1)
     for n, domain in enumerate(("math", "rain")):
-        weights = ensemble.weights(torch.from_numpy(val_tokens(data, domain)[None, :400]))
-        assert weights.sum(dim=-1).allclose(torch.ones(400))
+        weights = weights_of(ensemble, val_tokens(data, domain)[None, :100])
+        assert weights.sum(dim=-1).allclose(torch.ones(100))
         assert weights[0, :, n].mean() > 0.95
 
 
@@ -84,7 +102,7 @@ def test_a_mixture_of_domains_has_the_mean_profile():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_cached_generation_equals_reading_it_all_again(k, folders, data):
-    ensemble = load_ensemble(folders, data, k)
+    ensemble = load_nearest(folders, data, k)
     prompts = [val_tokens(data, domain)[:length].tolist() for domain, length in (("math", 9), ("rain", 3), ("math", 5))]
     for prompt, answer in zip(prompts, generate(ensemble, prompts, 15), strict=True):
         for token in answer:
@@ -94,10 +112,10 @@ def test_cached_generation_equals_reading_it_all_again(k, folders, data):
 
 def test_the_cache_remembers_the_text(folders, data):
     """A text that changes its domain: the last tokens alone would ask another expert than the whole text does."""
-    ensemble = load_ensemble(folders[:2], data, 1)
+    ensemble = load_nearest(folders[:2], data, 1)
     parts = [torch.from_numpy(val_tokens(data, domain)[None, :n]) for domain, n in (("math", 60), ("rain", 20))]
     ids = torch.cat(parts, dim=1)
-    assert not ensemble.weights(ids)[:, 60:].equal(ensemble.weights(parts[1]))
+    assert not weights_of(ensemble, ids)[:, 60:].equal(weights_of(ensemble, parts[1]))
     cache = ensemble.new_cache(1, 80)
     pieces = [ensemble(piece, cache=cache).logits for piece in (parts[0], *parts[1].split(1, dim=1))]
     torch.testing.assert_close(torch.cat(pieces, dim=1), ensemble(ids).logits, rtol=1e-4, atol=1e-5)
@@ -105,8 +123,8 @@ def test_the_cache_remembers_the_text(folders, data):
 
 def test_parameters(folders, data):
     one = checkpoint.load_model(folders[0]).num_parameters()[1]
-    ensemble = load_ensemble(folders, data, 2)
-    assert isinstance(ensemble, Ensemble)
+    ensemble = load_nearest(folders, data, 2)
+    assert isinstance(ensemble, NearestEnsemble)
     assert ensemble.num_parameters() == (2 * one, 3 * one)
 
 
@@ -116,3 +134,158 @@ def test_all_means_the_domains_that_were_there_when_it_trained(data, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
     assert len(list_domains(data)) > 1
     assert training_mixture(str(tmp_path), data) == {"math": 1.0}
+
+
+def tiny(seed, scale=6.0):
+    """A random model of eleven words with strong opinions."""
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(11, 16, 16, 1, 2, 2, 512))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
+    return model
+
+
+PRIOR = torch.tensor([0.15, 0.5, 0.05, 0.3])
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [tiny(seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(0, 11, (3, 14), generator=torch.Generator().manual_seed(0))
+
+
+def bayes(models, prior, ids, prefix):
+    """In plain Python, every prefix read anew: the weights (T, N) and the next token's probabilities (T, V)."""
+    weights, mixtures = [], []
+    with torch.no_grad():
+        for t in range(1, len(ids) + 1):
+            each = [model(ids[None, :t]).logits[0].double().softmax(dim=-1).tolist() for model in models]
+            seen = range(1, t) if prefix else range(max(1, t - 1), t)
+            joint = [p * math.prod(each[e][s - 1][ids[s]] for s in seen) for e, p in enumerate(prior)]
+            weights.append([one / sum(joint) for one in joint])
+            mixtures.append([sum(weights[-1][e] * each[e][-1][v] for e in range(len(models))) for v in range(11)])
+    return np.array(weights), np.array(mixtures)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("k", [None, 2])
+def test_posteriors_equal_brute_force(models, ids, prefix, k):
+    """With top-k the two most probable experts a priori share all of it."""
+    ensemble = PosteriorEnsemble(models, PRIOR, k, prefix)
+    prior = PRIOR.tolist() if k is None else [0, 0.5 / 0.8, 0, 0.3 / 0.8]
+    targets = ids.roll(-1, dims=1)
+    expected = [bayes(models, prior, row, prefix) for row in ids]
+    weights = np.stack([weights for weights, _ in expected])
+    mixtures = np.stack([mixture for _, mixture in expected])
+    np.testing.assert_allclose(weights_of(ensemble, ids).numpy(), weights, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(weights[:, 0], np.tile(prior, (3, 1)))  # nothing but the prior
+    output = ensemble(ids)
+    np.testing.assert_allclose(output.logits.exp().detach().numpy(), mixtures, rtol=1e-4, atol=1e-7)
+    assert output.loss is None
+    loss = -np.log(np.take_along_axis(mixtures, targets.numpy()[..., None], axis=-1)).mean()
+    assert ensemble(ids, targets).loss.item() == pytest.approx(loss, rel=1e-5)
+    one = models[0].num_parameters()[1]
+    assert ensemble.num_parameters() == ((k or 4) * one, 4 * one)
+
+
+def test_the_two_posteriors_differ(models, ids):
+    last, prefix = (weights_of(PosteriorEnsemble(models, PRIOR, prefix=prefix), ids) for prefix in (False, True))
+    assert last[:, :2].allclose(prefix[:, :2])  # one token has been predicted at most
+    assert (last[:, 2:] - prefix[:, 2:]).abs().amax() > 0.1
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_posterior_with_cache_equals_without(models, ids, prefix):
+    """The pieces are such that a piece's first weights need what the one before it expected."""
+    ensemble = PosteriorEnsemble(models, PRIOR, prefix=prefix)
+    cache = ensemble.new_cache(3, 14)
+    pieces = [ensemble(piece, cache=cache).logits for piece in ids.split([5, *[1] * 9], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), ensemble(ids).logits, rtol=1e-4, atol=1e-5)
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    for prompt, answer in zip(prompts, generate(ensemble, prompts, 12), strict=True):
+        assert len(answer) == 12
+        text = list(prompt)
+        for token in answer:
+            assert token == ensemble(torch.tensor([text])).logits[0, -1].argmax()
+            text.append(token)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_identical_experts_are_one_model(models, ids, prefix):
+    ensemble = PosteriorEnsemble([models[0], tiny(0), tiny(0)], torch.tensor([0.7, 0.2, 0.1]), prefix=prefix)
+    targets = ids.roll(-1, dims=1)
+    assert ensemble(ids, targets).loss.item() == pytest.approx(models[0](ids, targets).loss.item(), rel=1e-5)
+    assert weights_of(ensemble, ids).allclose(torch.tensor([0.7, 0.2, 0.1]))
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_long_texts_of_improbable_tokens_stay_finite(prefix):
+    """500 tokens, whose probabilities multiply to less than any float holds; the weights are still right."""
+    models = [tiny(seed, scale=60.0) for seed in range(3)]
+    ids = torch.randint(0, 11, (1, 500), generator=torch.Generator().manual_seed(1))
+    ensemble = PosteriorEnsemble(models, torch.tensor([0.2, 0.3, 0.5]), prefix=prefix)
+    weights = weights_of(ensemble, ids)[0]
+    assert weights.sum(dim=-1).allclose(torch.ones(500))
+    assert ensemble(ids).logits.isfinite().all()
+    with torch.no_grad():
+        each = [model(ids).logits[0].double().log_softmax(dim=-1) for model in models]
+    seen = torch.stack([log_p[:-1].gather(1, ids[0, 1:, None])[:, 0] for log_p in each], dim=-1)  # (499, 3)
+    assert (seen.sum(dim=0) < -1000).all()
+    total = seen.cumsum(dim=0) if prefix else seen
+    expected = (total + torch.tensor([0.2, 0.3, 0.5]).log()).softmax(dim=-1)
+    torch.testing.assert_close(weights[1:].double(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_cached_prior_by_hand():
+    """Two windows: 0.3 * (0.8, 0.2) + 0.7 * (0.5, 0.5) = (0.59, 0.41), which is the prior of the second window."""
+    posteriors = torch.tensor([[0.8, 0.2], [0.25, 0.75]])
+    second = 0.59 * 0.25 / (0.59 * 0.25 + 0.41 * 0.75)
+    expected = 0.3 * second + 0.7 * 0.59
+    assert cached_prior(posteriors[:1].log()).tolist() == pytest.approx([0.59, 0.41])
+    assert cached_prior(posteriors.log()).tolist() == pytest.approx([expected, 1 - expected])
+    assert cached_prior(posteriors.flip(0).log()).tolist() != pytest.approx([expected, 1 - expected], abs=1e-3)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_held_out_prior_is_the_mean_over_domains(prefix, folders, data):
+    """Seven windows of 32 tokens a domain; posteriors at their ends by brute force."""
+    models = [checkpoint.load_model(folder) for folder in folders]
+    each = []
+    for domain in ("math", "rain"):
+        tokens, prior = val_tokens(data, domain), np.full(3, 1 / 3)
+        for start in np.linspace(0, len(tokens) - 33, 7).astype(int):
+            window = torch.from_numpy(tokens[start : start + 32])
+            with torch.no_grad():
+                log_p = [model(window[None]).logits[0].double().log_softmax(dim=-1) for model in models]
+            seen = np.array([[one[s - 1, window[s]].item() for s in range(1, 32)] for one in log_p])  # (3, 31)
+            log_posterior = np.log(prior) + (seen.sum(axis=1) if prefix else seen[:, -1])
+            posterior = np.exp(log_posterior - log_posterior.max())
+            prior = 0.7 * prior + 0.3 * posterior / posterior.sum()
+        each.append(prior)
+    assert abs(each[0] - each[1]).max() > 0.05
+    ensemble = PosteriorEnsemble(models, torch.full((3,), 1 / 3), prefix=prefix)
+    found = held_out_prior(ensemble, data, 32, windows=7)
+    np.testing.assert_allclose(found.numpy(), np.mean(each, axis=0), rtol=1e-3)
+
+
+def test_loading_the_rows(folders, data):
+    """Each name gives another ensemble; windows longer than the models take are shortened."""
+    loaded = {name: load(folders, data, 200, "cpu") for name, load in ENSEMBLES.items()}
+    kinds = {name: (type(one), one.k, getattr(one, "prefix", None)) for name, one in loaded.items()}
+    assert kinds == {
+        "btm-top1": (NearestEnsemble, 1, None),
+        "btm-top2": (NearestEnsemble, 2, None),
+        "btm-posterior": (PosteriorEnsemble, 3, False),
+        "btm-posterior-prefix": (PosteriorEnsemble, 3, True),
+    }
+    for name in ("btm-posterior", "btm-posterior-prefix"):
+        uniform = PosteriorEnsemble(list(loaded[name].models), torch.full((3,), 1 / 3), prefix="prefix" in name)
+        prior = held_out_prior(uniform, data, 128)
+        assert loaded[name].log_prior.exp().allclose(prior)
+        assert not prior.allclose(torch.full((3,), 1 / 3), atol=1e-3)
+    best = load_posterior(folders, data, 32, k=1).log_prior.exp()
+    assert sorted(best.tolist()) == [0, 0, 1]

@@ -67,7 +67,9 @@ def test_bits_per_byte_equal_an_independent_sum(rows, seed, btx, data):
 
 
 def test_results_hold_what_others_rely_on(results, rows, data):
-    assert list(rows) == ["seed", "expert-math", "expert-rain", "mixed", "btx", "btm-top1", "btm-top2"]
+    models = ["seed", "expert-math", "expert-rain", "mixed", "btx"]
+    assert list(rows) == [*models, "btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"]
+    assert len({row["id"] for row in rows.values()}) == 9
     for row in rows.values():
         assert set(row["bpb"]) == {"math", "rain", "avg"} and set(row["accuracy"]) == {"math"}
         assert row["seconds"] > 0 and row["train_flops"] > 0
@@ -87,10 +89,11 @@ def test_costs(rows):
     """The seed's training counts once, however many experts carry it."""
     tokens = {name: row["train_tokens"] / TOKENS for name, row in rows.items()}
     experts = {"expert-math": 2, "expert-rain": 2}
-    assert tokens == {"seed": 1, **experts, "mixed": 3, "btx": 4, "btm-top1": 3, "btm-top2": 3}
+    running = {"btm-top1": 1, "btm-top2": 2, "btm-posterior": 3, "btm-posterior-prefix": 3}  # experts a token
+    assert tokens == {"seed": 1, **experts, "mixed": 3, "btx": 4, **dict.fromkeys(running, 3)}
     one = rows["seed"]["total_params"]
-    assert (rows["btm-top1"]["active_params"], rows["btm-top2"]["active_params"]) == (one, 2 * one)
-    assert rows["btm-top2"]["total_params"] == 3 * one
+    assert {name: rows[name]["active_params"] / one for name in running} == running
+    assert {rows[name]["total_params"] / one for name in running} == {3}
     ff, routers = 2 * 3 * 32 * 48, 2 * 3 * 32  # 2 layers
     assert rows["btx"]["total_params"] == one + 2 * ff + routers
     assert rows["btx"]["active_params"] == one + ff + routers

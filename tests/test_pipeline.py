@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, read, read_json
 
-NAMES = "seed expert-code expert-prose expert-math soup mixed btx btm-top1 btm-top2"
+NAMES = "seed expert-code expert-prose expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import must, read, read_json, run
 
-from btm import Ensemble
+from btm import NearestEnsemble
 from data import code_task as lines
 from data.encyclopedia import PEOPLE, PLACES, make_world, unasked_facts, wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
@@ -270,7 +270,7 @@ def test_scores_of_equal_models_are_equal(prepared):
             weight = weights.pop(f"model.layers.{layer}.mlp.{theirs}.weight")
             weights[f"model.layers.{layer}.block_sparse_moe.experts.{ours}"] = torch.stack([weight, weight])
     assert not mixed.load_state_dict(weights, strict=False).unexpected_keys
-    ensemble = Ensemble([dense, dense], torch.zeros(512, 2), k=2)
+    ensemble = NearestEnsemble([dense, dense], torch.zeros(512, 2), k=2)
     config = EvalConfig(data_dir=prepared, task_problems=30, max_new_tokens=12)
     scores = task_scores(dense, config)
     assert set(scores["accuracy"]) == {"code", "math", "wiki"} and set(scores["edit_similarity"]) == {"code"}
