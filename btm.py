@@ -20,7 +20,7 @@ from torch import nn
 
 import checkpoint
 from configurator import UserError
-from data.loader import cut, list_domains, parse_mixture, read_tokens, validation_windows
+from data.loader import cut, held_out_windows, list_domains, parse_mixture, read_tokens
 from model import Output
 
 # ---- the ensemble ----
@@ -219,7 +219,7 @@ def held_out_prior(ensemble, data_dir, length, windows=100):
     """
     priors = []
     for domain in list_domains(data_dir):
-        ids, _ = validation_windows(data_dir, domain, min(length, ensemble.max_length), windows)  # (windows, T)
+        ids, _ = held_out_windows(data_dir, domain, "val", min(length, ensemble.max_length), windows)  # (windows, T)
         parts = ids.to(ensemble.log_prior.device).split(16)
         priors.append(cached_prior(torch.cat([ensemble.read(part, targets=part)[1][:, -1] for part in parts])))
     return torch.stack(priors).mean(dim=0)
