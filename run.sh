@@ -6,6 +6,7 @@
 #   bash run.sh smoke    every stage at toy size, under a minute
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
+#   bash run.sh cpu regime    BTX minus dense training at several widths and budgets
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
 # chooses the domains, SEED=2 the random seed of all training (SEEDS="1 2" those of compare); PYTHON=python3 uses an
@@ -19,7 +20,7 @@ seed=${SEED:-1}
 data=out/$size/data
 out=out/$size  # of seed 1, the others lie beside it
 [ "$seed" = 1 ] || out=$out/seed$seed
-case ${2:-} in "" | ablate | compare) ;; *) echo "error: '$2' is no task; choose ablate or compare" >&2; exit 2 ;; esac
+case ${2:-} in "" | ablate | compare | regime) ;; *) echo "error: '$2' is no task; choose ablate, compare or regime" >&2; exit 2 ;; esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 
@@ -76,4 +77,9 @@ if [ "${2:-}" = compare ]; then
     done
     chains=$(IFS=,; echo "${chains[*]}")
     $python compare.py "$config/compare.py" --chains="$chains"
+fi
+
+# 9. regime, when asked to: where does branching pay? Smaller and shorter chains of their own
+if [ "${2:-}" = regime ]; then
+    $python regime.py "$config/regime.py"
 fi
