@@ -24,7 +24,7 @@ import shutil
 from ablate import run
 from btm import training_mixture
 from checkpoint import read_run
-from compare_report import write_report
+from compare_report import in_order, write_report
 from configurator import UserError, command, key, parse, read_json, write_atomically
 from cost import bytes_sent, critical_seconds, lineage
 from report import mean_and_std, read_log
@@ -207,7 +207,7 @@ def summarize(chains):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
         counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
         rows.append({"name": same[0]["name"], **mean_and_std(same), **counts})
-    return rows
+    return in_order(rows)
 
 
 def main():

@@ -12,22 +12,33 @@ import matplotlib.pyplot as plt
 from configurator import write_atomically
 from report import baseline_lines, bold, markdown_table, short
 
-# a method's colour (Okabe and Ito) and marker, by the beginning of a row's name; markers tell them apart in grey
-METHODS = {
-    "seed": ("#999999", "o", "seed"),
-    "expert": ("#E69F00", "v", "experts"),
-    "dense": ("#0072B2", "s", "dense"),
-    "upcycle": ("#009E73", "D", "sparse upcycling"),
-    "soup": ("#CC79A7", "X", "soup"),
-    "btm": ("#56B4E9", "^", "BTM"),
-    "mixed": ("#CC79A7", "P", "mixed, not finetuned"),
-    "btx": ("#D55E00", "o", "BTX"),
+# rows in the paper's order: a colour a method (Okabe and Ito) and a marker of its own, which tells it apart in grey
+LOOKS = {
+    "seed": ("#999999", "8"),
+    "expert": ("#E69F00", "."),
+    "dense-dm": ("#0072B2", "s"),
+    "dense-cm": ("#0072B2", "D"),
+    "upcycle-dm": ("#009E73", "p"),
+    "upcycle-cm": ("#009E73", "h"),
+    "soup": ("#CC79A7", "x"),
+    "btm-top1": ("#56B4E9", "^"),
+    "btm-top2": ("#56B4E9", "v"),
+    "btm-posterior": ("#56B4E9", "<"),
+    "btm-posterior-prefix": ("#56B4E9", ">"),
+    "mixed": ("#CC79A7", "+"),
+    "btx": ("#D55E00", "o"),
+    "btx-sample": ("#D55E00", "X"),
 }
 SCORES = {"accuracy": (1, "task accuracy"), "bpb": (-1, "bits per byte")}  # 1: higher is better
 
 
-def method(row):
-    return METHODS[row["name"].partition("-")[0]]
+def kind(row):
+    return "expert" if row["name"].startswith("expert-") else row["name"]
+
+
+def in_order(rows):
+    """Rows in the paper's order, experts as they come."""
+    return sorted(rows, key=lambda row: list(LOOKS).index(kind(row)))
 
 
 # ---- tables ----
@@ -108,53 +119,37 @@ def home_lines(rows):
 
 
 def plot_cost(rows, cost, label, path):
-    """Average accuracy and average bits per byte against a cost; a circle's area is the row's active parameters.
+    """Average accuracy and average bits per byte against a cost; a marker's area is the row's active parameters.
 
-    Rows that forgot everything (accuracy or bits per byte far off) stay in; the axes are cut to the other rows.
+    Experts, soup and the unfinetuned mixture are left out: they lack most domains, and would squeeze the rest.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.6))
     largest = max(row["active_params"] for row in rows)
-    shown = [row for row in rows if not row["name"].startswith(("expert-", "soup", "mixed"))]
+    shown = [row for row in rows if kind(row) not in ("expert", "soup", "mixed")]
+    shown.sort(key=lambda row: -row["active_params"])  # small markers on top of large ones
     for axis, (metric, (_, text)) in zip(axes, SCORES.items(), strict=True):
         unit = 100 if metric == "accuracy" else 1
         for row in shown:
-            colour, _, _ = method(row)
+            colour, marker = LOOKS[kind(row)]
             x, y = row[cost], unit * row[metric]["avg"]
             axis.errorbar(x, y, yerr=unit * row["std"][metric]["avg"], color="black", capsize=3, linewidth=1, zorder=1)
-            size = 260 * row["active_params"] / largest
-            axis.scatter(x, y, s=size, color=colour, edgecolor="black", linewidth=0.8, zorder=2)
-        label_points(axis, [(row[cost], unit * row[metric]["avg"], row["name"]) for row in shown])
+            style = {"color": colour, "marker": marker, "edgecolor": "black", "linewidth": 0.8, "label": row["name"]}
+            axis.scatter(x, y, s=30 + 370 * row["active_params"] / largest, zorder=2, **style)
         axis.set_xlabel(label)
-        axis.set_ylabel(f"average {text}" + (", %" if metric == "accuracy" else " (lower is better)"))
+        axis.set_ylabel(f"average {text}" + (", %" if metric == "accuracy" else " (top is best)"))
         axis.grid(alpha=0.3)
     axes[1].invert_yaxis()
-    figure.tight_layout()
+    legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=6, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([60])
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def label_points(axis, points):
-    """Write each point's name beside it, pushing names apart that would lie on one another."""
-    axis.margins(x=0.18, y=0.1)
-    low, high = axis.get_ylim()
-    gap, last = 0.05 * (high - low), {}
-    for x, y, name in sorted(points, key=lambda point: point[1]):
-        near = [top for other, top in last.items() if abs(other - x) < 0.25 * (axis.get_xlim()[1] - axis.get_xlim()[0])]
-        place = max([y, *(top + gap for top in near)])
-        last[x] = place
-        axis.annotate(
-            name,
-            (x, y),
-            xytext=(x + 0.03 * (axis.get_xlim()[1] - axis.get_xlim()[0]), place),
-            fontsize=8,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.5} if place > y else None,
-        )
-
-
 def plot_domains(rows, path):
     """Each domain's scores over the best row's: accuracy over the highest, the lowest bits per byte over the row's."""
-    shown = [row for row in rows if not row["name"].startswith(("soup", "mixed"))]
+    shown = [row for row in rows if kind(row) not in ("soup", "mixed")]
     columns = [("accuracy", name) for name in rows[0]["accuracy"] if name != "avg"]
     columns += [("bpb", name) for name in rows[0]["bpb"] if name != "avg"]
     figure, axes = plt.subplots(
@@ -164,7 +159,7 @@ def plot_domains(rows, path):
         values = [row[metric][name] for row in shown]
         best = max(values) if metric == "accuracy" else min(values)
         for y, (row, value) in enumerate(zip(shown, values, strict=True)):
-            colour, marker, _ = method(row)
+            colour, marker = LOOKS[kind(row)]
             share = (value / best if metric == "accuracy" else best / value) if best else 0.0
             axis.hlines(y, 0, share, color="#bbbbbb")
             axis.scatter(share, y, color=colour, marker=marker, edgecolor="black", linewidth=0.6, zorder=2)
