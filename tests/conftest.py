@@ -66,3 +66,25 @@ def btx(work, data, mixed):
     folder = os.path.join(work, "btx")
     must(run("finetune.py", *SHORT, f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={folder}"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def short_config(work, data):
+    """SHORT as a config file, for drivers that start other scripts."""
+    path = os.path.join(work, "short.py")
+    with open(path, "w") as file:
+        for flag in SHORT:
+            name, value = flag.removeprefix("--").split("=")
+            file.write(f"{name} = {value!r}\n" if name in ("device", "dtype") else f"{name} = {value}\n")
+        file.write(f"data_dir = {data!r}\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def eval_config(work, data):
+    """A config file of eval.py that takes a moment."""
+    path = os.path.join(work, "eval.py")
+    with open(path, "w") as file:
+        file.write(f"data_dir = {data!r}\nsequence_length = 32\neval_windows = 4\ntask_problems = 4\n")
+        file.write("max_new_tokens = 4\n")
+    return path

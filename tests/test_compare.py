@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from helpers import SHORT, must, read, read_json, read_log, run
+from helpers import must, read, read_json, read_log, run
 
 import compare
 from compare import Chain, CompareConfig, evaluate, sweep, train_baselines
@@ -69,21 +69,10 @@ def chain(work, data, seed, experts, mixed, btx):
 
 
 @pytest.fixture(scope="module")
-def config(work, data):
-    path = os.path.join(work, "short.py")
-    with open(path, "w") as file:
-        for flag in SHORT:
-            name, value = flag.removeprefix("--").split("=")
-            file.write(f"{name} = {value!r}\n" if value.isalpha() or name == "dtype" else f"{name} = {value}\n")
-        file.write(f"data_dir = {data!r}\n")
-    scores = os.path.join(work, "eval.py")
-    with open(scores, "w") as file:
-        file.write(f"data_dir = {data!r}\nsequence_length = 32\neval_windows = 4\ntask_problems = 4\n")
-        file.write("max_new_tokens = 4\n")
-    settings = {"expert": path, "finetune": path, "eval": scores, "data_dir": data, "report": f"{work}/compare-report"}
-    return CompareConfig(
-        chains=work, rates="1e-3,3e-3", dense_learning_rate=3e-3, upcycle_learning_rate=3e-3, **settings
-    )
+def config(work, data, short_config, eval_config):
+    settings = {"expert": short_config, "finetune": short_config, "eval": eval_config, "data_dir": data}
+    rates = {"rates": "1e-3,3e-3", "dense_learning_rate": 3e-3, "upcycle_learning_rate": 3e-3}
+    return CompareConfig(chains=work, report=f"{work}/compare-report", **settings, **rates)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,45 @@
+"""The study of width and budget: one small point, and what it says of the runs behind it."""
+
+import os
+
+import pytest
+from helpers import error_line, must, read, read_json, run
+
+import compare
+import regime
+from regime import RegimeConfig, measure, plot
+
+
+@pytest.fixture(scope="module")
+def point(work, data, short_config, eval_config):
+    """Width 32 at half of SHORT's 12 steps, its commands run in this process."""
+    before = compare.run, regime.run
+    compare.run = regime.run = lambda script, *arguments: must(run(script, *arguments))
+    configs = {"seed": short_config, "expert": short_config, "finetune": short_config, "eval": eval_config}
+    config = RegimeConfig(out_dir=f"{work}/regime", data_dir=data, dense_learning_rate=3e-3, **configs)
+    yield measure(config, 32, 0.5)
+    compare.run, regime.run = before
+
+
+def test_both_models_had_the_same_tokens(point, work):
+    folder = f"{work}/regime/width-32-scale-0.5"
+    steps = {
+        name: read_json(f"{folder}/{name}/run.json")["step"] for name in ("seed", "expert-math", "btx", "dense-dm")
+    }
+    assert steps == {"seed": 6, "expert-math": 6, "btx": 6, "dense-dm": 18}
+    shape = read_json(f"{folder}/dense-dm/config.json")
+    assert (shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]) == (32, 80, 2)
+    assert point["tokens_per_parameter"] * point["parameters"] == pytest.approx(24 * 8 * 32)
+    rows = {row["name"]: row for row in read_json(f"{folder}/scores/results.json")["rows"]}
+    assert point["difference"] == rows["btx"]["bpb"]["avg"] - rows["dense-dm"]["bpb"]["avg"] != 0
+
+
+def test_the_picture_has_a_line_a_width(point, tmp_path):
+    plot([point, {**point, "tokens_per_parameter": 9.0}, {**point, "width": 64}], tmp_path / "regime.png")
+    assert read(tmp_path / "regime.png").startswith(b"\x89PNG")
+
+
+def test_bad_widths_and_limits_are_named(tmp_path):
+    assert "numbers separated by commas" in error_line(run("regime.py", "--widths=32,wide"))
+    assert "leaves no run" in error_line(run("regime.py", "--largest=1.0", f"--report={tmp_path}/report"))
+    assert not os.path.exists(tmp_path / "report")
