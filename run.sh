@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 size=${1:-cpu}
-domains=${DOMAINS:-code prose math}
+domains=${DOMAINS:-code math wiki}
 config=config/$size
 seed=${SEED:-1}
 data=out/$size/data

@@ -39,7 +39,7 @@ class DataConfig:
     """Prepare the training data of one or more domains."""
 
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
-    domains: str = key("code,prose,math", "comma list of built-in domains (code, prose, math, wiki) or NAME=PATH")
+    domains: str = key("code,math,wiki", "comma list of built-in domains (code, prose, math, wiki) or NAME=PATH")
     tokenizer: str = key("bpe", "train a small tokenizer here, or use GPT-2's", choices=("bpe", "gpt2"))
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is")

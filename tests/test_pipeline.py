@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, read, read_json
 
-NAMES = "seed expert-code expert-prose expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
+NAMES = "seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +26,15 @@ def pipeline(copy):
 def test_smoke_pipeline(copy):
     """First with a branch that cannot run: the others do. Then again: what is finished is skipped, the rest is made."""
     out = copy / "out" / "smoke"
-    (out / "expert-prose").mkdir(parents=True)
-    (out / "expert-prose" / "notes.txt").write_text("not of a run")
+    (out / "expert-wiki").mkdir(parents=True)
+    (out / "expert-wiki" / "notes.txt").write_text("not of a run")
     done = pipeline(copy)
     assert done.returncode == 1
-    assert "these branches failed: out/smoke/expert-prose" in done.stderr and "Traceback" not in done.stderr
+    assert "these branches failed: out/smoke/expert-wiki" in done.stderr and "Traceback" not in done.stderr
     finished = [out / name / "model.safetensors" for name in ("seed", "expert-code", "expert-math")]
     before = [path.stat().st_mtime_ns for path in finished]
 
-    shutil.rmtree(out / "expert-prose")
+    shutil.rmtree(out / "expert-wiki")
     done = pipeline(copy)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("already there, kept") == 3 and done.stdout.count("nothing to do") == 3
@@ -44,7 +44,7 @@ def test_smoke_pipeline(copy):
     rows = {row["name"]: row for row in results["rows"]}
     assert sorted(rows) == sorted(NAMES.split())
     for row in rows.values():
-        assert set(row["bpb"]) == {"code", "prose", "math", "avg"} and 0.5 < row["bpb"]["avg"] < 8
+        assert set(row["bpb"]) == {"code", "math", "wiki", "avg"} and 0.5 < row["bpb"]["avg"] < 8
     steps = {name: row["train_tokens"] / (8 * 128) for name, row in rows.items()}
     assert steps["seed"] == 40 and steps["expert-code"] == 70 and steps["mixed"] == 130 and steps["btx"] == 160
     assert rows["btx"]["bpb"]["avg"] < rows["mixed"]["bpb"]["avg"]  # finetuning does something

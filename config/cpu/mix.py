@@ -1,5 +1,5 @@
 """The mixture of the three experts and the seed, which takes part as a generalist."""
 
-experts = "out/cpu/expert-code,out/cpu/expert-prose,out/cpu/expert-math,out/cpu/seed"
+experts = "out/cpu/expert-code,out/cpu/expert-math,out/cpu/expert-wiki,out/cpu/seed"
 out_dir = "out/cpu/mixed"
 data_dir = "out/cpu/data"

@@ -1,4 +1,4 @@
-"""All the code and prose there is, and as much math."""
+"""All the code there is, and as much generated text."""
 
 out_dir = "out/gpu/data"
 vocab_size = 4096

@@ -1,5 +1,5 @@
 """The mixture of the three experts and the seed."""
 
-experts = "out/gpu/expert-code,out/gpu/expert-prose,out/gpu/expert-math,out/gpu/seed"
+experts = "out/gpu/expert-code,out/gpu/expert-math,out/gpu/expert-wiki,out/gpu/seed"
 out_dir = "out/gpu/mixed"
 data_dir = "out/gpu/data"

@@ -1,5 +1,5 @@
 """The mixture of the three experts and the seed."""
 
-experts = "out/smoke/expert-code,out/smoke/expert-prose,out/smoke/expert-math,out/smoke/seed"
+experts = "out/smoke/expert-code,out/smoke/expert-math,out/smoke/expert-wiki,out/smoke/seed"
 out_dir = "out/smoke/mixed"
 data_dir = "out/smoke/data"
