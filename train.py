@@ -53,6 +53,11 @@ class TrainConfig:
     sequence_length: int = key(256, "tokens a sequence", minimum=1)
     learning_rate: float = key(1e-3, "peak learning rate of AdamW")
     min_learning_rate: float = key(0.1, "final learning rate, as a fraction of the peak")
+    shared_learning_rate: float = key(
+        1.0,
+        "learning rate outside the feed-forward sublayers, as a fraction of theirs; low keeps branches alike",
+        minimum=0,
+    )
     warmup_steps: int = key(100, "steps of linear warm-up, followed by a cosine", minimum=0)
     weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only")
     adam_beta1: float = key(0.9, "AdamW's beta1")
@@ -100,13 +105,16 @@ def build_model(config):
 
 def make_optimizer(config, model):
     """AdamW with weight decay on matrices (and stacks of them), not on norms."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
-    ]
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = 1.0 if ".mlp." in name or ".block_sparse_moe." in name else config.shared_learning_rate
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
     betas = config.adam_beta1, config.adam_beta2
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=betas, fused=True)
+    # AdamW keeps a group's `scale` as it is; train_step multiplies the learning rate by it
+    groups = [{"params": params, "weight_decay": decay, "scale": scale} for (scale, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def learning_rate(config, step):
@@ -137,7 +145,7 @@ def train_step(config, step, model, optimizer, batches, processes):
             sums[name] = sums.get(name, 0) + value / len(starts)
     processes.average_gradients(model.parameters())
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = learning_rate(config, step) * group["scale"]
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     means = {name: processes.mean(value.tolist()) for name, value in sums.items()}
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):

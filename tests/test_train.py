@@ -111,9 +111,12 @@ def test_training_learns_and_logs(seed, data):
     assert run_file["finished"] and run_file["step"] == 12 and run_file["recipe"]["config"]["learning_rate"] == 3e-3
 
 
-def test_one_step_is_adamw_by_hand(data, tmp_path):
-    """Two micro-batches, the gradient of their mean loss, clipped; AdamW's first step moves by lr * sign(g) nearly."""
+@pytest.mark.parametrize("shared", [1.0, 0.25, 0.0])
+def test_one_step_is_adamw_by_hand(shared, data, tmp_path):
+    """Two micro-batches, the gradient of their mean loss, clipped; AdamW's first step moves by lr * sign(g) nearly.
+    Outside the feed-forward sublayers the learning rate, and so the weight decay, is a fraction."""
     flags = "--max_steps=1", "--warmup_steps=0", "--max_grad_norm=0.1", "--tie_word_embeddings=False"
+    flags = *flags, f"--shared_learning_rate={shared}"
     must(run("train.py", *SHAPE, *SHORT, *flags, f"--data_dir={data}", f"--out_dir={tmp_path}/run"))
     torch.manual_seed(1)
     config = checkpoint.read_model_config(f"{tmp_path}/run")
@@ -127,8 +130,9 @@ def test_one_step_is_adamw_by_hand(data, tmp_path):
     trained = weights(tmp_path / "run")
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.double() * 0.1 / norm
-        decay = 1 - 3e-3 * 0.1 if parameter.dim() > 1 else 1
-        expected = parameter.detach().double() * decay - 3e-3 * gradient / (gradient.abs() + 1e-8)
+        rate = 3e-3 if ".mlp." in name else 3e-3 * shared
+        decay = 1 - rate * 0.1 if parameter.dim() > 1 else 1
+        expected = parameter.detach().double() * decay - rate * gradient / (gradient.abs() + 1e-8)
         sure = gradient.abs() > 1e-6  # rounding decides the direction of the rest
         np.testing.assert_allclose(trained[name][sure], expected[sure], rtol=1e-3, atol=1e-5)
 
