@@ -73,6 +73,7 @@ VARIANTS = [
     Variant("split, top-4 of 2N, rescaled", mix="--split=2 --rescale=True", finetune="--num_experts_per_tok=4"),
     Variant("router starts at zero", mix="--router_init=zero"),
     Variant("router starts at domains", mix="--router_init=domain"),
+    Variant("router starts at contrasts", mix="--router_init=contrast"),
     Variant("balancing counts tokens", finetune="--balance=tokens"),
     Variant("attention frozen", finetune="--freeze=attention"),
     Variant("only routers trained", finetune="--freeze=all-but-router"),

@@ -20,7 +20,7 @@ domain's network. Gates that sum to 1 over k C chunks instead of k experts make 
 as they are all the same, since the paper describes no correction; --rescale=True multiplies each chunk's output by C.
 
 Tensors are streamed from the experts' files to the new one, so memory stays at a few of them, at most one of each
-expert. Only --router_init=domain holds a model in memory (router_start.py).
+expert. Only --router_init=domain and contrast hold a model in memory (router_start.py).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ import checkpoint
 from btm import training_mixture
 from configurator import UserError, command, key, parse
 from data.loader import read_meta
-from router_start import STARTS, domain_routers, normal_routers
+from router_start import FROM_TEXT, STARTS, domain_routers, normal_routers
 
 FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's name -> Mixtral's
 METHODS = ("btx", "upcycle", "drop-upcycle", "soup")
@@ -57,9 +57,11 @@ class MixConfig:
     num_experts: int = key(4, "upcycling: how many copies")
     noise: float = key(0.0, "upcycle: noise on each copied matrix, as a fraction of its standard deviation")
     drop: float = key(0.5, "drop-upcycle: fraction of each copy's hidden units to draw anew")
-    router_init: str = key("normal", "how routers start: at random, at zero, or pointing at each one's text", STARTS)
+    router_init: str = key(
+        "normal", "how routers start: at random, at zero, or in two ways from each one's text", STARTS
+    )
     router_std: float = key(0.02, "standard deviation of the new routers' weights")
-    data_dir: str = key("out/cpu/data", "where --router_init=domain finds the training text")
+    data_dir: str = key("out/cpu/data", "where --router_init=domain and contrast find the training text")
     seed: int = key(1, "random seed of routers, noise and redrawn units")
     overwrite: bool = key(False, "discard another checkpoint that --out_dir holds")
 
@@ -187,7 +189,9 @@ def new_routers(config, shapes, folders, experts, weights):
     dense = checkpoint.expected_tensors(experts[0].config)
     soup = mix(plan(dense, len(experts), "soup"), dense, experts, weights, 1, {}, None)
     mixtures = [training_mixture(folder, config.data_dir) for folder in folders]
-    return domain_routers(shapes, config.router_std, experts[0].config, soup, mixtures, config.data_dir)
+    return domain_routers(
+        config.router_init, shapes, config.router_std, experts[0].config, soup, mixtures, config.data_dir
+    )
 
 
 # ---- the script ----
@@ -210,9 +214,11 @@ def check_options(config, folders):
         raise UserError("nothing to mix; give --experts=DIR,DIR,...")
     if "upcycle" in config.method and (len(folders) > 1 or config.num_experts < 1):
         raise UserError(f"--method={config.method} copies one checkpoint: give --experts=DIR --num_experts=N")
-    if config.method != "btx" and (config.split != 1 or config.blend or config.router_init == "domain"):
-        raise UserError(f"--split, --blend and --router_init=domain are for --method=btx, not {config.method}")
-    if config.blend and (config.split != 1 or config.router_init == "domain"):
+    if config.method != "btx" and (config.split != 1 or config.blend or config.router_init in FROM_TEXT):
+        raise UserError(
+            f"--split, --blend and --router_init={config.router_init} are for --method=btx, not {config.method}"
+        )
+    if config.blend and (config.split != 1 or config.router_init in FROM_TEXT):
         raise UserError("--blend cuts into as many chunks as there are experts and leaves none of them a domain")
     if config.split < 1 or not 0 < config.drop <= 1 or config.noise < 0:
         raise UserError("--split must be at least 1, --drop above 0 and at most 1, --noise not negative")
@@ -270,7 +276,7 @@ def main():
     parents = {folder: checkpoint.parent(folder) for folder in folders}  # (id, history) of each
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"}
     recipe = {"config": settings, "parents": {folder: identity for folder, (identity, _) in parents.items()}}
-    if config.router_init == "domain":
+    if config.router_init in FROM_TEXT:
         domains = sorted({domain for folder in folders for domain in training_mixture(folder, config.data_dir)})
         recipe["data"] = {domain: read_meta(config.data_dir, domain)["content_hash"] for domain in domains}
         checkpoint.same_tokenizer([*folders, config.data_dir])

@@ -1,10 +1,13 @@
-"""How the routers of a fresh mixture start: at random, at zero, or pointing at each expert's own text.
+"""How the routers of a fresh mixture start: at random, at zero, or knowing each expert's own text.
 
     normal    drawn from a normal distribution, as in the BTX paper
     zero      all logits are equal: every gate starts at 1 / k, and ties decide who is asked until training breaks them
     domain    row i is the direction of the mean hidden state on expert i's training text
+    contrast  row i is what sets that mean apart from the mean over all experts, large enough to decide at once
 
-The last needs the averaged model in memory (it is small beside the mixture) and some of the training text.
+A mean state is mostly what all text has in common, so `domain` says little; `contrast` sends most of a domain's tokens
+to its own expert from the first step. Both need the averaged model in memory (it is small beside the mixture) and some
+of the training text.
 """
 
 import numpy as np
@@ -14,7 +17,9 @@ import torch.nn.functional as F
 from data.loader import cut, read_tokens
 from model import Transformer
 
-STARTS = ("normal", "zero", "domain")
+FROM_TEXT = "domain", "contrast"
+STARTS = "normal", "zero", *FROM_TEXT
+MARGIN = 4.0  # how far the logit of an expert's own text stands above that of average text, with contrast
 WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 tokens is steady enough
 
 
@@ -39,11 +44,13 @@ def mean_states(model, data_dir, domain):
     return torch.stack(means)
 
 
-def domain_routers(shapes, std, config, averaged, mixtures, data_dir):
-    """{name: (E, D)}: row i of layer l has the direction of the mean state that enters FF l on expert i's text.
+def domain_routers(start, shapes, std, config, averaged, mixtures, data_dir):
+    """{name: (E, D)}: the routers of `start` domain or contrast, from the mean state m_i of layer l on expert i's text.
 
-    Each row has the norm that a row drawn from normal(0, std) has on average, std * sqrt(D), so that the two starts
-    differ in direction alone. The chunks of a split expert share its row, and so are chosen together at first.
+    domain: row i has the direction of m_i and the norm that a row drawn from normal(0, std) has on average,
+    std * sqrt(D), so that the two starts differ in direction alone. contrast: row i is c_i = m_i - mean over i of m_i,
+    times MARGIN / (mean over i of |c_i|^2): on its own text, a row's logit is MARGIN above that on average text.
+    The chunks of a split expert share its row, and so are chosen together at first.
     config, averaged: shape and tensors ((name, tensor) pairs) of the averaged model. mixtures: for each expert the
     {domain: weight} it was trained on.
     """
@@ -54,7 +61,11 @@ def domain_routers(shapes, std, config, averaged, mixtures, data_dir):
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
     states = {domain: mean_states(model, data_dir, domain) for domain in domains}
     own = torch.stack([sum(share * states[d] for d, share in mixture.items()) for mixture in mixtures])  # (N, L, D)
-    rows = F.normalize(own, dim=-1) * std * config.hidden_size**0.5
+    if start == "domain":
+        rows = F.normalize(own, dim=-1) * std * config.hidden_size**0.5
+    else:
+        contrast = own - own.mean(dim=0)  # (N, L, D)
+        rows = contrast * MARGIN / contrast.pow(2).sum(dim=-1, keepdim=True).mean(dim=0)
     return {
         name: rows[:, layer].repeat_interleave(shape[0] // len(mixtures), dim=0)
         for layer, (name, shape) in enumerate(shapes.items())

@@ -233,6 +233,13 @@ def test_domain_start_points_at_each_experts_text(seed, experts, data, mix, chun
         expected = np.stack([one[layer] / np.linalg.norm(one[layer]) for one in own]) * 0.1 * 32**0.5
         np.testing.assert_allclose(found[layer], expected.repeat(chunks, axis=0), atol=1e-4)
         assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    contrasts = routers(mix(folders, "--router_init=contrast", *flags[1:], f"--split={chunks}", name="contrast"))
+    for layer in range(2):
+        rows = np.stack([one[layer] for one in own]) - np.mean([one[layer] for one in own], axis=0)
+        rows *= 4 / np.mean([row @ row for row in rows])
+        np.testing.assert_allclose(contrasts[layer], rows.repeat(chunks, axis=0), rtol=1e-2, atol=1e-2)
+        logits = contrasts[layer] @ np.stack([one[layer] for one in own]).T  # (rows, texts)
+        assert (logits[:chunks].argmax(axis=1) == 0).all()  # the math expert's rows like its own text best
     normal = routers(mix(folders, "--router_std=0.1", name="normal"))
     for layer in range(2):  # as long as rows drawn at random
         lengths = np.linalg.norm(normal[layer], axis=1).mean(), np.linalg.norm(found[layer], axis=1).mean()
@@ -251,6 +258,7 @@ BAD = {
     "--method=upcycle": "copies one checkpoint",
     "--method=soup --split=2": "for --method=btx",
     "--method=soup --router_init=domain": "for --method=btx",
+    "--method=soup --router_init=contrast": "for --method=btx",
     "--blend=True --split=2": "as many chunks as there are experts",
     "--split=5": "5 chunks do not divide",
     "--split=4": "multiples of 8",
