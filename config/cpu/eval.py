@@ -1,7 +1,7 @@
-"""Evaluation on 128 windows a domain and 500 problems a task."""
+"""Evaluation on 128 windows a domain and 250 problems a task."""
 
 out_dir = "out/cpu/report"
 data_dir = "out/cpu/data"
 sequence_length = 256
 eval_windows = 128
-task_problems = 500
+task_problems = 250

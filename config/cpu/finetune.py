@@ -5,11 +5,11 @@ out_dir = "out/cpu/btx"
 data_dir = "out/cpu/data"
 domain = "all"
 
-max_steps = 2400
+max_steps = 1200
 batch_size = 8
 micro_batch_size = 8
 sequence_length = 256
 learning_rate = 3e-3
 warmup_steps = 50
-eval_interval = 300
+eval_interval = 100
 save_interval = 300
