@@ -22,7 +22,7 @@ import os
 import shutil
 
 from ablate import run
-from btm import training_mixture
+from btm import ENSEMBLES, training_mixture
 from checkpoint import read_run
 from compare_report import in_order, write_report
 from configurator import UserError, command, key, parse, read_json, write_atomically
@@ -192,6 +192,8 @@ def evaluate(config, chain, folders):
     models = ",".join([*own_models, *folders])
     run("eval.py", config.eval, f"--model={models}", f"--experts={experts}", f"--out_dir={scores}")
     results = read_json(os.path.join(scores, "results.json"), "run again")
+    names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES}
+    results["rows"] = [row for row in results["rows"] if row["name"] in names]  # eval.py keeps others, too
     for row in results["rows"]:
         behind = [folder for folder in (*own_models, *folders) if os.path.basename(folder) == row["name"]]
         runs = lineage(behind or experts.split(","))
@@ -201,9 +203,9 @@ def evaluate(config, chain, folders):
 
 
 def summarize(chains):
-    """compare.json's rows from [results of each chain]: means over the chains, with "std" beside them."""
+    """compare.json's rows from the rows of each chain: means over the chains, with "std" beside them."""
     rows = []
-    for same in zip(*(results["rows"] for results in chains), strict=True):
+    for same in zip(*chains, strict=True):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
         counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
         rows.append({"name": same[0]["name"], **mean_and_std(same), **counts})
@@ -220,8 +222,10 @@ def main():
         return
     results = [evaluate(config, chain, train_baselines(config, chain)) for chain in chains]
     first = results[0]
+    chains = [one["rows"] for one in results]
     found = {
-        "rows": summarize(results),
+        "rows": summarize(chains),
+        "chains": chains,
         "config": {**first["config"], "compare": dataclasses.asdict(config)},
         **{name: first[name] for name in ("data", "baselines", "versions")},
     }

@@ -123,7 +123,7 @@ def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
 
 def test_report_of_a_chain(config, chain, baselines, experts):
     results = evaluate(config, chain, list(baselines.values()))
-    found = {"rows": compare.summarize([results, results]), "config": {"compare": {"chains": "a,b"}}}
+    found = {"rows": compare.summarize([results["rows"]] * 2), "config": {"compare": {"chains": "a,b"}}}
     os.makedirs(config.report, exist_ok=True)
     write_report(config.report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
     rows = {row["name"]: row for row in read_json(f"{config.report}/compare.json")["rows"]}

@@ -4,6 +4,8 @@ import json
 import os
 
 import ablate
+import compare
+import compare_report
 import report
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -18,6 +20,15 @@ def test_the_tables_come_from_results():
     readme = read("README.md")
     assert report.score_table(json.loads(read("results", "cpu", "results.json"))) in readme
     assert ablate.table(json.loads(read("results", "cpu", "ablations.json"))["rows"]) in readme
+
+
+def test_the_comparison_comes_from_its_chains():
+    found = json.loads(read("results", "cpu", "compare.json"))
+    assert compare.summarize(found["chains"]) == found["rows"] and len(found["chains"]) >= 3
+    readme, page = read("README.md"), read("results", "cpu", "compare.md")
+    assert compare_report.score_table(found["rows"]) in readme
+    for table in (compare_report.score_table, compare_report.verdict_table, compare_report.cost_table):
+        assert table(found["rows"]) in page
 
 
 def test_files_that_the_readme_names_exist():
