@@ -38,6 +38,7 @@ class RegimeConfig:
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     seed: str = key("config/cpu/seed.py", "the config of the seed model's training")
     expert: str = key("config/cpu/expert.py", "the config of the branches and of the dense runs")
+    mix: str = key("config/cpu/mix.py", "the config of mix.py")
     finetune: str = key("config/cpu/finetune.py", "the config of the finetuning")
     eval: str = key("config/cpu/eval.py", "the config of eval.py")
     dense_learning_rate: float = key(6e-3, "peak learning rate of the dense runs")
@@ -57,7 +58,8 @@ def train_chain(config, folder, width, scale):
     for domain, expert in zip(domains, experts, strict=True):
         branch = f"--init_from={seed}", f"--out_dir={expert}", f"--domain={domain}"
         run("train.py", config.expert, *branch, steps(config.expert))
-    run("mix.py", f"--experts={','.join([*experts, seed])}", f"--out_dir={folder}/mixed")
+    data = f"--data_dir={config.data_dir}"
+    run("mix.py", config.mix, f"--experts={','.join([*experts, seed])}", f"--out_dir={folder}/mixed", data)
     run(
         "finetune.py",
         config.finetune,

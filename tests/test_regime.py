@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from helpers import error_line, must, read, read_json, run
+from helpers import ROOT, error_line, must, read, read_json, run
 
 import compare
 import regime
@@ -15,7 +15,8 @@ def point(work, data, short_config, eval_config):
     """Width 32 at half of SHORT's 12 steps, its commands run in this process."""
     before = compare.run, regime.run
     compare.run = regime.run = lambda script, *arguments: must(run(script, *arguments))
-    configs = {"seed": short_config, "expert": short_config, "finetune": short_config, "eval": eval_config}
+    configs = dict.fromkeys(("seed", "expert", "finetune"), short_config)
+    configs |= {"mix": f"{ROOT}/config/smoke/mix.py", "eval": eval_config}
     config = RegimeConfig(out_dir=f"{work}/regime", data_dir=data, dense_learning_rate=3e-3, **configs)
     yield measure(config, 32, 0.5)
     compare.run, regime.run = before

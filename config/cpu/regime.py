@@ -5,5 +5,7 @@ report = "out/cpu/report"
 data_dir = "out/cpu/data"
 seed = "config/cpu/seed.py"
 expert = "config/cpu/expert.py"
+mix = "config/cpu/mix.py"
 finetune = "config/cpu/finetune.py"
 eval = "config/cpu/eval.py"
+largest = 32.0  # larger runs take longest; config/cpu itself is width 64 at scale 1, in compare.json
