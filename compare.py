@@ -161,19 +161,23 @@ def train_baselines(config, chain):
 def sweep(config, chain):
     """Train the data-matched rows and BTX's finetuning with each of --rates; {row: {rate: validation bpb, averaged}}.
 
-    Every method gets the same rates, and the score is the one that training logs: validation text, not test text.
+    Every method gets the same rates, and the score is the one that training logs: validation text, not test text. The
+    run with the rate that is configured now is the comparison's own.
     """
-    found = {}
+    now = {"dense-dm": config.dense_learning_rate, "upcycle-dm": config.upcycle_learning_rate}
+    now["btx"] = own(chain.btx)[1]["learning_rate"]
+    found = {name: {} for name in now}
     for rate in config.rates.split(","):
-        for name in ("dense-dm", "upcycle-dm", "btx"):
-            folder = f"compare/sweep/{name}-{rate}"
+        for name in found:
+            final = "btx" if name == "btx" else f"compare/{name}"
+            folder = final if float(rate) == now[name] else f"compare/sweep/{name}-{rate}"
             if name == "dense-dm":
                 train_dense(config, chain, folder, rate, tokens=chain.tokens)
             elif name == "upcycle-dm":
                 train_upcycled(config, chain, folder, rate, tokens=chain.tokens)
             else:
                 train_btx(config, chain, folder, f"--learning_rate={rate}")
-            found.setdefault(name, {})[rate] = read_log(chain.path(folder))[-1]["bpb"]["avg"]
+            found[name][rate] = read_log(chain.path(folder))[-1]["bpb"]["avg"]
             print(f"{name} at {rate}: {found[name][rate]:.4f} bits per byte on validation text")
     return found
 
