@@ -9,5 +9,5 @@ mix = "config/smoke/mix.py"
 finetune = "config/smoke/finetune.py"
 eval = "config/smoke/eval.py"
 widths = "16,32"
-scales = "0.2,0.5"
+scales = "0.2"
 dense_learning_rate = 2e-3
