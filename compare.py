@@ -54,17 +54,19 @@ class Chain:
 
     def __init__(self, folder, data_dir):
         self.folder = folder
-        self.seed_model, self.btx = self.run("seed"), self.run("btx")
+        before, self.btx = self.run("seed")["history"], self.run("btx")
         experts = self.run("mixed")["recipe"]["parents"]
         self.experts = [os.path.basename(expert) for expert in experts]
         self.branch = self.run(next(name for name in self.experts if name != "seed"))
-        spent = {name: cost for name, cost in self.btx["history"].items() if name not in self.seed_model["history"]}
+        spent = {name: cost for name, cost in self.btx["history"].items() if name not in before}
         self.tokens = sum(cost["tokens"] for cost in spent.values())
         self.flops = sum(cost["flops"] for cost in spent.values())
-        self.mixture = {}  # {domain: tokens}
+        tokens = {}  # of each domain
         for name, cost in spent.items():
             for domain, share in training_mixture(name, data_dir).items():
-                self.mixture[domain] = self.mixture.get(domain, 0) + share * cost["tokens"]
+                tokens[domain] = tokens.get(domain, 0) + share * cost["tokens"]
+        self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in tokens.items())
+        self.seed = own(self.btx)[1]["seed"]  # the random one
 
     def path(self, name):
         return os.path.join(self.folder, name)
@@ -100,17 +102,16 @@ def train_dense(config, chain, name, learning_rate, **budget):
         config.expert,
         f"--init_from={chain.path('seed')}",
         f"--out_dir={chain.path(name)}",
-        f"--domain={','.join(f'{domain}:{tokens:.0f}' for domain, tokens in chain.mixture.items())}",
+        f"--domain={chain.mixture}",
         f"--max_steps={steps_for(chain.branch, **budget)}",
         f"--learning_rate={learning_rate}",
-        f"--seed={own(chain.btx)[1]['seed']}",
+        f"--seed={chain.seed}",
     )
 
 
 def train_upcycled(config, chain, name, learning_rate, **budget):
     """Go on from copies of the seed model as the experts, with the data that BTX saw."""
     copies = chain.path("compare/upcycled")
-    seed = own(chain.btx)[1]["seed"]
     run(
         "mix.py",
         "--method=upcycle",
@@ -118,17 +119,17 @@ def train_upcycled(config, chain, name, learning_rate, **budget):
         f"--num_experts={len(chain.experts)}",
         f"--num_experts_per_tok={own(chain.btx)[1]['num_experts_per_tok']}",
         f"--out_dir={copies}",
-        f"--seed={seed}",
+        f"--seed={chain.seed}",
     )
     run(
         "finetune.py",
         config.finetune,
         f"--init_from={copies}",
         f"--out_dir={chain.path(name)}",
-        f"--domain={','.join(f'{domain}:{tokens:.0f}' for domain, tokens in chain.mixture.items())}",
+        f"--domain={chain.mixture}",
         f"--max_steps={steps_for(chain.btx, **budget)}",
         f"--learning_rate={learning_rate}",
-        f"--seed={seed}",
+        f"--seed={chain.seed}",
     )
 
 
@@ -140,7 +141,7 @@ def train_btx(config, chain, name, *changes):
         f"--init_from={chain.path('mixed')}",
         f"--out_dir={chain.path(name)}",
         f"--max_steps={own(chain.btx)[1]['max_steps']}",
-        f"--seed={own(chain.btx)[1]['seed']}",
+        f"--seed={chain.seed}",
         *changes,
     )
 
@@ -153,9 +154,7 @@ def train_baselines(config, chain):
     train_upcycled(config, chain, "compare/upcycle-dm", upcycle, tokens=chain.tokens)
     train_upcycled(config, chain, "compare/upcycle-cm", upcycle, flops=chain.flops)
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
-    return [
-        chain.path(f"compare/{name}") for name in ("dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-sample")
-    ]
+    return [chain.path(f"compare/{name}") for name in BASELINES]
 
 
 def sweep(config, chain):
