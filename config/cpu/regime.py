@@ -9,3 +9,4 @@ mix = "config/cpu/mix.py"
 finetune = "config/cpu/finetune.py"
 eval = "config/cpu/eval.py"
 largest = 32.0  # larger runs take longest; config/cpu itself is width 64 at scale 1, in compare.json
+dense_learning_rate = 3e-3
