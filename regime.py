@@ -69,25 +69,32 @@ def train_chain(config, folder, width, scale):
     )
 
 
-def measure(config, width, scale):
-    """One point of the curves: both models' scores, and the tokens that each had per parameter of the dense model."""
-    folder = os.path.join(config.out_dir, f"width-{width}-scale-{scale}")
-    train_chain(config, folder, width, scale)
-    chain = Chain(folder, config.data_dir)
-    train_dense(config, chain, "dense-dm", config.dense_learning_rate, tokens=chain.tokens)
-    models = f"{folder}/btx,{folder}/dense-dm"
-    run("eval.py", config.eval, f"--model={models}", f"--out_dir={folder}/scores")
-    results = read_json(f"{folder}/scores/results.json", "run again")
-    btx, dense = results["rows"]
+def point(width, scale, rows):
+    """One point of the curves: both models' scores, and the tokens that each had per parameter of the dense model.
+
+    rows: of results.json or compare.json, two of them named btx and dense-dm.
+    """
+    named = {row["name"]: row for row in rows}
+    btx, dense = named["btx"], named["dense-dm"]
     return {
         "width": width,
         "scale": scale,
         "parameters": dense["total_params"],
         "tokens_per_parameter": dense["train_tokens"] / dense["total_params"],
-        "bpb": {row["name"]: row["bpb"] for row in (btx, dense)},
-        "accuracy": {row["name"]: row["accuracy"] for row in (btx, dense)},
+        "bpb": {name: named[name]["bpb"] for name in ("btx", "dense-dm")},
+        "accuracy": {name: named[name]["accuracy"] for name in ("btx", "dense-dm")},
         "difference": btx["bpb"]["avg"] - dense["bpb"]["avg"],
     }
+
+
+def measure(config, width, scale):
+    """Train and evaluate one point."""
+    folder = os.path.join(config.out_dir, f"width-{width}-scale-{scale}")
+    train_chain(config, folder, width, scale)
+    chain = Chain(folder, config.data_dir)
+    train_dense(config, chain, "dense-dm", config.dense_learning_rate, tokens=chain.tokens)
+    run("eval.py", config.eval, f"--model={folder}/btx,{folder}/dense-dm", f"--out_dir={folder}/scores")
+    return point(width, scale, read_json(f"{folder}/scores/results.json", "run again")["rows"])
 
 
 def plot(points, path):
@@ -120,15 +127,18 @@ def main():
     if not points:
         raise UserError(f"--largest={config.largest} leaves no run; raise it")
     os.makedirs(config.report, exist_ok=True)
+    comparison = os.path.join(config.report, "compare.json")
+    width = parse(FinetuneConfig, [config.seed]).hidden_size
+    if os.path.exists(comparison) and not any((p["width"], p["scale"]) == (width, 1) for p in points):
+        # the comparison is one point more: the configs as they are, the mean of several random seeds
+        points.append(point(width, 1.0, read_json(comparison, "make it again: bash run.sh cpu compare")["rows"]))
     versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
     found = {"points": points, "config": dataclasses.asdict(config), "versions": versions}
     write_atomically(os.path.join(config.report, "regime.json"), json.dumps(found, indent=1) + "\n")
     plot(points, os.path.join(config.report, "regime.png"))
-    for point in points:
-        print(
-            f"width {point['width']}, {point['tokens_per_parameter']:.0f} tokens per parameter: "
-            f"{point['difference']:+.3f} bits per byte"
-        )
+    for one in points:
+        tokens, difference = one["tokens_per_parameter"], one["difference"]
+        print(f"width {one['width']}, {tokens:.0f} tokens per parameter: {difference:+.3f} bits per byte")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from helpers import ROOT, error_line, must, read, read_json, run
 
 import compare
 import regime
-from regime import RegimeConfig, measure, plot
+from regime import RegimeConfig, measure, plot, point
 
 
 @pytest.fixture(scope="module")
-def point(work, data, short_config, eval_config):
+def measured(work, data, short_config, eval_config):
     """Width 32 at half of SHORT's 12 steps, its commands run in this process."""
     before = compare.run, regime.run
     compare.run = regime.run = lambda script, *arguments: must(run(script, *arguments))
@@ -22,7 +22,7 @@ def point(work, data, short_config, eval_config):
     compare.run, regime.run = before
 
 
-def test_both_models_had_the_same_tokens(point, work):
+def test_both_models_had_the_same_tokens(measured, work):
     folder = f"{work}/regime/width-32-scale-0.5"
     steps = {
         name: read_json(f"{folder}/{name}/run.json")["step"] for name in ("seed", "expert-math", "btx", "dense-dm")
@@ -30,13 +30,21 @@ def test_both_models_had_the_same_tokens(point, work):
     assert steps == {"seed": 6, "expert-math": 6, "btx": 6, "dense-dm": 18}
     shape = read_json(f"{folder}/dense-dm/config.json")
     assert (shape["hidden_size"], shape["intermediate_size"], shape["num_attention_heads"]) == (32, 80, 2)
-    assert point["tokens_per_parameter"] * point["parameters"] == pytest.approx(24 * 8 * 32)
+    assert measured["tokens_per_parameter"] * measured["parameters"] == pytest.approx(24 * 8 * 32)
     rows = {row["name"]: row for row in read_json(f"{folder}/scores/results.json")["rows"]}
-    assert point["difference"] == rows["btx"]["bpb"]["avg"] - rows["dense-dm"]["bpb"]["avg"] != 0
+    assert measured["difference"] == rows["btx"]["bpb"]["avg"] - rows["dense-dm"]["bpb"]["avg"] != 0
 
 
-def test_the_picture_has_a_line_a_width(point, tmp_path):
-    plot([point, {**point, "tokens_per_parameter": 9.0}, {**point, "width": 64}], tmp_path / "regime.png")
+def test_a_point_by_hand():
+    def row(name, bpb, tokens):
+        return {"name": name, "bpb": {"avg": bpb}, "accuracy": {}, "total_params": 50, "train_tokens": tokens}
+
+    found = point(8, 1.0, [row("seed", 9.0, 100), row("dense-dm", 0.75, 1000), row("btx", 0.5, 1000)])
+    assert (found["difference"], found["tokens_per_parameter"], found["parameters"]) == (-0.25, 20, 50)
+
+
+def test_the_picture_has_a_line_a_width(measured, tmp_path):
+    plot([measured, {**measured, "tokens_per_parameter": 9.0}, {**measured, "width": 64}], tmp_path / "regime.png")
     assert read(tmp_path / "regime.png").startswith(b"\x89PNG")
 
 
