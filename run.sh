@@ -50,7 +50,7 @@ experts=$(IFS=,; echo "${experts[*]}")
 
 # 4. mix: feed-forward sublayers become a mixture of experts, the rest is averaged; soup averages everything
 $python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --seed="$seed"
-$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/soup" --seed="$seed" --method=soup
+$python mix.py --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup
 
 # 5. finetune: all domains together, so that the routers learn
 $python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --seed="$seed"
