@@ -1,8 +1,8 @@
 """compare.json -> compare.md and its two pictures; see compare.py."""
 
 import json
-import math
 import os
+import statistics
 
 import matplotlib
 
@@ -76,29 +76,36 @@ def cost_table(rows):
 # ---- verdicts ----
 
 
-def difference(ours, theirs, metric, name):
-    """(how far `ours` is ahead, the tie limit): twice the standard deviation of a difference of two means' rows."""
+def difference(chains, name, metric, column):
+    """(how far BTX is ahead of the row `name`, the tie limit), from the rows of each chain.
+
+    The limit is twice the standard deviation, over the chains, of the difference within a chain: its rows share a seed
+    model, whose luck is in both of them.
+    """
     sign, _ = SCORES[metric]
-    spread = math.hypot(ours["std"][metric][name], theirs["std"][metric][name])
-    return sign * (ours[metric][name] - theirs[metric][name]), 2 * spread
+    ahead = []
+    for rows in chains:
+        named = {row["name"]: row for row in rows}
+        ahead.append(sign * (named["btx"][metric][column] - named[name][metric][column]))
+    return statistics.mean(ahead), 2 * statistics.stdev(ahead) if len(ahead) > 1 else 0.0
 
 
-def verdict(ours, theirs, metric, name):
-    """'ahead by 0.012', 'behind by 0.012' or 'tie (0.001)': a tie is closer than twice the spread."""
-    ahead, limit = difference(ours, theirs, metric, name)
-    size = f"{abs(ahead):.3f}" if metric == "bpb" else f"{100 * abs(ahead):.1f} points"
+def verdict(chains, name, metric, column):
+    """'ahead by 0.012', 'behind by 0.012' or 'tie (+0.001)': a tie is no farther than the limit."""
+    ahead, limit = difference(chains, name, metric, column)
+    scale, digits, unit = (1, 3, "") if metric == "bpb" else (100, 1, " points")
     if abs(ahead) <= limit:
-        return f"tie ({size})"
+        return f"tie ({scale * ahead:+.{digits}f}{unit})"
+    size = f"{abs(scale * ahead):.{digits}f}{unit}"
     return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
 
 
-def verdict_table(rows):
+def verdict_table(rows, chains):
     """BTX against every other row that may hold all domains: on the averages and domain by domain."""
-    btx = next(row for row in rows if row["name"] == "btx")
-    columns = [(metric, name) for metric in SCORES for name in rows[0][metric]]
+    columns = [(metric, column) for metric in SCORES for column in rows[0][metric]]
     columns.sort(key=lambda column: column[1] != "avg")
-    others = [row for row in rows if row is not btx and not row["name"].startswith("expert-")]
-    body = [[row["name"], *(verdict(btx, row, *column) for column in columns)] for row in others]
+    others = [row["name"] for row in rows if kind(row) not in ("btx", "expert")]
+    body = [[name, *(verdict(chains, name, *column) for column in columns)] for name in others]
     return markdown_table(["btx against", *(f"{name} {SCORES[metric][1]}" for metric, name in columns)], body)
 
 
@@ -187,8 +194,8 @@ def write_report(folder, found):
     text += ["What guessing scores:\n", *baseline_lines(found["baselines"])]
     text += ["\n![average scores against training FLOPs](compare.png)\n"]
     text += ["![scores of each domain over the best](compare-domains.png)\n"]
-    text += ["## Who wins\n", verdict_table(rows), ""]
-    text += ["A difference up to twice its spread (the two rows' deviations, as a root of squares) is a tie.\n"]
+    text += ["## Who wins\n", verdict_table(rows, found["chains"]), ""]
+    text += ["Differences within each chain, averaged; up to twice their standard deviation they are ties.\n"]
     text += home_lines(rows)
     text += ["\n## What it cost\n", cost_table(rows), "\n![average scores against time](compare-time.png)"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())

@@ -123,7 +123,8 @@ def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
 
 def test_report_of_a_chain(config, chain, baselines, experts):
     results = evaluate(config, chain, list(baselines.values()))
-    found = {"rows": compare.summarize([results["rows"]] * 2), "config": {"compare": {"chains": "a,b"}}}
+    chains = [results["rows"]] * 2
+    found = {"rows": compare.summarize(chains), "chains": chains, "config": {"compare": {"chains": "a,b"}}}
     os.makedirs(config.report, exist_ok=True)
     write_report(config.report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
     rows = {row["name"]: row for row in read_json(f"{config.report}/compare.json")["rows"]}
@@ -157,32 +158,34 @@ def test_an_unfinished_chain_is_named(tmp_path, data):
 # ---- verdicts ----
 
 
-def row(name, bpb, accuracy, std=0.01):
-    scores = {"bpb": {"math": bpb, "avg": bpb}, "accuracy": {"avg": accuracy}}
-    spread = {"bpb": {"math": std, "avg": std}, "accuracy": {"avg": std}}
-    return {"name": name, **scores, "std": spread}
+def row(name, bpb, accuracy=0.5):
+    return {"name": name, "bpb": {"math": bpb, "avg": bpb}, "accuracy": {"avg": accuracy}}
 
 
 @pytest.mark.parametrize(
-    "bpb, accuracy, expected",
+    "btx, other, expected",
     [
-        (1.2, 0.3, ("ahead by 0.200", "ahead by 10.0 points")),
-        (0.9, 0.5, ("**behind by 0.100**", "**behind by 10.0 points**")),
-        (1.028, 0.4, ("tie (0.028)", "tie (0.0 points)")),  # the limit: 2 * sqrt(2) * 0.01 = 0.0283
-        (1.029, 0.4, ("ahead by 0.029", "tie (0.0 points)")),
+        ([1.0, 1.5, 2.0], [1.2, 1.7, 2.2], "ahead by 0.200"),  # always by as much, however far chains are apart
+        ([1.0, 1.5, 2.0], [0.9, 1.4, 1.9], "**behind by 0.100**"),
+        ([1.0, 1.5, 2.0], [1.1, 1.5, 2.2], "tie (+0.100)"),  # 0.1, 0, 0.2: the limit is 0.2
+        ([1.0, 1.5, 2.0], [1.1, 1.7, 2.27], "ahead by 0.190"),  # 0.1, 0.2, 0.27: the limit is 0.171
     ],
 )
-def test_verdicts(bpb, accuracy, expected):
-    btx, other = row("btx", 1.0, 0.4), row("dense-dm", bpb, accuracy)
-    assert verdict(btx, other, "bpb", "avg") == expected[0]
-    assert verdict(btx, other, "accuracy", "avg") == expected[1]
-    assert difference(btx, other, "bpb", "avg")[1] == pytest.approx(0.02 * 2**0.5)
+def test_verdicts(btx, other, expected):
+    chains = [[row("btx", ours), row("dense-dm", theirs)] for ours, theirs in zip(btx, other, strict=True)]
+    assert verdict(chains, "dense-dm", "bpb", "avg") == expected
+
+
+def test_higher_accuracy_is_ahead():
+    chains = [[row("btx", 1.0, 0.40 + x), row("soup", 1.0, 0.30)] for x in (0.0, 0.01, 0.02)]
+    assert difference(chains, "soup", "accuracy", "avg") == (pytest.approx(0.11), pytest.approx(0.02))
+    assert verdict(chains, "soup", "accuracy", "avg") == "ahead by 11.0 points"
 
 
 def test_being_within_3_percent_at_home():
-    rows = [row("expert-math", 1.0, 0.5), row("btx", 1.03, 0.5)]
+    rows = [row("expert-math", 1.0), row("btx", 1.03)]
     assert home_lines(rows) == ["- yes: btx within 3 % of expert-math at home (1.030 and 1.000 bits per byte)"]
-    assert home_lines([rows[0], row("btx", 1.031, 0.5)])[0].startswith("- **no**")
+    assert home_lines([rows[0], row("btx", 1.031)])[0].startswith("- **no**")
 
 
 def test_means_and_sample_deviations():
