@@ -23,7 +23,7 @@ from compare import Chain, train_dense
 from configurator import UserError, command, key, parse, read_json, write_atomically
 from data.loader import list_domains
 from finetune import FinetuneConfig
-from report import COLOURS, STYLES
+from report import COLOURS, STYLES, markdown_table, short
 
 
 @dataclasses.dataclass
@@ -76,13 +76,14 @@ def point(width, scale, rows):
     """
     named = {row["name"]: row for row in rows}
     btx, dense = named["btx"], named["dense-dm"]
+    tasks = [task for task in btx["accuracy"] if task != "avg"]
     return {
         "width": width,
         "scale": scale,
         "parameters": dense["total_params"],
         "tokens_per_parameter": dense["train_tokens"] / dense["total_params"],
         "bpb": {name: named[name]["bpb"] for name in ("btx", "dense-dm")},
-        "accuracy": {name: named[name]["accuracy"] for name in ("btx", "dense-dm")},
+        "accuracy": {name: {t: named[name]["accuracy"][t] for t in tasks} for name in ("btx", "dense-dm")},
         "difference": btx["bpb"]["avg"] - dense["bpb"]["avg"],
     }
 
@@ -95,6 +96,21 @@ def measure(config, width, scale):
     train_dense(config, chain, "dense-dm", config.dense_learning_rate, tokens=chain.tokens)
     run("eval.py", config.eval, f"--model={folder}/btx,{folder}/dense-dm", f"--out_dir={folder}/scores")
     return point(width, scale, read_json(f"{folder}/scores/results.json", "run again")["rows"])
+
+
+def table(points):
+    """The points in Markdown, by width and scale."""
+    header = ["width", "scale", "parameters", "tokens per parameter", "BTX", "dense", "BTX minus dense"]
+    tasks = list(points[0]["accuracy"]["btx"])
+    header += [f"{task} accuracy, BTX and dense" for task in tasks]
+    body = []
+    for one in sorted(points, key=lambda one: (one["width"], one["scale"])):
+        btx, dense = (one["bpb"][name]["avg"] for name in ("btx", "dense-dm"))
+        cells = [str(one["width"]), f"{one['scale']:g}", short(one["parameters"]), f"{one['tokens_per_parameter']:.0f}"]
+        cells += [f"{btx:.3f}", f"{dense:.3f}", f"{one['difference']:+.3f}"]
+        cells += [" / ".join(f"{one['accuracy'][name][task]:.1%}" for name in ("btx", "dense-dm")) for task in tasks]
+        body.append(cells)
+    return markdown_table(header, body)
 
 
 def plot(points, path):
@@ -136,9 +152,7 @@ def main():
     found = {"points": points, "config": dataclasses.asdict(config), "versions": versions}
     write_atomically(os.path.join(config.report, "regime.json"), json.dumps(found, indent=1) + "\n")
     plot(points, os.path.join(config.report, "regime.png"))
-    for one in points:
-        tokens, difference = one["tokens_per_parameter"], one["difference"]
-        print(f"width {one['width']}, {tokens:.0f} tokens per parameter: {difference:+.3f} bits per byte")
+    print(table(points))
 
 
 if __name__ == "__main__":

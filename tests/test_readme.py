@@ -6,6 +6,7 @@ import os
 import ablate
 import compare
 import compare_report
+import regime
 import report
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -29,6 +30,10 @@ def test_the_comparison_comes_from_its_chains():
     assert compare_report.score_table(found["rows"]) in readme
     assert compare_report.score_table(found["rows"]) in page and compare_report.cost_table(found["rows"]) in page
     assert compare_report.verdict_table(found["rows"], found["chains"]) in page
+
+
+def test_the_study_comes_from_its_points():
+    assert regime.table(json.loads(read("results", "cpu", "regime.json"))["points"]) in read("docs", "regime.md")
 
 
 def test_files_that_the_readme_names_exist():
