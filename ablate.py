@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 
 from checkpoint import read_run
 from configurator import UserError, command, key, parse, read_json, write_atomically
-from report import markdown_table, mean_and_std, short
+from report import markdown_table, mean_and_std, plus_minus, short
 
 BASE = "top-2"  # what every other row is held against
 
@@ -186,8 +186,7 @@ def table(rows):
     body = []
     for row in rows:
         cells = [row["name"]]
-        cells += [f"{row['bpb'][d]:.3f} ± {row['std']['bpb'][d]:.3f}" for d in domains]
-        cells += [f"{row['accuracy'][t]:.1%} ± {row['std']['accuracy'][t]:.1%}" for t in tasks]
+        cells += [plus_minus(row, "bpb", d) for d in domains] + [plus_minus(row, "accuracy", t) for t in tasks]
         cells += [short(row["active_params"]), short(row["tokens_per_second"])]
         cells += [
             " / ".join(map(str, row["dead_experts"])),

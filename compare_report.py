@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from configurator import write_atomically
-from report import baseline_lines, bold, markdown_table, short
+from report import baseline_lines, bold, markdown_table, plus_minus, short
 
 # rows in the paper's order: a colour a method (Okabe and Ito) and a marker of its own, which tells it apart in grey
 LOOKS = {
@@ -51,12 +51,8 @@ def score_table(rows):
     best = {(m, n): (min if m == "bpb" else max)(row[m][n] for row in rows) for m, n in columns}
     body = []
     for row in rows:
-        cells = [row["name"]]
-        for metric, name in columns:
-            mean, std = row[metric][name], row["std"][metric][name]
-            text = f"{mean:.3f} ± {std:.3f}" if metric == "bpb" else f"{mean:.1%} ± {std:.1%}"
-            cells.append(bold(text, mean == best[metric, name]))
-        body.append(cells)
+        cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
+        body.append([row["name"], *cells])
     return markdown_table(["model", *(f"{n} {m.replace('_', ' ')}" for m, n in columns)], body)
 
 

@@ -149,6 +149,11 @@ def evaluate_row(name, identity, history, model, validation, config):
     }
 
 
+def versions():
+    """{name: version} of what decides a run's digits."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
+
+
 def read_results(config):
     """results.json as it stands, or an empty one; refused when its settings or data differ."""
     settings = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
@@ -162,7 +167,7 @@ def read_results(config):
         "baselines": {
             domain: meta["task"]["baselines"][config.split] for domain, meta in metas.items() if "task" in meta
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}},
+        "versions": versions(),
     }
     path = os.path.join(config.out_dir, "results.json")
     if not os.path.exists(path):

@@ -10,8 +10,6 @@ regime.png. It can be stopped and continued like every other stage.
 import dataclasses
 import json
 import os
-import platform
-from importlib.metadata import version
 
 import matplotlib
 
@@ -22,6 +20,7 @@ from ablate import run
 from compare import Chain, train_dense
 from configurator import UserError, command, key, parse, read_json, write_atomically
 from data.loader import list_domains
+from eval import versions
 from finetune import FinetuneConfig
 from report import COLOURS, STYLES, markdown_table, short
 
@@ -148,8 +147,7 @@ def main():
     if os.path.exists(comparison) and not any((p["width"], p["scale"]) == (width, 1) for p in points):
         # the comparison is one point more: the configs as they are, the mean of several random seeds
         points.append(point(width, 1.0, read_json(comparison, "make it again: bash run.sh cpu compare")["rows"]))
-    versions = {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
-    found = {"points": points, "config": dataclasses.asdict(config), "versions": versions}
+    found = {"points": points, "config": dataclasses.asdict(config), "versions": versions()}
     write_atomically(os.path.join(config.report, "regime.json"), json.dumps(found, indent=1) + "\n")
     plot(points, os.path.join(config.report, "regime.png"))
     print(table(points))

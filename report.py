@@ -62,6 +62,12 @@ def mean_and_std(rows):
     return {**all_scores(statistics.mean), "std": all_scores(statistics.stdev)}
 
 
+def plus_minus(row, metric, name):
+    """'0.794 ± 0.005' or '17.6% ± 2.3%' from a row with "std"."""
+    style = ".3f" if metric == "bpb" else ".1%"
+    return f"{row[metric][name]:{style}} ± {row['std'][metric][name]:{style}}"
+
+
 def score_table(results):
     """The main table: a row per model; the best of each score column in bold."""
     rows = results["rows"]

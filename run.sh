@@ -18,8 +18,8 @@ domains=${DOMAINS:-code math wiki}
 config=config/$size
 seed=${SEED:-1}
 data=out/$size/data
-out=out/$size  # of seed 1, the others lie beside it
-[ "$seed" = 1 ] || out=$out/seed$seed
+chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
+out=$(chain "$seed")
 case ${2:-} in "" | ablate | compare | regime) ;; *) echo "error: '$2' is no task; choose ablate, compare or regime" >&2; exit 2 ;; esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
@@ -71,9 +71,9 @@ fi
 # 8. compare, when asked to: more random seeds of all the above, then the baselines of every seed
 if [ "${2:-}" = compare ]; then
     chains=()
-    for seed in ${SEEDS:-1 2 3}; do
-        SEED=$seed bash run.sh "$size"
-        if [ "$seed" = 1 ]; then chains+=("out/$size"); else chains+=("out/$size/seed$seed"); fi
+    for other in ${SEEDS:-1 2 3}; do
+        [ "$other" = "$seed" ] || SEED=$other bash run.sh "$size"
+        chains+=("$(chain "$other")")
     done
     chains=$(IFS=,; echo "${chains[*]}")
     $python compare.py "$config/compare.py" --chains="$chains"

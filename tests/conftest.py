@@ -11,6 +11,9 @@ import pytest
 import torch
 from helpers import SHAPE, SHORT, must, run, run_process
 
+import compare
+import regime
+
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
@@ -88,3 +91,12 @@ def eval_config(work, data):
         file.write(f"data_dir = {data!r}\nsequence_length = 32\neval_windows = 4\ntask_problems = 4\n")
         file.write("max_new_tokens = 4\n")
     return path
+
+
+@pytest.fixture(scope="module")
+def in_this_process():
+    """Drivers run their commands inside this process; importing torch anew for each would take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for driver in (compare, regime):
+            patch.setattr(driver, "run", lambda script, *arguments: must(run(script, *arguments)))
+        yield

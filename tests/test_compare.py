@@ -75,16 +75,11 @@ def config(work, data, short_config, eval_config):
     return CompareConfig(chains=work, report=f"{work}/compare-report", **settings, **rates)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process():
-    """Importing torch anew for each command would take seconds."""
-    before, compare.run = compare.run, lambda script, *arguments: must(run(script, *arguments))
-    yield
-    compare.run = before
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")
-def baselines(config, chain):
+def baselines(config, chain, in_this_process):
     return dict(zip(compare.BASELINES, train_baselines(config, chain), strict=True))
 
 

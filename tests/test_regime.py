@@ -3,23 +3,18 @@
 import os
 
 import pytest
-from helpers import ROOT, error_line, must, read, read_json, run
+from helpers import ROOT, error_line, read, read_json, run
 
-import compare
-import regime
 from regime import RegimeConfig, measure, plot, point
 
 
 @pytest.fixture(scope="module")
-def measured(work, data, short_config, eval_config):
-    """Width 32 at half of SHORT's 12 steps, its commands run in this process."""
-    before = compare.run, regime.run
-    compare.run = regime.run = lambda script, *arguments: must(run(script, *arguments))
+def measured(work, data, short_config, eval_config, in_this_process):
+    """Width 32 at half of SHORT's 12 steps."""
     configs = dict.fromkeys(("seed", "expert", "finetune"), short_config)
     configs |= {"mix": f"{ROOT}/config/smoke/mix.py", "eval": eval_config}
     config = RegimeConfig(out_dir=f"{work}/regime", data_dir=data, dense_learning_rate=3e-3, **configs)
-    yield measure(config, 32, 0.5)
-    compare.run, regime.run = before
+    return measure(config, 32, 0.5)
 
 
 def test_both_models_had_the_same_tokens(measured, work):

@@ -179,14 +179,42 @@ def test_top_1_routing(mixed, data, tmp_path):
     assert checkpoint.load_model(f"{tmp_path}/run").config.num_experts_per_tok == 1
 
 
+TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+PROCESSES = """
+import glob
+import torch
+from device import Processes
+
+processes = Processes(torch.device("cpu"))
+frozen, *parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (5,))]
+for number, parameter in enumerate(parameters):
+    parameter.grad = torch.full_like(parameter, 10.0 ** number * (1 + processes.rank))
+processes.average_gradients([frozen, *parameters])
+assert frozen.grad is None
+assert [parameter.grad.unique().tolist() for parameter in parameters] == [[1.5], [15.0]]
+assert processes.mean([1.0 + processes.rank]) == [1.5]
+processes.barrier()
+processes.close()
+names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+def test_processes_average_and_leave_no_thread_behind(tmp_path):
+    """Gloo's threads must end with the group: one that outlives the interpreter aborts the process."""
+    (tmp_path / "script.py").write_text(PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    done = subprocess.run([*TORCHRUN, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("script", ["train.py", "finetune.py"])
 def test_two_processes_equal_one_with_twice_the_accumulation(script, seed, mixed, data, tmp_path):
     """Each takes half of the batch: the micro-batches are the same ones, only their sum is taken elsewhere."""
     flags = [*SHORT, f"--data_dir={data}", f"--init_from={seed if script == 'train.py' else mixed}", "--max_steps=6"]
     flags.append("--micro_batch_size=2")
     must(run(script, *flags, f"--out_dir={tmp_path}/one"))
-    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    done = subprocess.run([*torchrun, script, *flags, f"--out_dir={tmp_path}/two"], cwd=ROOT, capture_output=True)
+    done = subprocess.run([*TORCHRUN, script, *flags, f"--out_dir={tmp_path}/two"], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = weights(seed if script == "train.py" else mixed)
