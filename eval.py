@@ -18,15 +18,15 @@ from importlib.metadata import version
 import torch
 from tqdm import tqdm
 
-import btm
-import checkpoint
-from configurator import UserError, command, key, parse, read_json, write_atomically
-from data.loader import held_out_windows, list_domains, read_meta
-from data.split import HELD_OUT
+from common import checkpoint
+from common.config import UserError, command, key, parse, read_json, write_atomically
+from common.device import device_key, pick_device, place, threads_key
+from common.loader import held_out_windows, list_domains, read_meta
+from common.split import HELD_OUT
+from common.tokenizer import load_tokenizer, token_bytes
 from data.task import METRICS, mean_score, read_answer
-from data.tokenizer import load_tokenizer, token_bytes
-from device import device_key, pick_device, place, threads_key
 from model import generate
+from study import btm
 
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 

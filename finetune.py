@@ -10,10 +10,10 @@ domain ("load"), and per layer the routers' losses and, with --router=switch, th
 
 import dataclasses
 
-import checkpoint
 import train
-from configurator import UserError, command, key, parse
-from moe import BALANCES, ROUTERS
+from common import checkpoint
+from common.config import UserError, command, key, parse
+from model import BALANCES, ROUTERS
 
 FROZEN = {
     "none": lambda name: False,

@@ -32,11 +32,11 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
-from btm import training_mixture
-from configurator import UserError, command, key, parse
-from data.loader import read_meta
-from router_start import FROM_TEXT, STARTS, domain_routers, normal_routers
+from common import checkpoint
+from common.config import UserError, command, key, parse
+from common.loader import read_meta
+from common.router_start import FROM_TEXT, STARTS, domain_routers, normal_routers
+from study.btm import training_mixture
 
 FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's name -> Mixtral's
 METHODS = ("btx", "upcycle", "drop-upcycle", "soup")

@@ -58,13 +58,13 @@ $python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$o
 # 6. evaluate every model on the same windows and problems, look at the routing, then draw
 models=$out/seed,$experts,$out/soup,$out/mixed,$out/btx
 $python eval.py "$config/eval.py" --model="$models" --experts="$experts,$out/seed" --out_dir="$out/report"
-$python route.py --model="$out/btx" --data_dir="$data" --out_dir="$out/report"
-$python report.py --report="$out/report"
+$python -m study.route --model="$out/btx" --data_dir="$data" --out_dir="$out/report"
+$python -m study.report --report="$out/report"
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "${2:-}" = ablate ]; then
-    $python ablate.py "$config/ablate.py" --experts="$experts,$out/seed"
-    $python route.py --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$data" \
+    $python -m study.ablate "$config/ablate.py" --experts="$experts,$out/seed"
+    $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$data" \
         --out_dir="$out/report/balancing"
 fi
 
@@ -76,10 +76,10 @@ if [ "${2:-}" = compare ]; then
         chains+=("$(chain "$other")")
     done
     chains=$(IFS=,; echo "${chains[*]}")
-    $python compare.py "$config/compare.py" --chains="$chains"
+    $python -m study.compare "$config/compare.py" --chains="$chains"
 fi
 
 # 9. regime, when asked to: where does branching pay? Smaller and shorter chains of their own
 if [ "${2:-}" = regime ]; then
-    $python regime.py "$config/regime.py"
+    $python -m study.regime "$config/regime.py"
 fi

@@ -8,12 +8,12 @@ import dataclasses
 
 import torch
 
-import checkpoint
-from configurator import UserError, command, key, parse
-from data.tokenizer import load_tokenizer
-from device import device_key, dtype_key, pick_device, place, threads_key
+from common import checkpoint
+from common.config import UserError, command, key, parse
+from common.device import device_key, dtype_key, pick_device, place, threads_key
+from common.tokenizer import load_tokenizer
 from model import generate
-from token_view import check_mixture, show_experts
+from study.token_view import check_mixture, show_experts
 
 
 @dataclasses.dataclass

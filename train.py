@@ -19,11 +19,11 @@ import time
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from configurator import UserError, atomic_file, command, key, parse
-from data.loader import Batches, parse_mixture, read_meta
-from data.tokenizer import load_tokenizer
-from device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
+from common import checkpoint
+from common.config import UserError, atomic_file, command, key, parse
+from common.device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
+from common.loader import Batches, parse_mixture, read_meta
+from common.tokenizer import load_tokenizer
 from eval import Validation
 from model import ModelConfig, Transformer
 

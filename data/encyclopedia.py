@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 
-from data.split import HELD_OUT, split_of
+from common.split import HELD_OUT, split_of
 from data.task import Task
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "wiki_templates.txt")

@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, command, key, parse, read_json, write_atomically
+from common.config import UserError, command, key, parse, read_json, write_atomically
+from common.split import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
+from common.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, prose_documents, python_sources
-from data.split import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
-from data.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
 
 BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
 ENDLESS = ("math", "wiki")

@@ -13,8 +13,8 @@ import re
 import sysconfig
 import warnings
 
+from common.split import in_hash_order, split_of
 from data.docstrings import english_paragraphs
-from data.split import in_hash_order, split_of
 
 PACKAGES = ("numpy", "sympy", "networkx", "torch", "matplotlib")  # pinned by requirements.txt
 SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "idle_test", "__pycache__"}

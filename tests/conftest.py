@@ -11,8 +11,7 @@ import pytest
 import torch
 from helpers import SHAPE, SHORT, must, run, run_process
 
-import compare
-import regime
+from study import compare, regime
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

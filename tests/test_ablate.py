@@ -2,10 +2,10 @@
 
 import pytest
 
-from ablate import BASE, VARIANTS, base_of, dead_experts, slug, spread, summarize, verdict
-from configurator import parse
+from common.config import parse
 from finetune import FinetuneConfig
 from mix import MixConfig
+from study.ablate import BASE, VARIANTS, base_of, dead_experts, slug, spread, summarize, verdict
 
 
 def row(name, avg, std=0.0, paper=None, long=False):

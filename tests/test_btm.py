@@ -8,8 +8,10 @@ import pytest
 import torch
 from helpers import val_tokens
 
-import checkpoint
-from btm import (
+from common import checkpoint
+from common.loader import list_domains
+from model import ModelConfig, Transformer, generate
+from study.btm import (
     ENSEMBLES,
     NearestEnsemble,
     PosteriorEnsemble,
@@ -21,8 +23,6 @@ from btm import (
     term_counts,
     training_mixture,
 )
-from data.loader import list_domains
-from model import ModelConfig, Transformer, generate
 
 
 def similarities(ids, mixtures, counts):

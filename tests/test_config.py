@@ -7,7 +7,7 @@ import runpy
 import pytest
 from helpers import ROOT, error_line, run
 
-from configurator import UserError, key, parse
+from common.config import UserError, key, parse
 from finetune import FinetuneConfig
 from train import TrainConfig
 

@@ -15,17 +15,17 @@ import pytest
 import regex
 import tiktoken
 
-from configurator import UserError
+from common.config import UserError
+from common.split import HELD_OUT, SPLITS, in_hash_order, split_of
+from common.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
 from data import python_text
 from data.docstrings import english_paragraphs
 from data.math_problems import make_problem, math_documents, math_task, read_templates
 from data.own_text import own_documents
 from data.prepare import main
-from data.split import HELD_OUT, SPLITS, in_hash_order, split_of
-from data.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-with open(os.path.join(ROOT, "configurator.py")) as source_file:
+with open(os.path.join(ROOT, "common", "config.py")) as source_file:
     SOURCE = source_file.read()  # some text to train tokenizers on
 DOMAINS = ("code", "prose", "math")
 

@@ -10,7 +10,7 @@ import torch
 from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, run_process
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from common import checkpoint
 from model import Transformer
 
 
@@ -205,7 +205,7 @@ def test_data_from_before_there_was_a_test_split(data, seed, mixed, tmp_path):
         ["train.py", *SHORT, f"--init_from={seed}", *flags],
         ["eval.py", f"--model={seed}", *flags],
         ["eval.py", f"--model={seed}", *flags, "--split=val"],
-        ["route.py", f"--model={mixed}", *flags],
+        ["study/route.py", f"--model={mixed}", *flags],
     ):
         message = error_line(run(*command))
         assert f"{old}/math was prepared without a test split" in message and "--overwrite=True" in message

@@ -12,8 +12,8 @@ from helpers import TOKENS, error_line, must, read, read_json, read_log, run, to
 from transformers import AutoModelForCausalLM
 
 import model as model_module
+from common.tokenizer import load_tokenizer
 from data.task import read_answer
-from data.tokenizer import load_tokenizer
 
 FLAGS = (
     "--sequence_length=32",

@@ -9,7 +9,7 @@ from helpers import error_line, must, read, read_json, run, val_tokens, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import checkpoint
+from common import checkpoint
 from mix import check_used_once, plan
 
 MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

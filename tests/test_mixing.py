@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import SHORT, error_line, must, read_json, read_log, run, val_tokens, weights
 from transformers import AutoModelForCausalLM
 
-import checkpoint
+from common import checkpoint
 from mix import check_used_once, plan
 
 MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

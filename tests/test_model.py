@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-from model import IGNORE, ModelConfig, Transformer, generate
-from moe import MoE, load_balancing_loss
+from common import checkpoint
+from model import IGNORE, ModelConfig, MoE, Transformer, generate, load_balancing_loss
 
 DENSE = ModelConfig(
     vocab_size=80,

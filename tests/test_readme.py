@@ -3,11 +3,7 @@
 import json
 import os
 
-import ablate
-import compare
-import compare_report
-import regime
-import report
+from study import ablate, compare, compare_report, regime, report
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

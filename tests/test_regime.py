@@ -5,7 +5,7 @@ import os
 import pytest
 from helpers import ROOT, error_line, read, read_json, run
 
-from regime import RegimeConfig, measure, plot, point
+from study.regime import RegimeConfig, measure, plot, point
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,6 @@ def test_the_picture_has_a_line_a_width(measured, tmp_path):
 
 
 def test_bad_widths_and_limits_are_named(tmp_path):
-    assert "numbers separated by commas" in error_line(run("regime.py", "--widths=32,wide"))
-    assert "leaves no run" in error_line(run("regime.py", "--largest=1.0", f"--report={tmp_path}/report"))
+    assert "numbers separated by commas" in error_line(run("study/regime.py", "--widths=32,wide"))
+    assert "leaves no run" in error_line(run("study/regime.py", "--largest=1.0", f"--report={tmp_path}/report"))
     assert not os.path.exists(tmp_path / "report")

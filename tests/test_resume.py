@@ -9,7 +9,7 @@ import pytest
 from helpers import SHAPE, SHORT, error_line, must, read_json, read_log, run, run_process, same_bits, weights
 from transformers import AutoModelForCausalLM
 
-import checkpoint
+from common import checkpoint
 
 # Python code that ends the process at the n-th time that a file takes its name, just before or just after
 KILL_AT_RENAME = """
@@ -28,13 +28,13 @@ os.replace = replace_or_die
 
 # Python code that sends the process a signal while it fetches the batch of a step
 SIGNAL_AT_STEP = """
-import os, data.loader
-fetch = data.loader.Batches.__call__
+import os, common.loader
+fetch = common.loader.Batches.__call__
 def fetch_or_signal(self, step, start, stop):
     if step == {step} and start == 0:
         os.kill(os.getpid(), {signal})
     return fetch(self, step, start, stop)
-data.loader.Batches.__call__ = fetch_or_signal
+common.loader.Batches.__call__ = fetch_or_signal
 """
 
 

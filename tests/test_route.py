@@ -16,11 +16,10 @@ import pytest
 import torch
 from helpers import error_line, must, read_json, run, tokens_of
 
-import checkpoint
-import route
-import token_view
-from data.tokenizer import load_tokenizer
+from common import checkpoint
+from common.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, generate
+from study import route, token_view
 
 NAMES = ("expert-code", "expert-math", "expert-prose", "seed")
 L, E = 3, 4
@@ -298,7 +297,7 @@ def test_sample_shows_experts(btx, seed, tmp_path):
 
 def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
     size = f"--data_dir={data}", "--sequence_length=32", "--eval_windows=5", "--device=cpu", "--threads=1"
-    done = must(run("route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}", *size))
+    done = must(run("study/route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}", *size))
     assert "btx: the expert tells" in done.out
     found = read_json(tmp_path / "routing.json")
     assert [entry["name"] for entry in found["models"]] == ["btx", "mixed"]
@@ -313,14 +312,16 @@ def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
     share = (gates > 0).mean(axis=(1, 2)) / 2
     np.testing.assert_allclose(found["models"][0]["domains"]["math"]["share"], share, atol=1e-5)
 
-    must(run("route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}/again", *size))
+    must(run("study/route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}/again", *size))
     assert read_json(tmp_path / "again/routing.json") == found
-    must(run("route.py", f"--model={btx}", f"--out_dir={tmp_path}/val", *size, "--split=val"))
+    must(run("study/route.py", f"--model={btx}", f"--out_dir={tmp_path}/val", *size, "--split=val"))
     val = read_json(tmp_path / "val/routing.json")
     assert (val["config"]["split"], found["config"]["split"]) == ("val", "test")
     assert val["models"][0]["domains"] != found["models"][0]["domains"]
 
-    message = error_line(run("route.py", f"--model={btx},{seed}", f"--out_dir={tmp_path}/dense", *size))
+    message = error_line(run("study/route.py", f"--model={btx},{seed}", f"--out_dir={tmp_path}/dense", *size))
     assert seed in message and "dense" in message
-    message = error_line(run("route.py", f"--model={btx}", f"--out_dir={tmp_path}/x", *size, "--sequence_length=512"))
+    message = error_line(
+        run("study/route.py", f"--model={btx}", f"--out_dir={tmp_path}/x", *size, "--sequence_length=512")
+    )
     assert "512" in message and "128" in message

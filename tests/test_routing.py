@@ -10,10 +10,19 @@ import torch.nn.functional as F
 from helpers import SHORT, must, read_json, read_log, run, run_process, same_bits
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-import moe as moe_file
-from model import ModelConfig, Transformer, generate
-from moe import BALANCES, ROUTERS, MoE, load_balancing_loss, router_z_loss, temperature
+import model as moe_file
+from common import checkpoint
+from model import (
+    BALANCES,
+    ROUTERS,
+    ModelConfig,
+    MoE,
+    Transformer,
+    generate,
+    load_balancing_loss,
+    router_z_loss,
+    temperature,
+)
 
 SHAPE = ModelConfig(
     vocab_size=80,
@@ -372,13 +381,13 @@ def test_sampling_killed_and_resumed_ends_with_the_same_bits(mixed, data, tmp_pa
     flags = *SHORT, f"--data_dir={data}", f"--init_from={mixed}", "--router=sample"
     must(run("finetune.py", *flags, f"--out_dir={tmp_path}/whole"))
     kill = """
-import os, data.loader
-fetch = data.loader.Batches.__call__
+import os, common.loader
+fetch = common.loader.Batches.__call__
 def fetch_or_die(self, step, start, stop):
     if step == 8:
         os.kill(os.getpid(), 9)
     return fetch(self, step, start, stop)
-data.loader.Batches.__call__ = fetch_or_die
+common.loader.Batches.__call__ = fetch_or_die
 """
     killed = run_process("finetune.py", *flags, f"--out_dir={tmp_path}/killed", hook=kill)
     assert killed.code == -signal.SIGKILL and read_json(tmp_path / "killed" / "run.json")["step"] == 5

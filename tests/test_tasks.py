@@ -12,15 +12,15 @@ import pytest
 import torch
 from helpers import must, read, read_json, run
 
-from btm import NearestEnsemble
+from common.split import HELD_OUT, SPLITS, split_of
+from common.tokenizer import END_OF_TEXT, load_tokenizer
 from data import code_task as lines
 from data.encyclopedia import PEOPLE, PLACES, make_world, unasked_facts, wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
-from data.split import HELD_OUT, SPLITS, split_of
 from data.task import Task, edit_similarity, exact_match, mean_score, read_answer
-from data.tokenizer import END_OF_TEXT, load_tokenizer
 from eval import EvalConfig, task_scores
 from model import ModelConfig, Transformer
+from study.btm import NearestEnsemble
 
 ENTITIES, ATTRIBUTES = make_world()
 BY_NAME = {entity.name: entity for entity in ENTITIES}

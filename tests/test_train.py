@@ -12,9 +12,9 @@ import pytest
 import torch
 from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, weights
 
-import checkpoint
-from configurator import UserError
-from data.loader import Batches, held_out_windows, parse_mixture
+from common import checkpoint
+from common.config import UserError
+from common.loader import Batches, held_out_windows, parse_mixture
 from train import TrainConfig, learning_rate, make_optimizer
 
 
@@ -183,7 +183,7 @@ TORCHRUN = sys.executable, "-m", "torch.distributed.run", "--standalone", "--npr
 PROCESSES = """
 import glob
 import torch
-from device import Processes
+from common.device import Processes
 
 processes = Processes(torch.device("cpu"))
 frozen, *parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3,), (2, 2), (5,))]

@@ -20,8 +20,8 @@ import pickle
 import torch
 from safetensors import SafetensorError, safe_open
 
-from configurator import UserError, atomic_file, read_json, write_atomically
-from data.tokenizer import TOKENIZER_FILES, tokenizer_hash
+from common.config import UserError, atomic_file, read_json, write_atomically
+from common.tokenizer import TOKENIZER_FILES, tokenizer_hash
 from model import ModelConfig, Transformer
 
 WEIGHTS = "model.safetensors"

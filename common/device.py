@@ -6,7 +6,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from configurator import UserError, key
+from common.config import UserError, key
 
 DEVICE = ("auto", "cpu", "cuda")
 DTYPE = ("auto", "float32", "bfloat16")

@@ -9,8 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from configurator import write_atomically
-from report import baseline_lines, bold, markdown_table, plus_minus, short
+from common.config import write_atomically
+from study.report import baseline_lines, bold, markdown_table, plus_minus, short
 
 # rows in the paper's order: a colour a method (Okabe and Ito) and a marker of its own, which tells it apart in grey
 LOOKS = {

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from configurator import UserError, write_atomically
+from common.config import UserError, write_atomically
 from mix import FEED_FORWARD
 from model import Transformer
 

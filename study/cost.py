@@ -6,7 +6,7 @@ Tokens, FLOPs and seconds of one run stand in its run.json (model.flops_per_toke
 import math
 from typing import NamedTuple
 
-import checkpoint
+from common import checkpoint
 
 WORKERS = 8
 GRADIENT_BYTES = 4  # gradients travel in fp32

@@ -5,7 +5,7 @@ Models learn from train; settings are chosen on val; test is for what is reporte
 
 import hashlib
 
-from configurator import UserError
+from common.config import UserError
 
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)

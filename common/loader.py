@@ -9,8 +9,8 @@ import os
 import numpy as np
 import torch
 
-from configurator import UserError, read_json
-from data.split import check_splits
+from common.config import UserError, read_json
+from common.split import check_splits
 
 
 def read_meta(data_dir, domain):

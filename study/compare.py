@@ -1,7 +1,7 @@
 """The paper's comparison: BTX against every other way to spend the same tokens, or the same training FLOPs.
 
     bash run.sh cpu compare       # or, when the chains are there:
-    python compare.py config/cpu/compare.py --chains=out/cpu,out/cpu/seed2,out/cpu/seed3
+    python -m study.compare config/cpu/compare.py --chains=out/cpu,out/cpu/seed2,out/cpu/seed3
 
 A chain is the whole pipeline with one random seed: a folder with seed, expert-*, soup, mixed, btx and its report. To
 each, this trains what the paper compares with, from the same seed model:
@@ -21,13 +21,13 @@ import json
 import os
 import shutil
 
-from ablate import run
-from btm import ENSEMBLES, training_mixture
-from checkpoint import read_run
-from compare_report import in_order, write_report
-from configurator import UserError, command, key, parse, read_json, write_atomically
-from cost import bytes_sent, critical_seconds, lineage
-from report import mean_and_std, read_log
+from common.checkpoint import read_run
+from common.config import UserError, command, key, parse, read_json, write_atomically
+from study.ablate import run
+from study.btm import ENSEMBLES, training_mixture
+from study.compare_report import in_order, write_report
+from study.cost import bytes_sent, critical_seconds, lineage
+from study.report import mean_and_std, read_log
 
 BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-sample"
 COUNTS = "active_params", "total_params", "train_tokens", "train_flops", "seconds", "critical_seconds", "bytes_sent"

@@ -1,6 +1,6 @@
 """Measure what routing costs: the step time of a mixture against a dense model, and mix.py's memory.
 
-    python bench.py --threads=2
+    python -m study.bench --threads=2
 
 The dense model is as wide in its feed-forward sublayers as the experts that a token visits together, so both
 do the same matmul FLOPs. Both take turns in one process, and the median of their ratios counts.
@@ -17,9 +17,9 @@ import time
 
 import torch
 
-import checkpoint
-from configurator import UserError, command, key, parse
-from device import device_key, dtype_key, pick_device, place, threads_key
+from common import checkpoint
+from common.config import UserError, command, key, parse
+from common.device import device_key, dtype_key, pick_device, place, threads_key
 from model import ModelConfig, Transformer
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.loader import cut, read_tokens
+from common.loader import cut, read_tokens
 from model import Transformer
 
 FROM_TEXT = "domain", "contrast"

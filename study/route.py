@@ -1,6 +1,6 @@
 """What the routers learned: where each domain's tokens go, and how much that says about the domain.
 
-    python route.py --model=out/cpu/btx,out/cpu/btx-nobalance --data_dir=out/cpu/data --out_dir=out/cpu/report
+    python -m study.route --model=out/cpu/btx,out/cpu/btx-nobalance --data_dir=out/cpu/data --out_dir=out/cpu/report
 
 Writes routing.json, the pictures routing.png (experts) and pairs.png (pairs of experts), and for the first model
 tokens-<domain>.html, a page with each token's experts. Nothing is sampled: a second run gives the same numbers.
@@ -18,13 +18,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-import checkpoint
-from configurator import UserError, command, key, parse, write_atomically
-from data.loader import held_out_windows, list_domains, read_meta
-from data.split import HELD_OUT
-from data.tokenizer import load_tokenizer
-from device import device_key, pick_device, place, threads_key
-from token_view import check_mixture, expert_names, show_experts
+from common import checkpoint
+from common.config import UserError, command, key, parse, write_atomically
+from common.device import device_key, pick_device, place, threads_key
+from common.loader import held_out_windows, list_domains, read_meta
+from common.split import HELD_OUT
+from common.tokenizer import load_tokenizer
+from study.token_view import check_mixture, expert_names, show_experts
 
 DEAD = 0.01  # an expert used by a smaller share of the tokens is dead
 BATCH_SIZE = 16

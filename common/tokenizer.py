@@ -16,7 +16,7 @@ import numpy as np
 import regex
 import tiktoken
 
-from configurator import UserError, read_json, write_atomically
+from common.config import UserError, read_json, write_atomically
 
 TOKENIZER_FILES = ("tiktoken.json", "tokenizer.tiktoken")
 END_OF_TEXT = "<|endoftext|>"

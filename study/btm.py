@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
-from configurator import UserError
-from data.loader import cut, held_out_windows, list_domains, parse_mixture, read_tokens
+from common import checkpoint
+from common.config import UserError
+from common.loader import cut, held_out_windows, list_domains, parse_mixture, read_tokens
 from model import Output
 
 # ---- the ensemble ----

@@ -1,6 +1,6 @@
 """Turn results.json and the runs' logs into report.md and its pictures.
 
-    python report.py --report=out/cpu/report
+    python -m study.report --report=out/cpu/report
 
 Nothing is computed on models here: every number comes from results.json, routing.json, run.json and log.jsonl.
 """
@@ -15,8 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from checkpoint import LOG, read_run
-from configurator import UserError, command, key, parse, read_json, write_atomically
+from common.checkpoint import LOG, read_run
+from common.config import UserError, command, key, parse, read_json, write_atomically
 from data.task import METRICS
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey

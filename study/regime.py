@@ -1,6 +1,6 @@
 """When does branching pay? BTX minus dense training of the same tokens, over tokens per parameter and width.
 
-    python regime.py config/cpu/regime.py
+    python -m study.regime config/cpu/regime.py
 
 For each width and each scale: a seed model, its branches, the mixture and its finetuning, all with the pipeline's
 configs but their steps multiplied by the scale, and the data-matched dense model of compare.py. Writes regime.json and
@@ -16,13 +16,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ablate import run
-from compare import Chain, train_dense
-from configurator import UserError, command, key, parse, read_json, write_atomically
-from data.loader import list_domains
+from common.config import UserError, command, key, parse, read_json, write_atomically
+from common.loader import list_domains
 from eval import versions
 from finetune import FinetuneConfig
-from report import COLOURS, STYLES, markdown_table, short
+from study.ablate import run
+from study.compare import Chain, train_dense
+from study.report import COLOURS, STYLES, markdown_table, short
 
 
 @dataclasses.dataclass

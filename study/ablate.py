@@ -1,6 +1,6 @@
 """Ask the paper's questions again: one row per variant of mixing, routing and finetuning, from the same experts.
 
-    bash run.sh cpu ablate        # or, after the main pipeline: python ablate.py config/cpu/ablate.py
+    bash run.sh cpu ablate        # or, after the main pipeline: python -m study.ablate config/cpu/ablate.py
 
 Each row is a mix.py and a finetune.py command, run for several random seeds and evaluated like the main table.
 It can be stopped and continued like every other stage. Writes ablations.json, ablations.md and ablations.png.
@@ -19,9 +19,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from checkpoint import read_run
-from configurator import UserError, command, key, parse, read_json, write_atomically
-from report import markdown_table, mean_and_std, plus_minus, short
+from common.checkpoint import read_run
+from common.config import UserError, command, key, parse, read_json, write_atomically
+from study.report import markdown_table, mean_and_std, plus_minus, short
 
 BASE = "top-2"  # what every other row is held against
 
