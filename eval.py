@@ -1,64 +1,62 @@
 """Evaluate checkpoints: bits per byte on fixed windows, answers to held-out problems, where the router sends tokens.
 
-    python eval.py config/cpu/eval.py --model=out/cpu/btx
-    python eval.py config/cpu/eval.py --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/seed
+    python eval.py config/cpu/eval.py --model=out/cpu/btx,out/cpu/seed
 
-The second is Branch-Train-Merge: the experts as an ensemble (btm.py).
 Each model becomes a row of out_dir/results.json. Every model sees the same windows and the same problems.
+(`python -m study.btm` adds the rows of Branch-Train-Merge, the experts as an ensemble.)
 """
 
 import dataclasses
-import functools
-import json
 import math
 import os
-import platform
-from importlib.metadata import version
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from common import checkpoint
-from common.config import UserError, command, key, parse, read_json, write_atomically
+from common import runs
+from common.config import key, parse, split_list
+from common.corpus import Corpus
 from common.device import device_key, pick_device, place, threads_key
-from common.loader import held_out_windows, list_domains, read_meta
+from common.errors import UserError, command
+from common.files import read_json, write_json
+from common.generate import generate
 from common.split import HELD_OUT
-from common.tokenizer import load_tokenizer, token_bytes
+from common.weights import same_tokenizer
 from data.task import METRICS, mean_score, read_answer
-from model import generate
-from study import btm
+from model import Transformer
 
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
+SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
+CODE = ("model.py", "eval.py", "common/corpus.py", "common/generate.py", "data/task.py")  # what decides a score
 
 
 @dataclasses.dataclass
 class EvalConfig:
-    """Evaluate one or several checkpoints, and the ensembles of Branch-Train-Merge."""
+    """Evaluate one or several checkpoints."""
 
     model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
-    experts: str = key("", "checkpoint folders to run as ensembles; a row for each way to weigh them (btm.py)")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
-    sequence_length: int = key(256, "tokens a window", minimum=1)
-    eval_windows: int = key(128, "windows per domain", minimum=1)
-    task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", minimum=1)
-    max_new_tokens: int = key(128, "the longest answer, in tokens", minimum=1)
+    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
+    eval_windows: int = key(128, "windows per domain", within="[1, inf)")
+    task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
+    max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
     device: str = device_key()
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
     threads: int = threads_key()
-    overwrite: bool = key(False, "discard a results.json made with other settings or data")
+    overwrite: bool = key(False, "discard the results.json that is there, and score everything anew")
+    same_code: bool = key(False, "keep rows although the source changed: the change does not touch scores")
 
 
 class Validation:
     """Fixed windows of every domain's split ("val" or "test"), and how many bytes each token stands for."""
 
-    def __init__(self, data_dir, sequence_length, count, split="val", batch_size=16):
-        self.windows = {
-            domain: held_out_windows(data_dir, domain, split, sequence_length, count)
-            for domain in list_domains(data_dir)
-        }
-        self.bytes = torch.from_numpy(token_bytes(load_tokenizer(data_dir)))
+    def __init__(self, corpus, sequence_length, count, split="val", batch_size=16):
+        self.windows = {name: corpus.windows(name, split, sequence_length, count) for name in corpus.domains}
+        self.bytes = corpus.token_bytes
         self.batch_size = batch_size
 
     @torch.no_grad()
@@ -85,22 +83,21 @@ class Validation:
         return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
 
 
-def task_scores(model, config):
+def task_scores(model, corpus, config):
     """{metric: {domain: mean over held-out problems}}, for greedy answers; see data/task.py. A prompt too long to leave
     room for an answer loses its beginning."""
-    encoding = load_tokenizer(config.data_dir)
+    encoding = corpus.encoding
     line_ends = {token for token in range(encoding.n_vocab) if b"\n" in encoding.decode_single_token_bytes(token)}
     scores = {metric: {} for metric in METRICS}
-    for domain in list_domains(config.data_dir):
-        task = read_meta(config.data_dir, domain).get("task")
+    for domain, meta in corpus.metas.items():
+        task = meta.get("task")
         if task is None:
             continue
         new_tokens = config.max_new_tokens if task["marker"] else min(LINE_TOKENS, config.max_new_tokens)
         room = model.max_length - new_tokens
         if room < 1:
             raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
-        with open(os.path.join(config.data_dir, domain, f"task-{config.split}.jsonl")) as file:
-            problems = [json.loads(line) for line in file][: config.task_problems]
+        problems = corpus.problems(domain, config.split, config.task_problems)
         stop = {encoding.eot_token} if task["marker"] else {encoding.eot_token, *line_ends}
         answers = []
         for start in range(0, len(problems), 100):
@@ -112,102 +109,117 @@ def task_scores(model, config):
     return scores
 
 
-def load_rows(config):
-    """Yield (row name, its id, history of training runs, function that loads the model)."""
-    for folder in filter(None, config.model.split(",")):
-        identity, history = checkpoint.parent(folder)
-        yield os.path.basename(os.path.normpath(folder)), identity, history, lambda f=folder: checkpoint.load_model(f)
-    if config.experts:
-        folders = config.experts.split(",")
-        parents = [checkpoint.parent(folder) for folder in folders]
-        history = checkpoint.joint_history(one for _, one in parents)
-        device = pick_device(config.device, config.threads)
-        for name, load in btm.ENSEMBLES.items():
-            identity = checkpoint.recipe_id([name, *(identity for identity, _ in parents)])
-            arguments = folders, config.data_dir, config.sequence_length, device
-            yield name, identity, history, functools.partial(load, *arguments)
+class Entry(NamedTuple):
+    """A row to make: its name, what identifies its weights, the training behind them, and how to load the model."""
+
+    name: str
+    id: str
+    history: dict
+    load: Callable
 
 
-def evaluate_row(name, identity, history, model, validation, config):
+def checkpoint_entry(folder):
+    """The Entry of a finished checkpoint folder."""
+    identity, history = runs.parent_of(folder)
+    return Entry(
+        os.path.basename(os.path.normpath(folder)), identity, history, lambda: Transformer.from_pretrained(folder)
+    )
+
+
+def score(entry, model, validation, corpus, config):
     """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
-    cost = checkpoint.total_cost(history)
+    cost = runs.total_cost(entry.history)
     active, total = model.num_parameters()
     scores = validation.scores(model)
     if "load" in scores:
         scores["experts"] = model.config.expert_names
     return {
-        "name": name,
-        "id": identity,
+        "name": entry.name,
+        "id": entry.id,
         "active_params": active,
         "total_params": total,
         "train_tokens": cost["tokens"],
         "train_flops": cost["flops"],
         "seconds": cost["seconds"],
-        "runs": list(history),
+        "runs": list(entry.history),
         **scores,
-        **task_scores(model, config),
+        **task_scores(model, corpus, config),
     }
 
 
-def versions():
-    """{name: version} of what decides a run's digits."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
-
-
-def read_results(config):
-    """results.json as it stands, or an empty one; refused when its settings or data differ."""
-    settings = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
-    metas = {domain: read_meta(config.data_dir, domain) for domain in list_domains(config.data_dir)}
+def read_results(corpus, config):
+    """results.json as it stands, or an empty one; refused when its settings, data or code differ."""
     fresh = {
         "rows": [],
-        "config": {name: getattr(config, name) for name in settings},
+        "config": {name: getattr(config, name) for name in SETTINGS},
         "data": {
-            domain: {name: meta[name] for name in ("content_hash", "tokenizer_hash")} for domain, meta in metas.items()
+            domain: {name: meta[name] for name in ("content_hash", "tokenizer_hash")}
+            for domain, meta in corpus.metas.items()
         },
         "baselines": {
-            domain: meta["task"]["baselines"][config.split] for domain, meta in metas.items() if "task" in meta
+            domain: meta["task"]["baselines"][config.split] for domain, meta in corpus.metas.items() if "task" in meta
         },
-        "versions": versions(),
+        "code": runs.code_hashes(*CODE),
+        "versions": runs.versions(),
     }
     path = os.path.join(config.out_dir, "results.json")
-    if not os.path.exists(path):
+    if config.overwrite or not os.path.exists(path):
         return fresh
     found = read_json(path, "delete it and run again")
-    if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")) and not config.overwrite:
+    rows = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and {"name", "id", "bpb"} <= row.keys() for row in rows
+    ):
+        raise UserError(f"{path} is no results.json of eval.py; choose another --out_dir or move it away")
+    if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")):
         raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
-    return fresh if config.overwrite else found
+    files = [name for name, value in fresh["code"].items() if found.get("code", {}).get(name) != value]
+    if files and not config.same_code:
+        raise UserError(
+            f"{' and '.join(files)} changed since {path} was made; --overwrite=True scores anew, --same_code=True "
+            "keeps it, where the change does not touch scores"
+        )
+    return {**found, "code": fresh["code"]}
+
+
+def evaluate(config, corpus, entries):
+    """Bring results.json up to date with a row for each Entry, scoring only those that are not there yet."""
+    if len({entry.name for entry in entries}) < len(entries):
+        raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
+    device = pick_device(config.device, config.threads)
+    results = read_results(corpus, config)
+    os.makedirs(config.out_dir, exist_ok=True)
+    rows = {row["name"]: row for row in results["rows"]}
+    todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
+    validation = Validation(corpus, config.sequence_length, config.eval_windows, config.split) if todo else None
+    for entry in tqdm(todo, desc="evaluate", unit="model", disable=not todo):
+        model = place(entry.load(), device, config.dtype)
+        if config.sequence_length > model.max_length:
+            raise UserError(
+                f"--sequence_length={config.sequence_length} is longer than {entry.name} takes: {model.max_length}"
+            )
+        if corpus.encoding.n_vocab > model.config.vocab_size:
+            has = f"{model.config.vocab_size} entries, the tokenizer of {corpus.folder} {corpus.encoding.n_vocab}"
+            raise UserError(f"{entry.name} knows {has}; evaluate it on data in its own vocabulary")
+        rows[entry.name] = score(entry, model, validation, corpus, config)
+        results["rows"] = list(rows.values())
+        write_json(os.path.join(config.out_dir, "results.json"), results)
+    for entry in entries:
+        row = rows[entry.name]
+        scores = {f"{domain} bits per byte": value for domain, value in row["bpb"].items()}
+        scores |= {f"{task} accuracy": value for task, value in row["accuracy"].items()}
+        print(f"{entry.name:14s} " + "  ".join(f"{what} {value:.3f}" for what, value in scores.items()))
 
 
 def main():
     config = parse(EvalConfig)
-    if not config.model and not config.experts:
-        raise UserError("nothing to evaluate; give --model=DIR or --experts=DIR,DIR")
-    device = pick_device(config.device, config.threads)
-    validation = Validation(config.data_dir, config.sequence_length, config.eval_windows, config.split)
-    results = read_results(config)
-    os.makedirs(config.out_dir, exist_ok=True)
-    rows = {row["name"]: row for row in results["rows"]}
-    todo = list(load_rows(config))
-    names = [name for name, *_ in todo]
-    if len(set(names)) < len(names):
-        raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
-    checkpoint.same_tokenizer([config.data_dir, *filter(None, f"{config.model},{config.experts}".split(","))])
-    for name, identity, history, load in tqdm(todo, desc="evaluate", unit="model"):
-        if name not in rows or rows[name]["id"] != identity:
-            model = place(load(), device, config.dtype)
-            if config.sequence_length > model.max_length:
-                raise UserError(
-                    f"--sequence_length={config.sequence_length} is longer than {name} takes: {model.max_length}"
-                )
-            rows[name] = evaluate_row(name, identity, history, model, validation, config)
-            results["rows"] = list(rows.values())
-            write_atomically(os.path.join(config.out_dir, "results.json"), json.dumps(results, indent=1) + "\n")
-        bits, right = rows[name]["bpb"], rows[name]["accuracy"]
-        scores = {
-            **{f"{d} bits per byte": v for d, v in bits.items()},
-            **{f"{t} accuracy": v for t, v in right.items()},
-        }
-        tqdm.write(f"{name:14s}" + "  ".join(f"{what} {value:.3f}" for what, value in scores.items()))
+    folders = split_list(config.model)
+    if not folders:
+        raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
+    corpus = Corpus(config.data_dir)
+    entries = [checkpoint_entry(folder) for folder in folders]
+    same_tokenizer([config.data_dir, *folders])
+    evaluate(config, corpus, entries)
 
 
 if __name__ == "__main__":

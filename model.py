@@ -4,23 +4,26 @@ Configuration keys and parameter names are Hugging Face's, so a checkpoint loads
 Tensor sizes in comments:
 
     B sequences   T tokens   S = B * T   D hidden_size   V vocab_size   L layers
-    H heads   G key-value heads   K head_dim   F intermediate_size   E experts   k experts a token
+    H heads   G key-value heads   K head_dim   F intermediate_size   E experts   k experts per token
 
-Reading order: ModelConfig, Attention, MLP, moe.py, Layer, Transformer, generate.
+Reading order: ModelConfig, Attention, MLP, the routers, MoE, Layer, Transformer.
 """
 
 import dataclasses
 import math
+import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.errors import UserError
+from common.weights import WeightFiles, expected_tensors, read_config, to_disk, write_config, write_weights
+
 IGNORE = -100  # a target that does not count, cross_entropy's default
-ROUTERS = ("topk", "switch", "sample", "soft")
 BALANCES = ("gates", "tokens")
-CAPACITY_FACTOR = 1.5  # switch: how many times its fair share of the tokens an expert takes in training
 ANNEALING_RATE = 1e-4  # sample: how fast the temperature falls, per step
 FINAL_TEMPERATURE = 0.5
 
@@ -42,11 +45,11 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None  # the token that ends a document
     num_local_experts: int = 0
-    # of mixtures alone; Hugging Face knows the first two and ignores the rest, so it computes topk and soft as we do
+    # of mixtures alone; transformers knows the first two and ignores the rest, so it computes topk and soft as we do
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # alpha of the balancing loss
     router_z_loss_coef: float = 0.0
-    router: str = "topk"  # Mixtral's; see moe.py for the others
+    router: str = "topk"  # Mixtral's; see ROUTERS for the others
     balance: str = "gates"  # what the balancing loss counts: gate weights or tokens
     expert_names: tuple = ()  # for pictures
 
@@ -58,15 +61,33 @@ class ModelConfig:
         if self.hidden_size % 8 or self.intermediate_size % 8:
             raise ValueError("hidden_size and intermediate_size must be multiples of 8")  # grouped_mm's alignment
         if self.router not in ROUTERS or self.balance not in BALANCES:
-            raise ValueError(f"router must be one of {ROUTERS} and balance one of {BALANCES}")
-        if self.router != "topk":  # the others leave no choice
-            self.num_experts_per_tok = self.num_local_experts if self.router == "soft" else 1
-        if self.num_local_experts and not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ValueError(f"router must be one of {tuple(ROUTERS)} and balance one of {BALANCES}")
+        if not self.num_local_experts:
+            return
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(f"num_experts_per_tok must lie between 1 and the model's {self.num_local_experts} experts")
+        fixed = ROUTERS[self.router].experts_per_token(self.num_experts_per_tok, self.num_local_experts)
+        if self.num_experts_per_tok != fixed:
+            k = self.num_experts_per_tok
+            raise ValueError(f"router {self.router} sends each token to {fixed} expert(s), num_experts_per_tok is {k}")
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_pretrained(cls, folder, **changes):
+        """The shape of a checkpoint folder, ours or Hugging Face's, with some values changed. A changed router brings
+        its own number of experts per token, unless that is among the changes."""
+        found = {**read_config(folder), **changes}
+        names = [field.name for field in dataclasses.fields(cls)]
+        try:
+            if "router" in changes and "num_experts_per_tok" not in changes:
+                router, k = ROUTERS[changes["router"]], found["num_experts_per_tok"]
+                found["num_experts_per_tok"] = router.experts_per_token(k, found["num_local_experts"])
+            return cls(**{name: found[name] for name in names if name in found})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{os.path.join(folder, 'config.json')}: {error}") from None
 
 
 class Output(NamedTuple):
@@ -177,16 +198,19 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-# ---- routers: logits (S, E) -> gates (S, k) and the experts they belong to (S, k) ----
+# ---- routers: the choice of g in FF_MoE(x) = sum_i g_i(W x) FF_i(x)   (Branch-Train-MiX, section 3.2) ----
+#
+# Each is a function (logits W x (S, E), k, step) -> gates (S, k) and the experts they belong to (S, k).
+# step: the number of the training step as a tensor; None in evaluation, where there is no noise.
 
 
-def topk(logits, k):
-    """The k largest logits of each token and the softmax over these alone, so that gates sum to 1."""
+def topk(logits, k, step):
+    """SoftMax(TopK(W x)): the k largest logits of each token and the softmax over these alone, so gates sum to 1."""
     top_logits, experts = logits.topk(k, dim=-1)  # (S, k)
     return top_logits.softmax(dim=-1), experts
 
 
-def switch(logits):
+def switch(logits, k, step):
     """Top-1 with the full softmax's value as gate, which gives the router a gradient (Fedus et al. 2022, eq. 2)."""
     return logits.softmax(dim=-1).max(dim=-1, keepdim=True)  # (S, 1), (S, 1)
 
@@ -199,13 +223,13 @@ def temperature(step):
     return torch.exp(-ANNEALING_RATE * step).clamp(min=FINAL_TEMPERATURE)
 
 
-def sample(logits, step):
+def sample(logits, k, step):
     """Top-1 of a Gumbel-softmax sample (Jang et al. 2016) in training; without noise, and with gate 1, elsewhere.
 
     In training, noise = -log(-log(uniform)) makes the largest of logits + noise a draw from SoftMax(logits). The
     gate is the largest entry of SoftMax((logits + noise) / temperature), the other entries count as zero.
-    In evaluation (step None) the choice is hard, as the paper has it: the one-hot vector that the softmax comes near
-    to as the temperature falls, so the gate is 1, and annealing brings training closer to evaluation.
+    In evaluation the choice is hard, as the paper has it: the one-hot vector that the softmax comes near to as the
+    temperature falls, so the gate is 1, and annealing brings training closer to evaluation.
     """
     if step is None:
         experts = logits.argmax(dim=-1, keepdim=True)  # (S, 1)
@@ -213,12 +237,38 @@ def sample(logits, step):
     return F.gumbel_softmax(logits, temperature(step)).max(dim=-1, keepdim=True)  # (S, 1), (S, 1)
 
 
-def within_capacity(used):
-    """used: (S, E) bool, who goes where. True for the first 1.5 S / E tokens of each expert, False for later ones.
+class Router(NamedTuple):
+    """A row of ROUTERS: how tokens find their experts.
+
+    choose: one of the functions above. k: how many experts it picks: a number, "all" of them, or None where
+    num_experts_per_tok says. capacity: in training an expert takes at most this many times its fair share of the
+    tokens, and drops the rest. first_layer: the router of the first layer, where that is another.
+    """
+
+    choose: Callable
+    k: int | str | None = None
+    capacity: float = math.inf
+    first_layer: str | None = None
+
+    def experts_per_token(self, k, num_experts):
+        """Its own number, or k where it leaves the choice."""
+        return {None: k, "all": num_experts}.get(self.k, self.k)
+
+
+ROUTERS = {
+    "topk": Router(topk),
+    "switch": Router(switch, k=1, capacity=1.5),
+    "sample": Router(sample, k=1, first_layer="soft"),
+    "soft": Router(topk, k="all"),  # SoftMax(W x): every expert runs
+}
+
+
+def within_capacity(used, factor):
+    """used: (S, E) bool, who goes where. True for the first factor S / E tokens of each expert, False for later ones.
 
     S counts one forward pass, so it is a micro-batch that must keep the balance, not the whole batch.
     """
-    capacity = int(CAPACITY_FACTOR * len(used) / used.size(1))
+    capacity = int(factor * len(used) / used.size(1))
     return used.cumsum(dim=0) <= capacity  # (S, E)
 
 
@@ -248,7 +298,7 @@ def router_z_loss(logits):
     return logits.logsumexp(dim=-1).square().mean()
 
 
-# ---- the layer ----
+# ---- the mixture of experts: N feed-forward networks in the place of one ----
 
 
 class Experts(nn.Module):
@@ -269,40 +319,32 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """FF_MoE(x) = sum_i g_i(W x) FF_i(x). One routing decision a token.
+    """FF_MoE(x) = sum_i g_i(W x) FF_i(x), with one routing decision per token.
 
     An expert may get any number of rows; only switch in training drops tokens, by choice.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.router, self.balance, self.k = config.router, config.balance, config.num_experts_per_tok
+        self.router, self.balance, self.k = ROUTERS[config.router], config.balance, config.num_experts_per_tok
         self.gate = Linear(config.hidden_size, config.num_local_experts)
         self.experts = Experts(config)
-
-    def route(self, logits, step):
-        """Gates (S, k) and experts (S, k) of each token."""
-        if self.router == "switch":
-            return switch(logits)
-        if self.router == "sample":
-            return sample(logits, step)
-        return topk(logits, self.k)  # and soft, whose k is N
 
     def forward(self, x, step=None):
         """x: (B, T, D). step: the training step as a tensor; None elsewhere: no noise, no capacity.
 
         Returns y (B, T, D), gates (S, E) in fp32, zero where an expert was not used, and a dict of numbers: the
-        router's losses, and for switch in training the share of tokens that were dropped.
+        router's losses and, in training with a limited capacity, the share of tokens that were dropped.
         """
         shape, x = x.shape, x.flatten(0, 1)  # (S, D)
         logits = self.gate(x.to(self.gate.weight.dtype))  # (S, E), in fp32: near-ties must not flip with rounding
-        top_gates, top_experts = self.route(logits, step)  # (S, k), (S, k)
+        top_gates, top_experts = self.router.choose(logits, self.k, step)  # (S, k), (S, k)
         gates = torch.zeros_like(logits).scatter(1, top_experts, top_gates)  # (S, E)
         balance_loss = load_balancing_loss(gates, logits.softmax(dim=-1), self.balance)
         stats = {"balance_loss": balance_loss, "z_loss": router_z_loss(logits)}
-        if self.router == "switch" and step is not None:
+        if self.router.capacity < math.inf and step is not None:
             # a token over capacity contributes zero: only the residual stream carries it past this layer
-            gates = gates * within_capacity(gates > 0)
+            gates = gates * within_capacity(gates > 0, self.router.capacity)
             top_gates = gates.gather(1, top_experts)
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
@@ -346,8 +388,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        # Branch-Train-MiX's sample routing makes the first layer soft
-        first = dataclasses.replace(config, router="soft") if config.router == "sample" else config
+        first, other = config, ROUTERS[config.router].first_layer
+        if config.num_local_experts and other:
+            k = ROUTERS[other].experts_per_token(config.num_experts_per_tok, config.num_local_experts)
+            first = dataclasses.replace(config, router=other, num_experts_per_tok=k)
         layers = [Layer(config if i else first) for i in range(config.num_hidden_layers)]
         self.model = nn.ModuleDict(
             {
@@ -407,6 +451,27 @@ class Transformer(nn.Module):
                 aux_loss = aux_loss + self.config.router_z_loss_coef * stats["z_loss"].sum()
         return Output(logits, loss, aux_loss, gates, stats)
 
+    @classmethod
+    def from_pretrained(cls, folder, **changes):
+        """A checkpoint folder, ours or Hugging Face's, as a model in fp32 on the CPU. changes: values of ModelConfig
+        to use instead of the folder's own, such as another router."""
+        files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
+        model = cls(ModelConfig.from_pretrained(folder, **changes))
+        for name, parameter in model.named_parameters():
+            prefix, matrix = name.rsplit(".", 1)
+            if ".experts." in name:
+                value = torch.stack([files[f"{prefix}.{e}.{matrix}.weight"] for e in range(len(parameter))])
+            else:
+                value = files[name]
+            parameter.data.copy_(value)
+        return model
+
+    def save_pretrained(self, folder):
+        """Write model.safetensors and config.json, which `from_pretrained` of transformers loads, too."""
+        tensors, shapes = to_disk(self.state_dict()), expected_tensors(self.config)
+        write_weights(folder, shapes, ((name, tensors[name]) for name in shapes))
+        write_config(folder, self.config)
+
     def _loss(self, x, targets):
         """Mean cross-entropy of x (S, D) and targets (S,). On a CPU in chunks whose logits fit its cache: faster."""
         rows = max(1, 2**20 // self.config.vocab_size) if x.device.type == "cpu" else len(x)
@@ -444,39 +509,3 @@ class Transformer(nn.Module):
             if parameter.dim() > 1 and not looked_up:
                 flops += self._active(name, parameter) * (6 if parameter.requires_grad else 4)
         return flops
-
-
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, generator=None):
-    """Continue each prompt (a list of token ids) until one of the ids in `stop`; return the new ids, a list for each.
-
-    All sequences advance together, one position a step, from the end of the shortest prompt; a longer prompt's own
-    tokens take precedence over sampled ones, so no padding is needed. temperature 0 is greedy; top_k 0 is no limit.
-    model: anything with `new_cache` and the forward pass of Transformer.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    total = max(lengths) + max_new_tokens
-    cache = model.new_cache(len(prompts), total)
-    sequences = [list(prompt) for prompt in prompts]
-    done = [False] * len(prompts)
-    device = next(model.parameters()).device
-    feed = torch.tensor([prompt[: min(lengths)] for prompt in prompts], device=device)  # (B, T)
-    for position in range(min(lengths), total):
-        logits = model(feed, cache=cache).logits[:, -1].float()  # (B, V)
-        if temperature > 0:
-            logits = logits / temperature
-            if top_k:
-                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:]] = -math.inf
-            sampled = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).flatten().tolist()
-        else:
-            sampled = logits.argmax(dim=-1).tolist()
-        for row, token in enumerate(sampled):
-            if position >= lengths[row] and not done[row]:
-                done[row] = token in stop or position >= lengths[row] + max_new_tokens
-                if not done[row]:
-                    sequences[row].append(token)
-        if all(done):
-            break
-        column = [[sequence[min(position, len(sequence) - 1)]] for sequence in sequences]
-        feed = torch.tensor(column, device=device)  # (B, 1)
-    return [sequence[length:] for sequence, length in zip(sequences, lengths, strict=True)]

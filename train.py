@@ -9,6 +9,7 @@ A run that was killed goes on from its last checkpoint when the same command is 
 with the same weights, to the bit, as one that was never interrupted.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,13 +20,17 @@ import time
 import torch
 from tqdm import tqdm
 
-from common import checkpoint
-from common.config import UserError, atomic_file, command, key, parse
+from common import runs
+from common.config import key, parse, split_list
+from common.corpus import Batches, Corpus
 from common.device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
-from common.loader import Batches, parse_mixture, read_meta
-from common.tokenizer import load_tokenizer
+from common.errors import UserError, command
+from common.files import write_atomically
+from common.weights import copy_tokenizer, group_of, same_tokenizer
 from eval import Validation
 from model import ModelConfig, Transformer
+
+FREEZABLE = ("embeddings", "head", "attention", "norms", "experts", "router")
 
 
 @dataclasses.dataclass
@@ -37,65 +42,59 @@ class TrainConfig:
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     domain: str = key("all", "what to train on: a domain, a mixture like code:3,math:1, or all, evenly")
     # the model's shape, unless --init_from brings one
-    hidden_size: int = key(64, "width of the residual stream", minimum=1)
-    intermediate_size: int = key(176, "width of the feed-forward sublayers", minimum=1)
-    num_hidden_layers: int = key(4, "number of layers", minimum=1)
-    num_attention_heads: int = key(2, "query heads", minimum=1)
-    num_key_value_heads: int = key(
-        2, "key and value heads; fewer than the query heads is grouped-query attention", minimum=1
-    )
-    max_position_embeddings: int = key(256, "the longest sequence the model can take", minimum=1)
+    hidden_size: int = key(64, "width of the residual stream", within="[8, inf)")
+    intermediate_size: int = key(176, "width of the feed-forward sublayers", within="[8, inf)")
+    num_hidden_layers: int = key(4, "number of layers", within="[1, inf)")
+    num_attention_heads: int = key(2, "query heads", within="[1, inf)")
+    num_key_value_heads: int = key(2, "key and value heads; fewer is grouped-query attention", within="[1, inf)")
+    max_position_embeddings: int = key(256, "the longest sequence the model can take", within="[1, inf)")
     tie_word_embeddings: bool = key(True, "use the embedding matrix as the output head too")
     # optimization
-    max_steps: int = key(1000, "optimizer steps", minimum=1)
-    batch_size: int = key(16, "sequences a step, over all processes and accumulation", minimum=1)
-    micro_batch_size: int = key(16, "sequences in one forward pass; the rest is gradient accumulation", minimum=1)
-    sequence_length: int = key(256, "tokens a sequence", minimum=1)
-    learning_rate: float = key(1e-3, "peak learning rate of AdamW")
-    min_learning_rate: float = key(0.1, "final learning rate, as a fraction of the peak")
-    shared_learning_rate: float = key(
-        1.0,
-        "learning rate outside the feed-forward sublayers, as a fraction of theirs; low keeps branches alike",
-        minimum=0,
-    )
-    warmup_steps: int = key(100, "steps of linear warm-up, followed by a cosine", minimum=0)
-    weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only")
-    adam_beta1: float = key(0.9, "AdamW's beta1")
-    adam_beta2: float = key(0.95, "AdamW's beta2")
-    max_grad_norm: float = key(1.0, "gradients are clipped to this norm")
-    seed: int = key(1, "random seed of the initial weights and the batches", minimum=0)
+    max_steps: int = key(1000, "optimizer steps", within="[1, inf)")
+    batch_size: int = key(16, "sequences per step, over all processes and accumulation", within="[1, inf)")
+    micro_batch_size: int = key(16, "sequences in one forward pass; the rest is accumulated", within="[1, inf)")
+    sequence_length: int = key(256, "tokens per sequence", within="[1, inf)")
+    learning_rate: float = key(1e-3, "peak learning rate of AdamW", within="(0, inf)")
+    min_learning_rate: float = key(0.1, "final learning rate, as a fraction of the peak", within="[0, 1]")
+    warmup_steps: int = key(100, "steps of linear warm-up, followed by a cosine", within="[0, inf)")
+    weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only", within="[0, inf)")
+    adam_beta1: float = key(0.9, "AdamW's beta1", within="[0, 1)")
+    adam_beta2: float = key(0.95, "AdamW's beta2", within="[0, 1)")
+    max_grad_norm: float = key(1.0, "gradients are clipped to this norm", within="(0, inf)")
+    freeze: str = key("none", f"what stays fixed: none, all-but-router, or some of {', '.join(FREEZABLE)}")
+    seed: int = key(1, "random seed of the initial weights and the batches", within="[0, inf)")
     # evaluation and checkpoints
-    eval_interval: int = key(100, "steps between two evaluations, each a line in log.jsonl", minimum=1)
-    eval_windows: int = key(16, "validation windows per domain in those evaluations", minimum=1)
-    save_interval: int = key(200, "steps between two checkpoints", minimum=1)
+    eval_interval: int = key(100, "steps between two evaluations, each a line in log.jsonl", within="[1, inf)")
+    eval_windows: int = key(16, "validation windows per domain in those evaluations", within="[1, inf)")
+    save_interval: int = key(200, "steps between two checkpoints", within="[1, inf)")
     # the machine
     device: str = device_key()
     dtype: str = dtype_key()
     threads: int = threads_key()
     compile: bool = key(True, "torch.compile on CUDA; on a CPU it is never used")
-    overwrite: bool = key(False, "discard another run that --out_dir holds")
+    overwrite: bool = key(False, "start anew, discarding the run that --out_dir holds")
+    same_code: bool = key(False, "keep a run although the source changed: the change does not touch its result")
 
 
 # what a run may be resumed or repeated without: keys that do not shape its result
-NOT_IN_RECIPE = ("overwrite", "device", "threads", "compile", "save_interval")
+NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
+CODE = ("model.py", "train.py", "common/corpus.py", "common/weights.py")  # what decides a run's result
 
 
-def make_recipe(config, mixture):
-    """Everything that decides a run's result: its config, its data, and the recipe of the weights it starts from."""
+def make_recipe(config, corpus, mixture, code):
+    """Everything that decides a run's result: its config, data and source, and the recipe of the weights before it."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_RECIPE}
-    data = {domain: read_meta(config.data_dir, domain)["content_hash"] for domain in mixture}
-    parents = {config.init_from: checkpoint.parent(config.init_from)[0]} if config.init_from else {}
-    return {"config": settings, "data": data, "parents": parents}
+    parents = {config.init_from: runs.parent_of(config.init_from)[0]} if config.init_from else {}
+    data = {"data": corpus.hashes(mixture), "mixture": mixture}
+    return {"config": settings, **data, "parents": parents, "code": runs.code_hashes(*code)}
 
 
-def build_model(config):
+def build_model(config, corpus):
     """The model a run starts from: the checkpoint --init_from, or fresh weights of the configured shape."""
     if config.init_from:
-        checkpoint.same_tokenizer([config.init_from, config.data_dir])
-        return checkpoint.load_model(config.init_from)
+        return Transformer.from_pretrained(config.init_from)
     shape = {field.name for field in dataclasses.fields(ModelConfig)} & dataclasses.asdict(config).keys()
-    encoding = load_tokenizer(config.data_dir)
-    tokens = {"vocab_size": encoding.n_vocab, "eos_token_id": encoding.eot_token}
+    tokens = {"vocab_size": corpus.encoding.n_vocab, "eos_token_id": corpus.encoding.eot_token}
     torch.manual_seed(config.seed)
     try:
         return Transformer(ModelConfig(**tokens, **{name: getattr(config, name) for name in shape}))
@@ -103,18 +102,28 @@ def build_model(config):
         raise UserError(f"the model's shape does not fit: {error}") from None
 
 
+def freeze(model, text):
+    """Fix the parameters of the groups that `text` names (--freeze), in place. UserError when nothing would train."""
+    groups = [] if text == "none" else split_list(text)
+    if groups == ["all-but-router"]:
+        groups = [group for group in FREEZABLE if group != "router"]
+    if unknown := set(groups) - set(FREEZABLE):
+        known = ", ".join(("none", "all-but-router", *FREEZABLE))
+        raise UserError(f"--freeze={text}: {min(unknown)!r} is no part of a model; freeze must be one of {known}")
+    for name, parameter in model.named_parameters():
+        group = group_of(name).replace("feed-forward", "experts")
+        parameter.requires_grad = group not in groups
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--freeze={text} leaves nothing to train; freeze less")
+
+
 def make_optimizer(config, model):
     """AdamW with weight decay on matrices (and stacks of them), not on norms."""
-    groups = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = 1.0 if ".mlp." in name or ".block_sparse_moe." in name else config.shared_learning_rate
-            decay = config.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay}
+    plain = {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}
     betas = config.adam_beta1, config.adam_beta2
-    # AdamW keeps a group's `scale` as it is; train_step multiplies the learning rate by it
-    groups = [{"params": params, "weight_decay": decay, "scale": scale} for (scale, decay), params in groups.items()]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW([decayed, plain], lr=config.learning_rate, betas=betas, fused=True)
 
 
 def learning_rate(config, step):
@@ -133,10 +142,11 @@ def train_step(config, step, model, optimizer, batches, processes):
     """
     share = config.batch_size // processes.world  # rows of this process
     begin = processes.rank * share
-    starts = range(begin, begin + share, config.micro_batch_size)
+    size = min(config.micro_batch_size, share)
+    starts = range(begin, begin + share, size)
     sums = {}
     for start in starts:
-        inputs, targets = batches(step, start, start + config.micro_batch_size)
+        inputs, targets = batches(step, start, start + size)
         torch.manual_seed(hash((config.seed, step, start)))  # a model's noise depends on its place in training alone
         output = model(inputs.to(processes.device), targets.to(processes.device), step=torch.tensor(step))
         ((output.loss + output.aux_loss) / len(starts)).backward()
@@ -145,7 +155,7 @@ def train_step(config, step, model, optimizer, batches, processes):
             sums[name] = sums.get(name, 0) + value / len(starts)
     processes.average_gradients(model.parameters())
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step) * group["scale"]
+        group["lr"] = learning_rate(config, step)
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     means = {name: processes.mean(value.tolist()) for name, value in sums.items()}
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
@@ -164,21 +174,25 @@ class Recorder:
     log.jsonl holds nothing that differs between two runs of one recipe; times go to run.json.
     """
 
-    def __init__(self, config, run, model, optimizer, state):
-        self.config, self.run, self.model, self.optimizer = config, run, model, optimizer
-        self.validation = Validation(config.data_dir, config.sequence_length, config.eval_windows)
+    def __init__(self, config, run, corpus, model, optimizer, state):
+        self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
+        self.validation = Validation(corpus, config.sequence_length, config.eval_windows)
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = model.flops_per_token(config.sequence_length)
         self.started = time.monotonic() - state["seconds"]
         self.sums = state["sums"]  # of what train_step returns, over the steps since the last evaluation
-        self.log = os.path.join(config.out_dir, checkpoint.LOG)
-        with open(self.log, "ab") as file:
-            file.truncate(state["log_size"])  # lines behind the checkpoint that we resume from are written again
-        step = state["step"]
-        self.bar = tqdm(total=config.max_steps, initial=step, desc=config.out_dir, unit="step", dynamic_ncols=True)
+        self.log = state["log"]  # the text of log.jsonl
+        self.bar = tqdm(
+            total=config.max_steps, initial=state["step"], desc=config.out_dir, unit="step", dynamic_ncols=True
+        )
+
+    def begin(self, step):
+        """Score and save the weights that a fresh run starts from; bring log.jsonl to where a resumed one goes on."""
         if step == 0:
             self.evaluate(step)
             self.save(step)
+        else:
+            self.write_log()
 
     def cost(self, step):
         """Tokens, FLOPs and seconds of this run so far."""
@@ -205,86 +219,98 @@ class Recorder:
         cost = self.cost(step)
         scores = self.validation.scores(self.model)
         line = {"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **training, **scores}
-        try:
-            with open(self.log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.log}: {error.strerror}; free some space and run again") from None
+        self.log += json.dumps(line) + "\n"
+        self.write_log()
         loss = f"loss {training['loss']:.3f}  " if training else ""
         bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
         self.bar.write(f"step {step:6d}  {loss}bits per byte: {bpb}")
 
+    def write_log(self):
+        write_atomically(os.path.join(self.config.out_dir, runs.LOG), self.log)
+
     def save(self, step, finished=False):
         """Write a checkpoint. state.pt alone decides where a killed run resumes, and it is replaced in one move."""
-        cost = self.cost(step)
-        state = {
-            "step": step,
-            "seconds": cost["seconds"],
-            "log_size": os.path.getsize(self.log),
-            "sums": self.sums,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-        with atomic_file(os.path.join(self.config.out_dir, checkpoint.STATE)) as file:
-            torch.save(state, file)
-        checkpoint.save_model(self.config.out_dir, self.model, self.config.data_dir)
-        before = checkpoint.parent(self.config.init_from)[1] if self.config.init_from else {}
-        progress = {"step": step, "finished": finished, "history": {**before, self.config.out_dir: cost}}
-        checkpoint.write_run(self.config.out_dir, {**self.run, **progress})
+        folder, cost = self.config.out_dir, self.cost(step)
+        state = {"step": step, "seconds": cost["seconds"], "log": self.log, "sums": self.sums}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        runs.save_state(folder, state)
+        self.model.save_pretrained(folder)
+        copy_tokenizer(self.corpus.folder, folder)
+        before = runs.parent_of(self.config.init_from)[1] if self.config.init_from else {}
+        run = {**self.run, "step": step, "history": {**before, folder: cost}}
+        (runs.finish_run if finished else runs.write_run)(folder, run)
 
 
-def check_sizes(config, model, processes):
+def check_sizes(config, corpus, model, processes):
     """Raise UserError unless sequences and tokens fit the model, and batches the processes."""
     if config.sequence_length > model.config.max_position_embeddings:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than the model's "
             f"max_position_embeddings={model.config.max_position_embeddings}; shorten it"
         )
-    entries = load_tokenizer(config.data_dir).n_vocab
+    entries = corpus.encoding.n_vocab
     if entries > model.config.vocab_size:
         raise UserError(
-            f"{config.data_dir} has a tokenizer of {entries} entries, the model's vocab_size is only "
+            f"{corpus.folder} has a tokenizer of {entries} entries, the model's vocab_size is only "
             f"{model.config.vocab_size}; prepare the data with the model's tokenizer"
         )
-    if config.batch_size % (config.micro_batch_size * processes.world):
+    share, rest = divmod(config.batch_size, processes.world)
+    if rest or share % min(share, config.micro_batch_size):
         raise UserError(
             f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
             f"times {processes.world} process(es)"
         )
 
 
-def train(config, make_model):
+def train(config, make_model, code=CODE):
     """Run a config to its end and leave a finished checkpoint in config.out_dir.
 
-    make_model: function(config) -> Transformer on the CPU, called unless the run is finished already. Parameters
-    with requires_grad False stay fixed. What is minimized is the model's loss plus its aux_loss, whatever that is.
+    make_model: function(config, corpus) -> Transformer on the CPU, called unless the run is finished already. What is
+    minimized is the model's loss plus its aux_loss, whatever that is. code: the source files that decide the result.
     """
-    mixture = parse_mixture(config.domain, config.data_dir)
-    batches = Batches(config.data_dir, mixture, config.sequence_length, config.batch_size, config.seed)
-    run, found = checkpoint.find_run(config.out_dir, make_recipe(config, mixture), config.overwrite)
-    if run["finished"]:
-        print(f"{config.out_dir} is finished ({run['step']} steps), nothing to do")
-        return
-    device = pick_device(config.device, config.threads)
-    processes = Processes(device)
-    raw_model = place(make_model(config), device, config.dtype)
-    check_sizes(config, raw_model, processes)
-    optimizer = make_optimizer(config, raw_model)
+    corpus = Corpus(config.data_dir)
+    mixture = corpus.mixture(config.domain)
+    recipe = make_recipe(config, corpus, mixture, code)
+    with contextlib.ExitStack() as stack:
+        first = int(os.environ.get("RANK", 0)) == 0
+        if first:
+            stack.enter_context(runs.locked(config.out_dir))
+        run, found = runs.find_run(config.out_dir, recipe, config.overwrite, config.same_code)
+        if run["finished"]:
+            print(f"{config.out_dir} is finished ({run['step']} steps), nothing to do")
+            return
+        if config.init_from:
+            same_tokenizer([config.init_from, config.data_dir])
+        device = pick_device(config.device, config.threads)
+        processes = Processes(device)
+        raw_model = place(make_model(config, corpus), device, config.dtype)
+        freeze(raw_model, config.freeze)
+        check_sizes(config, corpus, raw_model, processes)
+        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed)
+        optimizer = make_optimizer(config, raw_model)
 
-    state = {"step": 0, "seconds": 0.0, "log_size": 0, "sums": {}}
-    state_path = os.path.join(config.out_dir, checkpoint.STATE)
-    if found and os.path.exists(state_path):
-        state = checkpoint.load_state(state_path, raw_model, optimizer, device)
-    processes.barrier()  # all have looked at the folder before the first one changes it
-    recorder = None
-    if processes.first:
-        if state["step"] == 0:
-            checkpoint.start_run(config.out_dir, run)
-            state["log_size"] = 0  # also after a kill at step 0: the log is gone and begins again
-        recorder = Recorder(config, run, raw_model, optimizer, state)
-    model = torch.compile(raw_model) if config.compile and device.type == "cuda" else raw_model
+        state = {"step": 0, "seconds": 0.0, "log": "", "sums": {}}
+        if found and os.path.exists(os.path.join(config.out_dir, runs.STATE)):
+            state = runs.load_state(config.out_dir, config.max_steps, raw_model, optimizer)
+        processes.barrier()  # all have looked at the folder before the first one changes it
+        recorder = None
+        if processes.first:
+            if not os.path.isdir(config.out_dir):
+                stack.enter_context(runs.locked(config.out_dir, create=True))
+            if state["step"] == 0:
+                runs.start_run(config.out_dir, run)
+                state["log"] = ""  # also after a kill at step 0: the log is gone and begins again
+            recorder = Recorder(config, run, corpus, raw_model, optimizer, state)
+            recorder.begin(state["step"])
+        run_steps(config, state["step"], raw_model, optimizer, batches, processes, recorder)
 
-    step, stopped, stop = state["step"], False, StopSignal()
+
+def run_steps(config, step, raw_model, optimizer, batches, processes, recorder):
+    """The training loop, from `step` to the end or to a signal that stops it. recorder: None in all but the first
+    process."""
+    compiled = config.compile and processes.device.type == "cuda"
+    model = torch.compile(raw_model) if compiled else raw_model
+    stopped, stop = False, StopSignal()
     while step < config.max_steps and not stopped:
         means, norm = train_step(config, step, model, optimizer, batches, processes)
         step += 1

@@ -2,43 +2,67 @@
 
     python train.py config/cpu/seed.py --learning_rate=1e-3
 
-The dataclass gives every key its name, type, default and help text. A config file reads like
-Python (`learning_rate = 1e-3  # why`) but is parsed, never executed. Unknown keys and wrong
-types are errors that name the file and line and suggest the nearest key.
+The dataclass gives every key its name, type, default, range and help text. A config file reads like
+Python (`learning_rate = 1e-3  # why`) but is parsed, never executed. Unknown keys, wrong types and values
+out of range are errors that name the file and line and suggest the nearest key.
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
-import json
-import os
+import math
 import sys
 
-from tqdm import tqdm
+from common.errors import UserError, printable
 
 
-class UserError(Exception):
-    """A mistake the user can mend: printed as one line, exit code 2, no traceback."""
+def key(default, help, choices=None, within=None, free_text=False):
+    """A dataclass field with a default and a help text.
+
+    choices: the values it may take. within: an interval in mathematical notation, such as "[0, 1)" or "[1, inf)".
+    free_text: a string that may hold anything; others are names and paths, without control characters.
+    """
+    extras = {"help": help, "choices": choices, "within": within, "free_text": free_text}
+    return dataclasses.field(default=default, metadata=extras)
 
 
-def key(default, help, choices=None, minimum=None):
-    """A dataclass field with a default, a help text and, optionally, the values it may take or the least one."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "minimum": minimum})
+def split_list(text):
+    """'a, b,' -> ['a', 'b']"""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def lies_within(value, interval):
+    """Whether a number lies in an interval such as "(0, 1]"."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    return above and (value < high if interval[-1] == ")" else value <= high)
 
 
 def _checked(field, value, where):
     """Return `value` as the field's type, or raise UserError. An int is a fine float, nothing else mixes."""
-    if field.type is float and type(value) is int:
-        value = float(value)
-    if type(value) is not field.type:
-        raise UserError(f"{where}: {field.name} must be {field.type.__name__}, got {value!r} ({type(value).__name__})")
-    choices = field.metadata["choices"]
+    try:
+        if field.type is float and type(value) is int:
+            value = float(value)
+    except OverflowError:
+        value = math.inf
+    kind, choices, within = field.type, field.metadata["choices"], field.metadata["within"]
+    if type(value) is not kind:
+        raise UserError(f"{where}: {field.name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
     if choices and value not in choices:
         raise UserError(f"{where}: {field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    minimum = field.metadata["minimum"]
-    if minimum is not None and not value >= minimum:
-        raise UserError(f"{where}: {field.name} must be at least {minimum}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}: {field.name} must be a finite number, got {value}")
+    if kind is int and abs(value) >= 2**63:
+        raise UserError(f"{where}: {field.name} must fit 64 bits, got {value}")
+    if within and not lies_within(value, within):
+        raise UserError(f"{where}: {field.name} must lie in {within}, got {value!r}")
+    if kind is str:
+        if not field.metadata["free_text"] and printable(value) != value:
+            raise UserError(f"{where}: {field.name} holds a control character; use a plain name")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{printable(where)}: {field.name} is not UTF-8; write it in UTF-8") from None
     return value
 
 
@@ -53,12 +77,18 @@ def _field(fields, name, where):
 def _read_file(path, fields):
     """Parse `name = literal` lines of a config file into a dict, checked against the fields."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
             tree = ast.parse(file.read())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; save it as UTF-8 text") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # a NUL byte, or brackets nested without end
+        raise UserError(
+            f"{path} is no config file ({error or 'nested too deeply'}); write `key = value` lines"
+        ) from None
     values, lines = {}, {}
     for statement in tree.body:
         where = f"{path}:{statement.lineno}"
@@ -73,7 +103,7 @@ def _read_file(path, fields):
             raise UserError(f"{where}: {name} is set a second time (first on line {lines[name]})")
         try:
             value = ast.literal_eval(statement.value)
-        except ValueError:
+        except (ValueError, TypeError, MemoryError, RecursionError):
             raise UserError(f"{where}: {name} must be a plain number, string or True/False") from None
         values[name], lines[name] = _checked(field, value, where), statement.lineno
     return values
@@ -89,8 +119,10 @@ def _read_flag(argument, fields):
         return name, _checked(field, text, argument)
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         value = text  # not a literal: the type check says what was expected
+        if field.type is float and text.strip("+-").lower() in ("nan", "inf", "infinity"):
+            value = float(text)
     return name, _checked(field, value, argument)
 
 
@@ -99,9 +131,10 @@ def _print_help(cls, fields):
     script = f"-m {module.name}" if module else sys.argv[0]
     print(f"{cls.__doc__.strip()}\n\nusage: python {script} [config file] [--key=value ...]\n")
     for name, field in fields.items():
-        choices = field.metadata["choices"]
+        choices, within = field.metadata["choices"], field.metadata["within"]
+        allowed = f"; one of {', '.join(map(repr, choices))}" if choices else f"; in {within}" if within else ""
         print(f"  --{name} ({field.type.__name__}, default {field.default!r})")
-        print(f"      {field.metadata['help']}" + (f"; one of {', '.join(map(repr, choices))}" if choices else ""))
+        print(f"      {field.metadata['help']}{allowed}")
 
 
 def parse(cls, argv=None):
@@ -121,63 +154,3 @@ def parse(cls, argv=None):
         else:
             raise UserError(f"{argument}: one config file comes first, then only --key=value")
     return cls(**values)
-
-
-def read_json(path, remedy):
-    """Read a JSON file, or raise UserError with the remedy when it is missing or damaged."""
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; {remedy}") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
-
-
-@contextlib.contextmanager
-def atomic_file(path):
-    """A binary file to write whose content replaces `path` at the end: a crash leaves the old content or the new."""
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        kept = "the previous one is intact" if os.path.exists(path) else "nothing was written"
-        raise UserError(f"{path} could not be written ({reason}); {kept}; free some space and run again") from None
-
-
-def write_atomically(path, data):
-    """Write text or bytes to `path`, all or nothing."""
-    with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-
-
-def _complain(message):
-    """Print to stderr, on a line of its own even when a progress bar was running."""
-    for bar in list(tqdm._instances):
-        bar.close()
-    print(message, file=sys.stderr)
-
-
-def command(main):
-    """Run a script's main function; a UserError becomes one line on stderr and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        _complain(f"error: {error}")
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader has seen enough, as in `python sample.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        raise SystemExit(1) from None
-    except OSError as error:  # a folder that cannot be made or read, say
-        _complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        _complain("stopped; the same command continues")
-        raise SystemExit(130) from None

@@ -6,7 +6,8 @@ import signal
 import torch
 import torch.distributed as dist
 
-from common.config import UserError, key
+from common.config import key
+from common.errors import UserError
 
 DEVICE = ("auto", "cpu", "cuda")
 DTYPE = ("auto", "float32", "bfloat16")
@@ -21,7 +22,7 @@ def dtype_key():
 
 
 def threads_key():
-    return key(0, "CPU threads; 0 leaves the choice to torch")
+    return key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
 
 def pick_device(name, threads=0):

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.loader import cut, read_tokens
-from model import Transformer
+from common.corpus import cut
 
 FROM_TEXT = "domain", "contrast"
 STARTS = "normal", "zero", *FROM_TEXT
@@ -24,16 +23,16 @@ WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 toke
 
 
 def normal_routers(shapes, std, seed):
-    """{name: (E, D)} drawn from a normal distribution. shapes: {name: (E, D)}, one router a layer."""
+    """{name: (E, D)} drawn from a normal distribution. shapes: {name: (E, D)}, one router per layer."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.normal(0.0, std, shape, generator=generator) for name, shape in shapes.items()}
 
 
 @torch.no_grad()
-def mean_states(model, data_dir, domain):
+def mean_states(model, corpus, domain):
     """(L, D): what enters each layer's feed-forward sublayer, averaged over windows of a domain's training text."""
     length = min(LENGTH, model.max_length)
-    tokens = read_tokens(data_dir, domain, "train", length)
+    tokens = corpus.tokens(domain, "train", length)
     windows, _ = cut(tokens, np.linspace(0, len(tokens) - length - 1, WINDOWS).astype(int), length)
     means = []
     norms = [layer.post_attention_layernorm for layer in model.model.layers]
@@ -44,25 +43,20 @@ def mean_states(model, data_dir, domain):
     return torch.stack(means)
 
 
-def domain_routers(start, shapes, std, config, averaged, mixtures, data_dir):
+def routers_from_text(start, shapes, std, averaged, mixtures, corpus):
     """{name: (E, D)}: the routers of `start` domain or contrast, from the mean state m_i of layer l on expert i's text.
 
     domain: row i has the direction of m_i and the norm that a row drawn from normal(0, std) has on average,
     std * sqrt(D), so that the two starts differ in direction alone. contrast: row i is c_i = m_i - mean over i of m_i,
     times MARGIN / (mean over i of |c_i|^2): on its own text, a row's logit is MARGIN above that on average text.
     The chunks of a split expert share its row, and so are chosen together at first.
-    config, averaged: shape and tensors ((name, tensor) pairs) of the averaged model. mixtures: for each expert the
-    {domain: weight} it was trained on.
+    averaged: the averaged model, a Transformer. mixtures: for each expert the {domain: share} it was trained on.
     """
-    model = Transformer(config)
-    parameters = dict(model.named_parameters())
-    for name, tensor in averaged:
-        parameters[name].data.copy_(tensor)
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
-    states = {domain: mean_states(model, data_dir, domain) for domain in domains}
+    states = {domain: mean_states(averaged, corpus, domain) for domain in domains}
     own = torch.stack([sum(share * states[d] for d, share in mixture.items()) for mixture in mixtures])  # (N, L, D)
     if start == "domain":
-        rows = F.normalize(own, dim=-1) * std * config.hidden_size**0.5
+        rows = F.normalize(own, dim=-1) * std * own.size(-1) ** 0.5
     else:
         contrast = own - own.mean(dim=0)  # (N, L, D)
         rows = contrast * MARGIN / contrast.pow(2).sum(dim=-1, keepdim=True).mean(dim=0)

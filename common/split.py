@@ -5,7 +5,7 @@ Models learn from train; settings are chosen on val; test is for what is reporte
 
 import hashlib
 
-from common.config import UserError
+from common.errors import UserError
 
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 
-from common.config import UserError
+from common.errors import UserError
 from common.split import HELD_OUT_SHARE, SPLITS, in_hash_order
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")

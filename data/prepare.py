@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from common.config import UserError, command, key, parse, read_json, write_atomically
+from common.config import key, parse, split_list
+from common.errors import UserError, command
+from common.files import read_json, write_atomically, write_json
 from common.split import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
-from common.tokenizer import END_OF_TEXT, load_tokenizer, save_tokenizer, tokenizer_hash
+from common.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash
+from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
@@ -41,14 +44,12 @@ class DataConfig:
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
     domains: str = key("code,math,wiki", "comma list of built-in domains (code, prose, math, wiki) or NAME=PATH")
     tokenizer: str = key("bpe", "train a small tokenizer here, or use GPT-2's", choices=("bpe", "gpt2"))
-    vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included")
-    max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is")
+    vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[1, 1000000]")
+    max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
     seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
 
     def __post_init__(self):
-        if self.max_bytes < 0:
-            raise UserError(f"max_bytes must be 0 or more, got {self.max_bytes}")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise UserError(f"vocab_size={self.vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257 or more")
 
@@ -171,7 +172,7 @@ def write_domain(domain, encoding, config):
         tasks = {split: TASKS[domain.name](domain.texts, split, config.seed) for split in HELD_OUT}
         if all(tasks.values()):
             meta["task"] = write_tasks(domain.folder, tasks)
-    write_atomically(os.path.join(domain.folder, "meta.json"), json.dumps(meta, indent=2) + "\n")
+    write_json(os.path.join(domain.folder, "meta.json"), meta, indent=2)
 
 
 def write_tasks(folder, tasks):
@@ -222,7 +223,7 @@ def print_table(metas):
 
 def main():
     config = parse(DataConfig)
-    domains = [domain_of(entry, config) for entry in config.domains.split(",")]
+    domains = [domain_of(entry, config) for entry in split_list(config.domains)]
     names = [domain.name for domain in domains]
     if len(set(names)) < len(names):
         raise UserError(f"--domains={config.domains}: a name comes twice")

@@ -1,0 +1,129 @@
+"""The prepared text of a data folder: its domains, its tokenizer, batches for training and windows for evaluation.
+
+Batches and windows are functions of their arguments alone. The batch of step 812 is the same in a fresh run, in a
+resumed one, and split over any number of processes, so there is no loader state to save.
+"""
+
+import functools
+import json
+import math
+import os
+
+import numpy as np
+import torch
+
+from common.errors import UserError
+from common.files import read_json
+from common.split import check_splits
+from common.tokenizer import load_tokenizer, token_bytes
+
+
+class Corpus:
+    """The folder that data/prepare.py wrote, opened once. UserError when something is missing or damaged.
+
+    domains: their names, sorted. metas: {domain: its meta.json}.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
+        if not self.domains:
+            raise UserError(f"{folder} holds no data; prepare it first: python -m data.prepare --out_dir={folder}")
+        remedy = "prepare the domain again with --overwrite=True"
+        self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), remedy) for name in self.domains}
+        for name, meta in self.metas.items():
+            check_splits(meta, os.path.join(folder, name))
+
+    @functools.cached_property
+    def encoding(self):
+        """The tiktoken.Encoding."""
+        return load_tokenizer(self.folder)
+
+    @functools.cached_property
+    def token_bytes(self):
+        """(V,) int64: how many bytes of text each token stands for."""
+        return torch.from_numpy(token_bytes(self.encoding))
+
+    def hashes(self, domains=None):
+        """{domain: hash of its text}, of some domains or all."""
+        return {name: self.metas[name]["content_hash"] for name in domains or self.domains}
+
+    def mixture(self, text):
+        """'code' -> {'code': 1.0}; 'code:3,math:1' -> {'code': 0.75, 'math': 0.25}; 'all' -> every domain, evenly."""
+        weights = {}
+        for part in self.domains if text == "all" else text.split(","):
+            name, _, weight = part.strip().partition(":")
+            if name not in self.domains:
+                remedy = f"python -m data.prepare --out_dir={self.folder} --domains={name}"
+                have = f"{self.folder} has {', '.join(self.domains)}"
+                raise UserError(f"--domain={text}: there is no domain {name!r}, {have}; prepare it: {remedy}")
+            if name in weights:
+                raise UserError(f"--domain={text}: {name} comes twice; give it one weight")
+            try:
+                weights[name] = float(weight or 1)
+            except ValueError:
+                raise UserError(f"--domain={text}: {weight!r} is no number; write it like code:3,math:1") from None
+        total = sum(weights.values())
+        if not all(0 <= weight < math.inf for weight in weights.values()) or not 0 < total < math.inf:
+            raise UserError(f"--domain={text}: weights must be positive numbers, such as code:3,math:1")
+        return {name: weight / total for name, weight in weights.items()}
+
+    def tokens(self, domain, split, length):
+        """The token ids of one domain's split as a memory map, checked to hold at least one window of `length`."""
+        path = os.path.join(self.folder, domain, f"{split}.bin")
+        try:
+            tokens = np.memmap(path, dtype=np.dtype(self.metas[domain]["dtype"]), mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); prepare the domain again with --overwrite=True"
+            ) from None
+        if len(tokens) <= length:
+            raise UserError(
+                f"{path} has {len(tokens)} tokens, a sequence needs {length + 1}; add text or shorten --sequence_length"
+            )
+        return tokens
+
+    def windows(self, domain, split, length, count):
+        """Up to `count` windows spread evenly over the text of a domain's split, the same for every model: inputs
+        and targets, each (count, length)."""
+        tokens = self.tokens(domain, split, length)
+        count = min(count, (len(tokens) - 1) // length)
+        return cut(tokens, np.linspace(0, len(tokens) - length - 1, count).astype(int), length)
+
+    def problems(self, domain, split, count):
+        """The first `count` questions of a domain's task: a list of {"prompt", "answer", ...}; see data/task.py."""
+        path = os.path.join(self.folder, domain, f"task-{split}.jsonl")
+        try:
+            with open(path, encoding="utf-8") as file:
+                return [json.loads(line) for line in file][:count]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); prepare the domain again with --overwrite=True"
+            ) from None
+
+
+def cut(tokens, starts, length):
+    """Windows of `length` tokens and their next-token targets: two int64 tensors (len(starts), length)."""
+    rows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
+    return rows[:, :-1], rows[:, 1:]
+
+
+class Batches:
+    """Random training windows from a weighted mixture of domains: {domain: share}."""
+
+    def __init__(self, corpus, mixture, length, batch_size, seed):
+        self.tokens = [corpus.tokens(name, "train", length) for name in mixture]
+        self.weights = list(mixture.values())
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+
+    def __call__(self, step, start, stop):
+        """Rows start..stop of the batch of `step`: inputs and targets, each (stop - start, T)."""
+        random = np.random.default_rng([self.seed, step])
+        domains = random.choice(len(self.tokens), size=self.batch_size, p=self.weights)
+        places = random.random(self.batch_size)
+        rows = []
+        for domain, place in zip(domains[start:stop], places[start:stop], strict=True):
+            tokens = self.tokens[domain]
+            rows.append(cut(tokens, [int(place * (len(tokens) - self.length))], self.length))
+        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
