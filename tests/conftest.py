@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import SHAPE, SHORT, must, run, run_process
 
-from study import compare, regime
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -95,6 +94,8 @@ def eval_config(work, data):
 @pytest.fixture(scope="module")
 def in_this_process():
     """Drivers run their commands inside this process; importing torch anew for each would take seconds."""
+    from study import compare, regime
+
     with pytest.MonkeyPatch.context() as patch:
         for driver in (compare, regime):
             patch.setattr(driver, "run", lambda script, *arguments: must(run(script, *arguments)))

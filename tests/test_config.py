@@ -7,7 +7,8 @@ import runpy
 import pytest
 from helpers import ROOT, error_line, run
 
-from common.config import UserError, key, parse
+from common.config import key, parse
+from common.errors import UserError
 from finetune import FinetuneConfig
 from train import TrainConfig
 

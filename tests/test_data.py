@@ -15,10 +15,11 @@ import pytest
 import regex
 import tiktoken
 
-from common.config import UserError
+from common.errors import UserError
 from common.split import HELD_OUT, SPLITS, in_hash_order, split_of
-from common.tokenizer import END_OF_TEXT, PATTERN, load_tokenizer, token_bytes, tokenizer_hash, train_bpe
+from common.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_hash
 from data import python_text
+from data.bpe import PATTERN, train_bpe
 from data.docstrings import english_paragraphs
 from data.math_problems import make_problem, math_documents, math_task, read_templates
 from data.own_text import own_documents

@@ -10,8 +10,7 @@ import torch
 from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, run_process
 from safetensors.torch import load_file, save_file
 
-from common import checkpoint
-from model import Transformer
+from model import ModelConfig, Transformer
 
 
 @pytest.fixture
@@ -126,8 +125,8 @@ def test_a_tensor_that_is_missing_or_unknown(copy, data, tmp_path):
     ],
 )
 def test_experts_of_different_shape(change, seed, tmp_path):
-    model = Transformer(dataclasses.replace(checkpoint.read_model_config(seed), **change))
-    checkpoint.save_model(str(tmp_path / "other"), model, str(tmp_path))
+    model = Transformer(dataclasses.replace(ModelConfig.from_pretrained(seed), **change))
+    model.save_pretrained(str(tmp_path / "other"))
     message = error_line(run("mix.py", f"--experts={seed},{tmp_path}/other", f"--out_dir={tmp_path}/mixed"))
     assert f"{tmp_path}/other has {next(iter(change))}" in message
     assert not os.path.exists(tmp_path / "mixed")
@@ -225,7 +224,9 @@ def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
         (finetune, "--init_from is empty"),
         ([*finetune, f"--init_from={seed}"], "is a dense model"),
         ([*finetune, f"--init_from={mixed}", "--num_experts_per_tok=4"], "between 1 and the model's 3"),
-        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "freeze must be one of"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=tail"], "freeze must be one of"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "this model has no head of its own"),
+        ([*train, "--freeze=embeddings,attention,norms,experts"], "leaves nothing to train"),
     ):
         assert words in error_line(run(*command))
 

@@ -11,7 +11,7 @@ import torch
 from helpers import TOKENS, error_line, must, read, read_json, read_log, run, tokens_of
 from transformers import AutoModelForCausalLM
 
-import model as model_module
+from common import generate as generation
 from common.tokenizer import load_tokenizer
 from data.task import read_answer
 
@@ -28,13 +28,14 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def command(work, data, seed, experts, mixed, btx):
     models = f"--model={','.join([seed, *experts, mixed, btx])}"
-    ensemble = f"--experts={','.join([*experts, seed])}"
-    return ["eval.py", *FLAGS, models, ensemble, f"--data_dir={data}", f"--out_dir={work}/report"]
+    return ["eval.py", *FLAGS, models, f"--data_dir={data}", f"--out_dir={work}/report"]
 
 
 @pytest.fixture(scope="module")
-def results(work, command):
+def results(work, command, data, seed, experts):
     must(run(*command))
+    ensembles = f"--experts={','.join([*experts, seed])}"
+    must(run("study/btm.py", *FLAGS, ensembles, f"--data_dir={data}", f"--out_dir={work}/report"))
     return read_json(os.path.join(work, "report", "results.json"))
 
 
@@ -139,7 +140,7 @@ def test_val_and_test_are_scored_apart(results, rows, seed, data, tmp_path, monk
         asked.extend(encoding.decode(prompt) for prompt in prompts)
         return [[]] * len(prompts)
 
-    monkeypatch.setattr(model_module, "generate", answer)
+    monkeypatch.setattr(generation, "generate", answer)
     flags = *FLAGS, f"--model={seed}", f"--data_dir={data}"
     baselines = read_json(os.path.join(data, "math", "meta.json"))["task"]["baselines"]
     for split in ("val", "test"):
@@ -202,7 +203,7 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
         assert max_new_tokens == 8 and stop == {encoding.eot_token}
         return [encoding.encode_ordinary(text) for text in texts]
 
-    monkeypatch.setattr(model_module, "generate", answer)
+    monkeypatch.setattr(generation, "generate", answer)
     flags = *FLAGS, "--task_problems=4", f"--data_dir={copy}", f"--out_dir={tmp_path}/report"
     must(run("eval.py", *flags, f"--model={seed}"))
     assert read_json(tmp_path / "report" / "results.json")["rows"][0]["accuracy"] == {"math": 0.5}
@@ -212,6 +213,6 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
 def test_nothing_to_evaluate(seed, data, mixed, tmp_path):
     flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
     assert "nothing to evaluate" in error_line(run("eval.py", *flags))
-    assert "top-2 needs at least 2" in error_line(run("eval.py", *flags, f"--experts={seed}"))
-    message = error_line(run("eval.py", *flags, f"--experts={mixed},{seed}"))
+    assert "top-2 needs at least 2" in error_line(run("study/btm.py", *flags, f"--experts={seed}"))
+    message = error_line(run("study/btm.py", *flags, f"--experts={mixed},{seed}"))
     assert mixed in message and "does not say what it was trained on" in message

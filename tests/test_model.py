@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from common import checkpoint
-from model import IGNORE, ModelConfig, MoE, Transformer, generate, load_balancing_loss
+from common.generate import generate
+from common.weights import INDEX
+from model import IGNORE, ModelConfig, MoE, Transformer, load_balancing_loss
 
 DENSE = ModelConfig(
     vocab_size=80,
@@ -45,7 +46,7 @@ def random_model(**changes):
 
 def save(model, folder):
     """A checkpoint folder of the model; there is no tokenizer to copy."""
-    checkpoint.save_model(str(folder), model, str(folder))
+    model.save_pretrained(str(folder))
     return str(folder)
 
 
@@ -86,13 +87,13 @@ def test_a_checkpoint_of_transformers_loads(tmp_path):
     model = random_model(num_local_experts=3, num_experts_per_tok=1, rope_theta=1e6)
     theirs = AutoModelForCausalLM.from_pretrained(save(model, tmp_path / "ours")).eval()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
-    assert (tmp_path / "theirs" / checkpoint.INDEX).exists()
+    assert (tmp_path / "theirs" / INDEX).exists()
     ids = torch.randint(80, (2, 30))
-    again = checkpoint.load_model(str(tmp_path / "theirs"))
+    again = Transformer.from_pretrained(str(tmp_path / "theirs"))
     assert (again(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
 
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "half")
-    rounded = checkpoint.load_model(str(tmp_path / "half"))
+    rounded = Transformer.from_pretrained(str(tmp_path / "half"))
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     assert next(rounded.parameters()).dtype == torch.float32
     assert (rounded(ids).logits - reference(ids).logits).abs().max() <= 1e-5
@@ -105,7 +106,7 @@ def test_a_dense_tied_checkpoint_of_transformers_loads(tmp_path):
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]  # as transformers 4 wrote it
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
     ids = torch.randint(80, (2, 30))
-    again = checkpoint.load_model(str(tmp_path / "theirs"))
+    again = Transformer.from_pretrained(str(tmp_path / "theirs"))
     assert (again(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
 
 

@@ -9,7 +9,7 @@ import pytest
 from helpers import SHAPE, SHORT, error_line, must, read_json, read_log, run, run_process, same_bits, weights
 from transformers import AutoModelForCausalLM
 
-from common import checkpoint
+from model import Transformer
 
 # Python code that ends the process at the n-th time that a file takes its name, just before or just after
 KILL_AT_RENAME = """
@@ -28,13 +28,13 @@ os.replace = replace_or_die
 
 # Python code that sends the process a signal while it fetches the batch of a step
 SIGNAL_AT_STEP = """
-import os, common.loader
-fetch = common.loader.Batches.__call__
+import os, common.corpus
+fetch = common.corpus.Batches.__call__
 def fetch_or_signal(self, step, start, stop):
     if step == {step} and start == 0:
         os.kill(os.getpid(), {signal})
     return fetch(self, step, start, stop)
-common.loader.Batches.__call__ = fetch_or_signal
+common.corpus.Batches.__call__ = fetch_or_signal
 """
 
 
@@ -137,7 +137,7 @@ model.Transformer.forward = forward_or_nan
     message = error_line(run_process(*command, hook=poison))
     assert "step 7" in message and "nan" in message and "--learning_rate" in message
     assert read_json(folder / "run.json")["step"] == 5
-    model = checkpoint.load_model(str(folder))
+    model = Transformer.from_pretrained(str(folder))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     must(run(*command))
 
@@ -145,7 +145,7 @@ model.Transformer.forward = forward_or_nan
 def test_a_learning_rate_beyond_reason_stops_too(flags, tmp_path):
     message = error_line(run("train.py", *flags, "--learning_rate=1e30", f"--out_dir={tmp_path}/run"))
     assert "step " in message and "last good checkpoint" in message
-    assert all(parameter.isfinite().all() for parameter in checkpoint.load_model(f"{tmp_path}/run").parameters())
+    assert all(parameter.isfinite().all() for parameter in Transformer.from_pretrained(f"{tmp_path}/run").parameters())
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(flags, seed, tmp_path):
@@ -161,7 +161,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(flags, seed, tmp_path):
         assert str(folder / name) in message and "free some space" in message
         assert not [name for name in os.listdir(folder) if name.endswith(".tmp")]
         assert read_json(folder / "run.json")["step"] == 6
-        checkpoint.load_model(str(folder))
+        Transformer.from_pretrained(str(folder))
     must(run(*command))
     same_bits(folder, seed)
 

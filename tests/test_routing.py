@@ -11,14 +11,13 @@ from helpers import SHORT, must, read_json, read_log, run, run_process, same_bit
 from transformers import AutoModelForCausalLM
 
 import model as moe_file
-from common import checkpoint
+from common.generate import generate
 from model import (
     BALANCES,
     ROUTERS,
     ModelConfig,
     MoE,
     Transformer,
-    generate,
     load_balancing_loss,
     router_z_loss,
     temperature,
@@ -38,9 +37,15 @@ MODES = [(router, step) for router in ROUTERS for step in (None, 3000)]  # evalu
 CAPACITY = 6  # 1.5 * 18 tokens / 4 experts, rounded down
 
 
+def shape(router="topk", **changes):
+    """SHAPE with another router, and as many experts per token as it wants."""
+    k = ROUTERS[router].experts_per_token(2, 4)
+    return dataclasses.replace(SHAPE, **{"router": router, "num_experts_per_tok": k, **changes})
+
+
 def random_model(std=0.3, **changes):
     torch.manual_seed(1)
-    model = Transformer(dataclasses.replace(SHAPE, **changes))
+    model = Transformer(shape(**changes))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=std)
     return model
@@ -49,7 +54,7 @@ def random_model(std=0.3, **changes):
 def random_layer(router, dtype=torch.float32, **changes):
     """A MoE layer and an input of 18 tokens, both asking for gradients."""
     torch.manual_seed(2)
-    layer = MoE(dataclasses.replace(SHAPE, router=router, **changes)).to(dtype)
+    layer = MoE(shape(router, **changes)).to(dtype)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return layer, torch.randn(2, 9, 16, dtype=dtype, requires_grad=True)
@@ -70,7 +75,10 @@ def gumbel(shape, dtype):
 
 
 def reference_gates(layer, router, logits, step, noise):
-    """(S, E) gates before any token is dropped, written token by token from the definitions."""
+    """(S, E) gates before any token is dropped, written token by token from the definitions. A router without one here
+    is taken at its word: what is checked of it is everything that follows."""
+    if router not in ("topk", "soft", "switch", "sample"):
+        return torch.zeros_like(logits).scatter(1, *reversed(layer.router.choose(logits, layer.k, at(step))))
     rows = []
     for token in range(len(logits)):
         row = logits[token]
@@ -192,6 +200,24 @@ def test_identical_experts_are_the_dense_model(router):
     torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("router", "step"), MODES)
+def test_no_router_looks_ahead(router, step):
+    """Changing a text's last token changes no logit before it. (Experts that choose tokens fail here.)"""
+    model = random_model(router=router)
+    ids = torch.randint(80, (1, 30))
+    for last in range(20):
+        other = ids.clone()
+        other[0, -1] = last
+        ours, theirs = (model(one, step=at(step)).logits[:, :-1] for one in (ids, other))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_router_that_leaves_no_choice_refuses_one():
+    for router, k in (("switch", 2), ("sample", 2), ("soft", 2)):
+        with pytest.raises(ValueError, match=f"router {router} sends each token to"):
+            dataclasses.replace(SHAPE, router=router, num_experts_per_tok=k)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_evaluation_is_bit_identical(router):
     model = random_model(router=router)
@@ -222,7 +248,7 @@ def test_noise_depends_on_the_generator_and_exists_in_training_alone():
 def test_sampled_experts_follow_the_softmax():
     logits = torch.tensor([[0.5, -1.0, 1.5, 0.0]])
     for step in (0, 100_000):
-        gates, experts = moe_file.sample(logits.expand(40_000, 4), at(step))
+        gates, experts = moe_file.sample(logits.expand(40_000, 4), 1, at(step))
         share = F.one_hot(experts[:, 0], 4).float().mean(dim=0)
         expected = logits[0].softmax(dim=0)
         assert ((share - expected).abs() < 4 * (expected / 40_000).sqrt()).all()
@@ -235,18 +261,19 @@ def test_temperature_anneals_and_the_gate_sharpens_towards_evaluation(monkeypatc
     assert temperature(torch.tensor(6931)).item() == pytest.approx(0.5, abs=1e-4)
     assert temperature(torch.tensor(10**6)) == 0.5
     logits = torch.randn(2000, 4)
-    early, late = (moe_file.sample(logits, at(step))[0].mean() for step in (0, 10**6))
+    early, late = (moe_file.sample(logits, 1, at(step))[0].mean() for step in (0, 10**6))
     assert early < late < 1
     monkeypatch.setattr(moe_file, "FINAL_TEMPERATURE", 1e-6)
-    assert moe_file.sample(logits, at(10**8))[0].mean() > 0.9999
+    assert moe_file.sample(logits, 1, at(10**8))[0].mean() > 0.9999
     # and with logits that leave no doubt, the sample is the choice that evaluation makes
     sure = 100 * logits
     apart = sure.topk(2).values.diff().abs()[:, 0] > 30
-    assert moe_file.sample(sure, at(0))[1][apart].equal(moe_file.sample(sure, None)[1][apart]) and apart.sum() > 1000
+    drawn, hard = (moe_file.sample(sure, 1, step)[1][apart] for step in (at(0), None))
+    assert drawn.equal(hard) and apart.sum() > 1000
 
 
 def test_switch_drops_the_late_tokens_of_a_full_expert():
-    config = dataclasses.replace(SHAPE, router="switch", num_local_experts=2)
+    config = shape("switch", num_local_experts=2)
     layer = MoE(config)
     for parameter in layer.experts.parameters():
         torch.nn.init.normal_(parameter)
@@ -316,14 +343,14 @@ def test_router_survives_saving_and_transformers_still_reads_topk_and_soft(tmp_p
     for router in ROUTERS:
         changes = {"router": router, "balance": "tokens", "router_z_loss_coef": 0.01}
         model = random_model(**changes)
-        checkpoint.save_model(str(tmp_path / router), model, str(tmp_path))
-        again = checkpoint.load_model(str(tmp_path / router))
+        model.save_pretrained(str(tmp_path / router))
+        again = Transformer.from_pretrained(str(tmp_path / router))
         assert again.config == model.config
         assert again(ids).logits.equal(model(ids).logits)
         if router in ("topk", "soft"):
             theirs = AutoModelForCausalLM.from_pretrained(tmp_path / router).eval()
             assert (theirs(ids).logits - model(ids).logits).abs().max() <= 1e-5
-        switched = checkpoint.load_model(str(tmp_path / router), router="switch")
+        switched = Transformer.from_pretrained(str(tmp_path / router), router="switch")
         assert switched.config.num_experts_per_tok == 1
 
 
@@ -353,7 +380,7 @@ FLAGS = (*SHORT, "--max_steps=2", "--eval_interval=2")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_two_steps_of_finetuning(router, mixed, data, tmp_path):
     flags = f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={tmp_path}/run", f"--router={router}"
-    must(run("finetune.py", *FLAGS, *flags, "--router_z_loss_coef=0.001", "--num_experts_per_tok=1"))
+    must(run("finetune.py", *FLAGS, *flags, "--router_z_loss_coef=0.001"))
     assert read_json(tmp_path / "run" / "config.json")["router"] == router
     last = read_log(tmp_path / "run")[-1]
     expected = 0.01 * sum(last["balance_loss"]) + 0.001 * sum(last["z_loss"])
@@ -361,7 +388,7 @@ def test_two_steps_of_finetuning(router, mixed, data, tmp_path):
     assert ("dropped" in last) == (router == "switch") and math.isfinite(last["loss"])
     if router == "switch":
         assert all(0 < share < 0.5 for share in last["dropped"])
-    active, total = checkpoint.load_model(f"{tmp_path}/run").num_parameters()
+    active, total = Transformer.from_pretrained(f"{tmp_path}/run").num_parameters()
     assert (active == total) == (router == "soft")
 
 
@@ -381,13 +408,13 @@ def test_sampling_killed_and_resumed_ends_with_the_same_bits(mixed, data, tmp_pa
     flags = *SHORT, f"--data_dir={data}", f"--init_from={mixed}", "--router=sample"
     must(run("finetune.py", *flags, f"--out_dir={tmp_path}/whole"))
     kill = """
-import os, common.loader
-fetch = common.loader.Batches.__call__
+import os, common.corpus
+fetch = common.corpus.Batches.__call__
 def fetch_or_die(self, step, start, stop):
     if step == 8:
         os.kill(os.getpid(), 9)
     return fetch(self, step, start, stop)
-common.loader.Batches.__call__ = fetch_or_die
+common.corpus.Batches.__call__ = fetch_or_die
 """
     killed = run_process("finetune.py", *flags, f"--out_dir={tmp_path}/killed", hook=kill)
     assert killed.code == -signal.SIGKILL and read_json(tmp_path / "killed" / "run.json")["step"] == 5

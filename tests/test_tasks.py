@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import must, read, read_json, run
 
+from common.corpus import Corpus
 from common.split import HELD_OUT, SPLITS, split_of
 from common.tokenizer import END_OF_TEXT, load_tokenizer
 from data import code_task as lines
@@ -271,11 +272,11 @@ def test_scores_of_equal_models_are_equal(prepared):
             weights[f"model.layers.{layer}.block_sparse_moe.experts.{ours}"] = torch.stack([weight, weight])
     assert not mixed.load_state_dict(weights, strict=False).unexpected_keys
     ensemble = NearestEnsemble([dense, dense], torch.zeros(512, 2), k=2)
-    config = EvalConfig(data_dir=prepared, task_problems=30, max_new_tokens=12)
-    scores = task_scores(dense, config)
+    corpus, config = Corpus(prepared), EvalConfig(task_problems=30, max_new_tokens=12)
+    scores = task_scores(dense, corpus, config)
     assert set(scores["accuracy"]) == {"code", "math", "wiki"} and set(scores["edit_similarity"]) == {"code"}
     assert scores["edit_similarity"]["code"] > 0
-    assert task_scores(mixed, config) == scores == task_scores(ensemble, config)
+    assert task_scores(mixed, corpus, config) == scores == task_scores(ensemble, corpus, config)
 
 
 def test_a_right_line_scores_one(prepared, monkeypatch):
@@ -292,7 +293,7 @@ def test_a_right_line_scores_one(prepared, monkeypatch):
 
     monkeypatch.setattr("eval.generate", write)
     model = Transformer(dataclasses.replace(tiny(0), max_position_embeddings=1024))
-    scores = task_scores(model, EvalConfig(data_dir=prepared, task_problems=40, max_new_tokens=20))
+    scores = task_scores(model, Corpus(prepared), EvalConfig(task_problems=40, max_new_tokens=20))
     assert scores["accuracy"] == {"code": 0.5, "math": 0.5, "wiki": 0.5}
     code, math, wiki = stops
     assert math == {encoding.eot_token} and code == wiki > math
