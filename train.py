@@ -110,9 +110,13 @@ def freeze(model, text):
     if unknown := set(groups) - set(FREEZABLE):
         known = ", ".join(("none", "all-but-router", *FREEZABLE))
         raise UserError(f"--freeze={text}: {min(unknown)!r} is no part of a model; freeze must be one of {known}")
+    present = set()
     for name, parameter in model.named_parameters():
         group = group_of(name).replace("feed-forward", "experts")
         parameter.requires_grad = group not in groups
+        present.add(group)
+    if text != "all-but-router" and not present.issuperset(groups):
+        raise UserError(f"--freeze={text}: this model has no {min(set(groups) - present)} of its own; leave it out")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"--freeze={text} leaves nothing to train; freeze less")
 
