@@ -25,6 +25,7 @@ Tensors are streamed from the experts' files to the new one, so memory stays at 
 """
 
 import dataclasses
+import functools
 import os
 import zlib
 
@@ -35,6 +36,7 @@ from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.errors import UserError, command
 from common.router_start import FROM_TEXT, STARTS, normal_routers, routers_from_text
+from common.shape import write_config
 from common.weights import (
     FEED_FORWARD,
     WeightFiles,
@@ -42,7 +44,6 @@ from common.weights import (
     expected_tensors,
     hidden_dim,
     same_tokenizer,
-    write_config,
     write_weights,
 )
 from model import ModelConfig, Transformer
@@ -90,8 +91,13 @@ def mix(experts, shapes, routers, config):
 
 
 def mean(tensors):
-    """The mean of equally shaped tensors, in float64: so exact that copies average to themselves."""
-    return sum(tensor.double() / len(tensors) for tensor in tensors)
+    """The mean of equally shaped tensors in their own dtype, computed in float64, so exactly that copies average to
+    themselves; piece by piece, so that large ones need little memory."""
+    result = torch.empty(tensors[0].shape, dtype=functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
+    pieces = zip(*(tensor.flatten().split(2**20) for tensor in (result, *tensors)), strict=True)
+    for mean, *parts in pieces:
+        mean.copy_(sum(part.double() / len(tensors) for part in parts))
+    return result
 
 
 def feed_forward(name, experts, config):
@@ -244,7 +250,7 @@ def main():
     routers = new_routers(config, shapes, folders, experts, configs[0])
     with runs.locked(config.out_dir, create=True):
         runs.start_run(config.out_dir, run)
-        write_weights(config.out_dir, shapes, mix(experts, shapes, routers, config), dtype)
+        write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
         write_config(config.out_dir, result, dtype)
         copy_tokenizer(folders[0], config.out_dir)
         history = runs.joint_history(runs.parent_of(folder)[1] for folder in folders)

@@ -26,7 +26,8 @@ import torch
 
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_json
-from common.weights import WEIGHTS, content_hash, fingerprint, read_config
+from common.shape import read_config
+from common.weights import WEIGHTS, fingerprint, remove_weights, weights_hash
 
 STATE = "state.pt"
 LOG = "log.jsonl"
@@ -106,13 +107,13 @@ def write_run(folder, run):
 
 def finish_run(folder, run):
     """Write run.json of a run whose weights are complete, with their hash."""
-    write_run(folder, {**run, "finished": True, "weights": content_hash(os.path.join(folder, WEIGHTS))})
+    write_run(folder, {**run, "finished": True, "weights": weights_hash(folder)})
 
 
 def is_intact(folder, run):
     """Whether the weights of a finished run are there and as they were written."""
-    path = os.path.join(folder, WEIGHTS)
-    return os.path.exists(path) and content_hash(path) == run.get("weights")
+    found = weights_hash(folder)
+    return found is not None and found == run.get("weights")
 
 
 @contextlib.contextmanager
@@ -183,8 +184,8 @@ def start_run(folder, run):
     os.makedirs(folder, exist_ok=True)
     _remove(os.path.join(folder, STATE))
     write_run(folder, run)
-    for name in (LOG, WEIGHTS):
-        _remove(os.path.join(folder, name))
+    _remove(os.path.join(folder, LOG))
+    remove_weights(folder)
 
 
 def _remove(path):
