@@ -22,6 +22,7 @@ from common.device import device_key, pick_device, place, threads_key
 from common.errors import UserError, command
 from common.files import read_json, write_json
 from common.generate import generate
+from common.hub import local_folder
 from common.split import HELD_OUT
 from common.weights import same_tokenizer
 from data.task import METRICS, mean_score, read_answer
@@ -43,7 +44,7 @@ CODE = (
 class EvalConfig:
     """Evaluate one or several checkpoints."""
 
-    model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
+    model: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; a row each, named after the folder")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
@@ -220,7 +221,7 @@ def evaluate(config, corpus, entries):
 
 def main():
     config = parse(EvalConfig)
-    folders = split_list(config.model)
+    folders = [local_folder(name) for name in split_list(config.model)]
     if not folders:
         raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
     corpus = Corpus(config.data_dir)

@@ -35,6 +35,7 @@ from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.errors import UserError, command
+from common.hub import local_folder
 from common.router_start import FROM_TEXT, STARTS, normal_routers, routers_from_text
 from common.shape import write_config
 from common.weights import (
@@ -55,7 +56,7 @@ CODE = ("mix.py", "common/router_start.py", "common/weights.py")  # what decides
 class MixConfig:
     """Mix N dense checkpoints of one shape into a mixture of N experts, or average them."""
 
-    experts: str = key("", "the checkpoint folders, separated by commas; their order is the experts' order")
+    experts: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; their order is the experts'")
     out_dir: str = key("out/mixed", "where the mixed checkpoint goes")
     method: str = key(
         "btx", "btx stacks feed-forward networks and averages the rest, soup averages all", ("btx", "soup")
@@ -232,7 +233,7 @@ def make_recipe(config, folders):
 
 def main():
     config = parse(MixConfig)
-    folders = split_list(config.experts)
+    folders = [local_folder(name) for name in split_list(config.experts)]
     check_options(config, folders)
     recipe = make_recipe(config, folders)
     with runs.locked(config.out_dir):

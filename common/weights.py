@@ -24,11 +24,12 @@ from safetensors import SafetensorError, safe_open
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_atomically, write_json
 from common.shape import model_type
-from common.tokenizer import TOKENIZER_FILES, tokenizer_hash
+from common.tokenizer import has_tokenizer, tokenizer_hash
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # what one file holds at most, unless a single tensor is larger
+TOKENIZER = r"(tiktoken|tokenizer|special_tokens|added_tokens|vocab|merges)[\w.]*\.(json|txt|model|tiktoken)"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's name -> Mixtral's
 
@@ -200,21 +201,21 @@ def remove_weights(folder, keep=None):
 
 
 def copy_tokenizer(source, folder):
-    """Copy the tokenizer's files, ours or those of a foreign checkpoint."""
-    for name in sorted(os.listdir(source)):
-        if name.startswith(("tiktoken", "tokenizer", "special_tokens", "vocab", "merges")):
-            with open(os.path.join(source, name), "rb") as file:
-                write_atomically(os.path.join(folder, name), file.read())
+    """Replace the tokenizer's files in `folder` by those of `source`, ours or those of a published checkpoint."""
+    names, old = ({*filter(re.compile(TOKENIZER).fullmatch, os.listdir(where))} for where in (source, folder))
+    for name in old - names:
+        os.remove(os.path.join(folder, name))
+    for name in sorted(names, key=lambda name: (name in ("tiktoken.json", "tokenizer.json"), name)):  # these last
+        with open(os.path.join(source, name), "rb") as file:
+            write_atomically(os.path.join(folder, name), file.read())
 
 
 def same_tokenizer(folders):
     """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
     hashes = {}
     for folder in folders:
-        if os.path.exists(os.path.join(folder, TOKENIZER_FILES[0])):
+        if has_tokenizer(folder):
             hashes[folder] = tokenizer_hash(folder)
-        elif os.path.exists(foreign := os.path.join(folder, "tokenizer.json")):  # Hugging Face's
-            hashes[folder] = fingerprint(foreign)
     for folder, found in hashes.items():
         if found != next(iter(hashes.values())):
             raise UserError(
