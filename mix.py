@@ -93,11 +93,13 @@ def mix(experts, shapes, routers, config):
 
 def mean(tensors):
     """The mean of equally shaped tensors in their own dtype, computed in float64, so exactly that copies average to
-    themselves; piece by piece, so that large ones need little memory."""
+    themselves; in pieces that fit a CPU's cache, so that large ones need little time and memory."""
     result = torch.empty(tensors[0].shape, dtype=functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
-    pieces = zip(*(tensor.flatten().split(2**20) for tensor in (result, *tensors)), strict=True)
-    for mean, *parts in pieces:
-        mean.copy_(sum(part.double() / len(tensors) for part in parts))
+    for mean, *parts in zip(*(tensor.flatten().split(2**17) for tensor in (result, *tensors)), strict=True):
+        total = torch.zeros(mean.shape, dtype=torch.float64)
+        for part in parts:
+            total += part.double().div_(len(tensors))
+        mean.copy_(total)
     return result
 
 
