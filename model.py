@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
+from common.generate import KVCache
 from common.rope import rotary_table, rotate
 from common.shape import read_config, write_config
 from common.weights import WeightFiles, expected_tensors, to_disk, write_weights
@@ -132,23 +133,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for generation. Holds room for `length` tokens."""
-
-    def __init__(self, config, batch_size, length, device, dtype):
-        shape = config.num_hidden_layers, batch_size, config.num_key_value_heads, length, config.head_dim
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer, k, v):
-        """Store k, v (B, G, T, K) behind what is there; return all of the layer's keys and values."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 class Attention(nn.Module):

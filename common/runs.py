@@ -3,6 +3,7 @@
     run.json    how the weights came to be: recipe, progress, and the cost of every run behind them
     state.pt    weights, optimizer and position, to resume training from
     log.jsonl   one line per evaluation
+    README.md   the model card of a finished run
 
 A recipe is a run's config with the hashes of its data, of the source code that decides its result, and of its
 parents. A folder that holds a run of another recipe is refused, so nothing is overwritten and nothing stale is taken
@@ -24,6 +25,7 @@ from importlib.metadata import version
 
 import torch
 
+from common.card import CARD, write_card
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_json
 from common.shape import read_config
@@ -106,7 +108,8 @@ def write_run(folder, run):
 
 
 def finish_run(folder, run):
-    """Write run.json of a run whose weights are complete, with their hash."""
+    """Write the model card and run.json of a run whose weights are complete, with their hash."""
+    write_card(folder, run, read_config(folder))
     write_run(folder, {**run, "finished": True, "weights": weights_hash(folder)})
 
 
@@ -184,7 +187,8 @@ def start_run(folder, run):
     os.makedirs(folder, exist_ok=True)
     _remove(os.path.join(folder, STATE))
     write_run(folder, run)
-    _remove(os.path.join(folder, LOG))
+    for name in (LOG, CARD):
+        _remove(os.path.join(folder, name))
     remove_weights(folder)
 
 
