@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers import SHAPE, SHORT, must, run, run_process
 
-
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
