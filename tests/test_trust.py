@@ -42,7 +42,8 @@ def unfinish(folder, step):
 
 
 def test_bare_source_is_what_the_program_does():
-    text = 'def f(x):\n    """Doc."""\n\n    return x + 1  # why\n\n\nclass A:\n    """Doc\n    ument."""\n    y = "# no comment"\n'
+    text = 'def f(x):\n    """Doc."""\n\n    return x + 1  # why\n\n\n'
+    text += 'class A:\n    """Doc\n    ument."""\n    y = "# no comment"\n'
     same = 'def f(x):\n    # other\n    return x + 1\nclass A:\n    "Doc"\n    y = "# no comment"'
     assert runs.bare(text) == runs.bare(same) == 'def f(x):\n    return x + 1\nclass A:\n    y = "# no comment"'
     assert runs.bare(text) != runs.bare(text.replace("x + 1", "x + 2"))
