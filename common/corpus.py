@@ -5,6 +5,7 @@ resumed one, and split over any number of processes, so there is no loader state
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -90,6 +91,21 @@ class Corpus:
         tokens = self.tokens(domain, split, length)
         count = min(count, (len(tokens) - 1) // length)
         return cut(tokens, np.linspace(0, len(tokens) - length - 1, count).astype(int), length)
+
+    def spliced(self, split, length, count):
+        """About `count` windows whose first half is from one domain and whose second half is from another: for each
+        ordered pair of domains, inputs and targets, each (count / pairs, length). Nothing says where the change is."""
+        pairs = list(itertools.permutations(self.domains, 2))
+        half, each = length // 2, math.ceil(count / max(1, len(pairs)))
+        halves = {}  # windows of both domains at the same places, the second half one token longer: its last target
+        for name in self.domains:
+            inputs, targets = self.windows(name, split, length - half, each)
+            halves[name] = torch.cat((inputs, targets[:, -1:]), dim=1)  # (each, length - half + 1)
+        rows = {}
+        for first, second in pairs:
+            n = min(len(halves[first]), len(halves[second]))
+            rows[first, second] = torch.cat((halves[first][:n, :half], halves[second][:n]), dim=1)  # (n, length + 1)
+        return {pair: (row[:, :-1], row[:, 1:]) for pair, row in rows.items()}
 
     def problems(self, domain, split, count):
         """The first `count` questions of a domain's task: a list of {"prompt", "answer", ...}; see data/task.py."""
