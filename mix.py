@@ -21,7 +21,7 @@ domain's network. Gates that sum to 1 over k C chunks instead of k experts make 
 as they are all the same, since the paper describes no correction; --rescale=True multiplies each chunk's output by C.
 
 Tensors are streamed from the experts' files to the new one, so memory stays at one tensor of each expert. Only
---router_init=domain and contrast hold a model in memory (common/router_start.py).
+--router_init=domain, contrast and ridge hold a model in memory (common/router_start.py).
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ class MixConfig:
     blend: bool = key(False, "make expert n from chunk n of every feed-forward network")
     drop: float = key(0.0, "fraction of each expert's hidden units to draw anew", within="[0, 1]")
     router_init: str = key(
-        "normal", "how routers start: at random, at zero, or in two ways from each one's text", STARTS
+        "normal", "how routers start: at random, at zero, or in three ways from each one's text", STARTS
     )
     router_std: float = key(0.02, "standard deviation of the new routers' weights", within="[0, inf)")
     data_dir: str = key("out/cpu/data", "where --router_init=domain and contrast find the training text")
@@ -141,7 +141,9 @@ def new_routers(config, shapes, folders, experts, dense):
     for name, tensor in mix(experts, expected_tensors(dense), {}, config):
         parameters[name].data.copy_(tensor)
     mixtures = [runs.trained_on(folder) for folder in folders]
-    return routers_from_text(config.router_init, shapes, config.router_std, averaged, mixtures, Corpus(config.data_dir))
+    return routers_from_text(
+        config.router_init, shapes, config.router_std, averaged, experts, mixtures, Corpus(config.data_dir)
+    )
 
 
 # ---- the script ----

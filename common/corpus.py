@@ -126,20 +126,32 @@ def cut(tokens, starts, length):
 
 
 class Batches:
-    """Random training windows from a weighted mixture of domains: {domain: share}."""
+    """Random training windows from a weighted mixture of domains: {domain: share}.
 
-    def __init__(self, corpus, mixture, length, batch_size, seed):
+    splice: the share of windows whose second part, from a random place on, is from another draw of domain and place:
+    text that changes its subject, as the text of an ordinary corpus does.
+    """
+
+    def __init__(self, corpus, mixture, length, batch_size, seed, splice=0.0):
         self.tokens = [corpus.tokens(name, "train", length) for name in mixture]
         self.weights = list(mixture.values())
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length, self.batch_size, self.seed, self.splice = length, batch_size, seed, splice
 
     def __call__(self, step, start, stop):
         """Rows start..stop of the batch of `step`: inputs and targets, each (stop - start, T)."""
-        random = np.random.default_rng([self.seed, step])
-        domains = random.choice(len(self.tokens), size=self.batch_size, p=self.weights)
-        places = random.random(self.batch_size)
+        random, size = np.random.default_rng([self.seed, step]), self.batch_size
+        draws = [random.choice(len(self.tokens), size=size, p=self.weights), random.random(size)]
+        draws += [random.choice(len(self.tokens), size=size, p=self.weights), random.random(size)]
+        joints = np.where(random.random(size) < self.splice, random.integers(1, self.length + 1, size), self.length + 1)
         rows = []
-        for domain, place in zip(domains[start:stop], places[start:stop], strict=True):
-            tokens = self.tokens[domain]
-            rows.append(cut(tokens, [int(place * (len(tokens) - self.length))], self.length))
-        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+        for domain, place, other, other_place, joint in list(zip(*draws, joints, strict=True))[start:stop]:
+            parts = self.window(domain, place)[:joint], self.window(other, other_place)[joint:]
+            rows.append(np.concatenate(parts).astype(np.int64))
+        rows = torch.from_numpy(np.stack(rows))  # (stop - start, T + 1)
+        return rows[:, :-1], rows[:, 1:]
+
+    def window(self, domain, place):
+        """The T + 1 tokens of a domain from a place in [0, 1) on."""
+        tokens = self.tokens[domain]
+        start = int(place * (len(tokens) - self.length))
+        return tokens[start : start + self.length + 1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHORT, error_line, must, read_json, read_log, run, val_tokens, weights
+from helpers import SHORT, error_line, must, read_json, read_log, run, tokens_of, val_tokens, weights
 from transformers import AutoModelForCausalLM
 
 from model import ModelConfig, Transformer
@@ -201,6 +201,34 @@ def test_domain_start_points_at_each_experts_text(seed, experts, data, mix, chun
     for layer in range(2):  # as long as rows drawn at random
         lengths = np.linalg.norm(normal[layer], axis=1).mean(), np.linalg.norm(found[layer], axis=1).mean()
         assert lengths[0] == pytest.approx(lengths[1], rel=0.25)
+
+
+def test_ridge_start_is_the_regression(seed, experts, data, mix):
+    """Again by numpy's least squares, which minimizes |X w - y|^2 + lambda |w|^2 when sqrt(lambda) I is added below X,
+    on the states of transformers' models: the soup with the feed-forwards of a domain's own expert."""
+    folders = [*experts, seed]
+    soup, found = (
+        mix(folders, "--method=soup", name="soup"),
+        routers(mix(folders, "--router_init=ridge", f"--data_dir={data}")),
+    )
+    states = {domain: [] for domain in ("math", "rain")}
+    for domain, folder in zip(states, experts, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(soup)
+        own = {name: torch.from_numpy(one) for name, one in weights(folder).items() if ".mlp." in name}
+        model.load_state_dict(own, strict=False)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda _, x, d=domain: states[d].append(x[0].double().flatten(0, 1)))
+        tokens = tokens_of(data, domain, "train")
+        starts = np.linspace(0, len(tokens) - 129, 64).astype(int)
+        with torch.no_grad():
+            model(torch.from_numpy(np.stack([tokens[start : start + 128] for start in starts])))
+    for layer in range(2):
+        x = np.concatenate([states["math"][layer].numpy(), states["rain"][layer].numpy()])
+        y = np.repeat(np.array([[1, 0, 0.5], [0, 1, 0.5]]) - 0.5, len(x) // 2, axis=0)
+        penalty = 0.01 * (x**2).sum(axis=0).mean()
+        x, y = np.concatenate([x, penalty**0.5 * np.eye(32)]), np.concatenate([y, np.zeros((32, 3))])
+        expected = 3 * np.linalg.lstsq(x, y, rcond=None)[0].T
+        np.testing.assert_allclose(found[layer], expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
 def test_zero_start_gives_equal_gates(experts, mix, ids):
