@@ -39,6 +39,7 @@ class EvalConfig:
     model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    domains: str = key("all", "the domains to score, separated by commas")
     split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
     sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(128, "windows per domain", within="[1, inf)")
@@ -258,7 +259,7 @@ def main():
     folders = split_list(config.model)
     if not folders:
         raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
-    corpus = Corpus(config.data_dir)
+    corpus = Corpus(config.data_dir, config.domains)
     entries = [checkpoint_entry(folder) for folder in folders]
     same_tokenizer([config.data_dir, *folders])
     evaluate(config, corpus, entries)

@@ -22,16 +22,18 @@ from common.tokenizer import load_tokenizer, token_bytes
 class Corpus:
     """The folder that data/prepare.py wrote, opened once. UserError when something is missing or damaged.
 
-    domains: their names, sorted. metas: {domain: its meta.json}.
+    only: some of its domains, separated by commas, or all. domains: their names, sorted. metas: {domain: meta.json}.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, only="all"):
         self.folder = folder
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
         if not self.domains:
             raise UserError(f"{folder} holds no data; prepare it first: python -m data.prepare --out_dir={folder}")
         remedy = "prepare the domain again with --overwrite=True"
+        if only != "all":
+            self.domains = sorted(self.mixture(only))
         self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), remedy) for name in self.domains}
         for name, meta in self.metas.items():
             check_splits(meta, os.path.join(folder, name))

@@ -256,6 +256,19 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
     assert asked == [line["prompt"] for line in lines]
 
 
+def test_a_domain_added_later_locks_nobody_out(seed, data, tmp_path):
+    """Rows stay as long as the domains that they score do."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    flags = *FLAGS, f"--model={seed}", f"--data_dir={copy}", f"--out_dir={tmp_path}/report"
+    must(run("eval.py", *flags, "--domains=math,rain"))
+    before = read(tmp_path / "report" / "results.json")
+    shutil.copytree(copy / "rain", copy / "snow")
+    must(run("eval.py", *flags, "--domains=math,rain"))
+    assert read(tmp_path / "report" / "results.json") == before
+    assert "other settings or data" in error_line(run("eval.py", *flags))
+    assert "no domain 'hail'" in error_line(run("eval.py", *flags, "--domains=hail"))
+
+
 def test_nothing_to_evaluate(seed, data, mixed, tmp_path):
     flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
     assert "nothing to evaluate" in error_line(run("eval.py", *flags))
