@@ -38,9 +38,7 @@ class BenchConfig:
     sequence_length: int = key(256, "tokens per sequence", within="[1, inf)")
     batch_size: int = key(8, "sequences per step", within="[1, inf)")
     steps: int = key(20, "timed steps of each model", within="[1, inf)")
-    mix_hidden_size: int = key(
-        2048, "width of the models that mix.py is weighed on; 0 leaves that out", within="[0, inf)"
-    )
+    mix_hidden_size: int = key(2048, "width of the models to weigh mix.py on; 0 leaves that out", within="[0, inf)")
     compile: bool = key(True, "torch.compile on CUDA")
     device: str = device_key()
     dtype: str = dtype_key()

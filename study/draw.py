@@ -172,7 +172,7 @@ def plot_cost(rows, cost, label, path):
 
 
 def plot_ablations(rows, path):
-    """Average bits per byte of every row, with the spread over random seeds; the line is the base of the same budget."""
+    """Average bits per byte of every row, with the spread over random seeds; lines: top-2 at both budgets."""
     figure, axis = plt.subplots(figsize=(8, 0.3 * len(rows) + 1))
     for y, row in enumerate(rows):
         style = {"color": COLOURS[row["long"]], "marker": "s" if row["long"] else "o", "capsize": 3}

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from common.loader import list_domains
 from helpers import val_tokens
 
 from common import checkpoint
-from common.loader import list_domains
 from model import ModelConfig, Transformer, generate
 from study.btm import (
     ENSEMBLES,

@@ -5,11 +5,11 @@ import os
 
 import pytest
 from helpers import must, read, read_json, read_log, run
+from study.compare_report import difference, home_lines, verdict, write_report
 
 from common.config import UserError
 from study import compare
 from study.compare import Chain, CompareConfig, evaluate, sweep, train_baselines
-from study.compare_report import difference, home_lines, verdict, write_report
 from study.cost import Run, bytes_sent, critical_seconds, lineage
 from study.report import mean_and_std
 
