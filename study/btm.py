@@ -261,7 +261,7 @@ def main():
     folders = split_list(config.experts)
     if config.model or not folders:
         raise UserError("give the ensembles' experts, --experts=DIR,DIR, and no --model, whose rows eval.py makes")
-    corpus = Corpus(config.data_dir)
+    corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     device = pick_device(config.device, config.threads)
     evaluate(config, corpus, [ensemble_entry(name, folders, corpus, config, device) for name in ENSEMBLES])
