@@ -24,6 +24,9 @@ domains=${DOMAINS:-code math wiki}
 config=config/$size
 random_seed=${SEED:-1}
 data=out/$size/data
+names=()
+for domain in $domains; do names+=("${domain%%=*}"); done
+all=$(printf '%s\n' "${names[@]}" | sort | paste -sd,)  # these domains and no others that the data folder may hold
 chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
 out=${OUT:-$(chain "$random_seed")}
 case $task in
@@ -37,12 +40,12 @@ source setup.sh
 $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
 
 # 2. seed: one small language model for all domains
-$python train.py "$config/seed.py" --seed="$random_seed" --out_dir="$out/seed" ${SEED_FLAGS:-} ${FLAGS:-}
+$python train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$out/seed" \
+    ${SEED_FLAGS:-} ${FLAGS:-}
 
 # 3. branch: one expert a domain, processes that share nothing; side by side where each has a GPU of its own
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
-names=() experts=() jobs=() failed=()
-for domain in $domains; do names+=("${domain%%=*}"); done
+experts=() jobs=() failed=()
 for i in "${!names[@]}"; do
     expert=$out/expert-${names[i]}
     experts+=("$expert")
@@ -59,26 +62,28 @@ for i in "${!jobs[@]}"; do wait "${jobs[i]}" || failed+=("${experts[i]}"); done
 experts=$(IFS=,; echo "${experts[*]}")
 
 # 4. mix: feed-forward sublayers become a mixture of experts, the rest is averaged; soup averages everything
-$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --data_dir="$data" --seed="$random_seed" ${FLAGS:-}
+$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --data_dir="$data" \
+    --seed="$random_seed" ${FLAGS:-}
 $python mix.py --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup ${FLAGS:-}
 
 # 5. finetune: all domains together, so that the routers learn
-$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" \
+$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --domain="$all" \
     --seed="$random_seed" ${FINETUNE_FLAGS:-} ${FLAGS:-}
 [ "$task" != chain ] || exit 0
 
 # 6. evaluate every model on the same windows and problems, look at the routing, then draw
 models=$out/seed,$experts,$out/soup,$out/mixed,$out/btx
-$python eval.py "$config/eval.py" --model="$models" --out_dir="$out/report" ${FLAGS:-}
-$python -m study.btm "$config/eval.py" --experts="$experts,$out/seed" --out_dir="$out/report" ${FLAGS:-}
-$python -m study.route --model="$out/btx" --data_dir="$data" --out_dir="$out/report"
+scores="$config/eval.py --domains=$all --out_dir=$out/report"
+$python eval.py $scores --model="$models" ${FLAGS:-}
+$python -m study.btm $scores --experts="$experts,$out/seed" ${FLAGS:-}
+$python -m study.route --model="$out/btx" --data_dir="$data" --domains="$all" --out_dir="$out/report"
 $python -m study.report --report="$out/report"
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "$task" = ablate ]; then
     $python -m study.ablate --size="$size" --experts="$experts,$out/seed"
     $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$data" \
-        --out_dir="$out/report/balancing"
+        --domains="$all" --out_dir="$out/report/balancing"
 fi
 
 # 8. compare, when asked to: more random seeds of all the above, then the baselines of every seed

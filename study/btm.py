@@ -246,6 +246,7 @@ class EnsembleConfig(EvalConfig):
     """Evaluate experts as the ensembles of Branch-Train-Merge. All keys of eval.py but --model, and:"""
 
     experts: str = key("", "checkpoint folders of the experts, separated by commas")
+    suffix: str = key("", "what to add to the rows' names, to tell two sets of experts apart")
 
 
 def ensemble_entry(name, folders, corpus, config, device):
@@ -253,7 +254,7 @@ def ensemble_entry(name, folders, corpus, config, device):
     parents = [runs.parent_of(folder) for folder in folders]
     identity = runs.hash_of([name, runs.code_hashes("study/btm.py"), [one for one, _ in parents]])
     load = functools.partial(ENSEMBLES[name], folders, corpus, config.sequence_length, device)
-    return Entry(name, identity, runs.joint_history(history for _, history in parents), load)
+    return Entry(name + config.suffix, identity, runs.joint_history(history for _, history in parents), load)
 
 
 def main():

@@ -10,6 +10,8 @@ each, this trains what the paper compares with, from the same seed model:
     dense-cm      the same for as many training FLOPs as BTX took (compute-matched): its tokens are cheaper, so more
     upcycle-dm    copies of the seed model as the experts, then finetuning, the same tokens as BTX
     upcycle-cm    the same for BTX's FLOPs: all its tokens go through the mixture, so fewer
+    btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning
+    btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
     btx-sample    BTX with the sample top-1 router
 
 (Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine. Writes compare.json, compare.md and pictures.
@@ -27,10 +29,10 @@ from common.runs import read_log, read_run, trained_on
 from study import tables
 from study.btm import ENSEMBLES
 from study.cost import bytes_sent, critical_seconds, lineage
-from study.draw import plot_cost
+from study.draw import plot_differences
 from study.stages import StudyConfig, parse_study, run
 
-BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-sample"
+BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-paper", "btx-sample"
 COUNTS = "active_params", "total_params", "train_tokens", "train_flops", "seconds", "critical_seconds", "bytes_sent"
 
 
@@ -63,6 +65,7 @@ class Chain:
         for name, cost in spent.items():
             for domain, share in trained_on(name).items():
                 tokens[domain] = tokens.get(domain, 0) + share * cost["tokens"]
+        self.domains = list(tokens)
         self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in tokens.items())
         self.random_seed = own(self.btx)[1]["seed"]
 
@@ -129,12 +132,60 @@ def train_upcycled(config, chain, name, learning_rate, **budget):
     )
 
 
-def train_btx(config, chain, name, *changes):
-    """Finetune the chain's mixture once more, with changes."""
+def train_branches(config, chain, folder, steps, *changes):
+    """The chain's branches once more, with another number of steps and changes; returns their folders."""
+    branches = []
+    for name in chain.experts:
+        if name == "seed":
+            continue
+        domain = own(chain.recorded(name))[1]["domain"]
+        branches.append(chain.path(f"compare/{folder}/{name}"))
+        run(
+            "train.py",
+            config.stage("expert"),
+            f"--init_from={chain.path('seed')}",
+            f"--out_dir={branches[-1]}",
+            f"--domain={domain}",
+            f"--max_steps={steps}",
+            f"--seed={chain.random_seed}",
+            *changes,
+        )
+    return branches
+
+
+def train_longer_branches(config, chain):
+    """Branches that share the FLOPs of BTX's finetuning among them, for ensembles; returns all experts' folders."""
+    finetuning, branch = own(chain.btx)[0]["flops"], own(chain.branch)[0]["flops"]
+    count = len(chain.experts) - ("seed" in chain.experts)
+    steps = steps_for(chain.branch, flops=branch + finetuning / count)
+    return [*train_branches(config, chain, "longer", steps), chain.path("seed")]
+
+
+def mix_as_printed(config, chain):
+    """The paper's own mixture: of branches in which all tensors train, with random routers; returns its folder."""
+    settings = own(chain.branch)[1]
+    if settings["freeze"] == "none":
+        experts = [chain.path(name) for name in chain.experts]
+    else:
+        branches = train_branches(config, chain, "paper", settings["max_steps"], "--freeze=none")
+        experts = [*branches, chain.path("seed")]
+    mixed = chain.path("compare/paper/mixed")
+    run(
+        "mix.py",
+        f"--experts={','.join(experts)}",
+        f"--num_experts_per_tok={chain.experts_per_token}",
+        f"--out_dir={mixed}",
+        f"--seed={chain.random_seed}",
+    )
+    return mixed
+
+
+def train_btx(config, chain, name, *changes, mixed=None):
+    """Finetune the chain's mixture once more, or another one, with changes."""
     run(
         "finetune.py",
         config.stage("finetune"),
-        f"--init_from={chain.path('mixed')}",
+        f"--init_from={mixed or chain.path('mixed')}",
         f"--out_dir={chain.path(name)}",
         f"--max_steps={own(chain.btx)[1]['max_steps']}",
         f"--seed={chain.random_seed}",
@@ -149,6 +200,7 @@ def train_baselines(config, chain):
     train_dense(config, chain, "compare/dense-cm", dense, flops=chain.flops)
     train_upcycled(config, chain, "compare/upcycle-dm", upcycle, tokens=chain.tokens)
     train_upcycled(config, chain, "compare/upcycle-cm", upcycle, flops=chain.flops)
+    train_btx(config, chain, "compare/btx-paper", mixed=mix_as_printed(config, chain))
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
     return [chain.path(f"compare/{name}") for name in BASELINES]
 
@@ -180,8 +232,11 @@ def sweep(config, chain):
 # ---- comparing ----
 
 
-def evaluate(config, chain, folders):
-    """The rows of results.json of a chain's own models, the ensembles and the baselines, costs added."""
+def evaluate(config, chain, folders, longer):
+    """The rows of results.json of a chain's own models, the ensembles and the baselines, costs added.
+
+    folders: the baselines. longer: the experts of the compute-matched ensembles.
+    """
     experts = ",".join(chain.path(name) for name in chain.experts)
     own_models = [chain.path(name) for name in dict.fromkeys(["seed", *chain.experts, "soup", "mixed", "btx"])]
     scores, pipeline = chain.path("compare/scores"), chain.path("report/results.json")
@@ -189,16 +244,20 @@ def evaluate(config, chain, folders):
         os.makedirs(scores, exist_ok=True)
         shutil.copy(pipeline, f"{scores}/results.json")  # eval.py keeps rows that are still right
     models = ",".join([*own_models, *folders])
-    run("eval.py", config.stage("eval"), f"--model={models}", f"--out_dir={scores}")
-    run("-m study.btm", config.stage("eval"), f"--experts={experts}", f"--out_dir={scores}")
+    settings = config.stage("eval"), f"--domains={','.join(sorted(chain.domains))}", f"--out_dir={scores}"
+    run("eval.py", *settings, f"--model={models}")
+    run("-m study.btm", *settings, f"--experts={experts}")
+    run("-m study.btm", *settings, f"--experts={','.join(longer)}", "--suffix=-cm")
     results = read_json(os.path.join(scores, "results.json"), "run again")
-    names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES}
+    names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
     results["rows"] = [row for row in results["rows"] if row["name"] in names]  # eval.py keeps others, too
     for row in results["rows"]:
         behind = [folder for folder in (*own_models, *folders) if os.path.basename(folder) == row["name"]]
-        chain_runs = lineage(behind or split_list(experts))
+        ensemble = longer if row["name"].endswith("-cm") else split_list(experts)
+        chain_runs = lineage(behind or ensemble)
         row["critical_seconds"], row["bytes_sent"] = critical_seconds(chain_runs), bytes_sent(chain_runs)
-        row["accuracy"]["avg"] = sum(row["accuracy"].values()) / max(1, len(row["accuracy"]))
+        for metric in ("accuracy", "choice"):
+            row[metric]["avg"] = sum(row[metric].values()) / max(1, len(row[metric]))
     return results
 
 
@@ -213,21 +272,22 @@ def summarize(chains):
 
 
 def write_report(folder, found):
-    """Write compare.json, compare.md, compare.png and compare-time.png."""
-    rows, chains = found["rows"], len(found["chains"])
+    """Write compare.json, compare.md and compare.png."""
+    rows, chains = found["rows"], found["chains"]
     write_json(os.path.join(folder, "compare.json"), found)
-    plot_cost(rows, "train_flops", "training FLOPs, from the seed model's on", os.path.join(folder, "compare.png"))
-    label = "training seconds, branches side by side"
-    plot_cost(rows, "critical_seconds", label, os.path.join(folder, "compare-time.png"))
+    shown = {words: (metric, "avg") for metric, words in tables.METRICS.items() if "avg" in rows[0].get(metric, {})}
+    plot_differences(chains, shown, os.path.join(folder, "compare.png"))
     text = ["# BTX and other ways to spend the same compute\n", tables.score_table(rows)]
-    text += [f"\nMean ± standard deviation over {chains} random seed(s) of the whole chain, on test text.", ""]
+    text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]
     text += ["What guessing scores:\n", *tables.baseline_lines(found["baselines"])]
-    text += ["\n![average scores against training FLOPs](compare.png)\n"]
-    text += ["## Who wins\n", tables.verdict_table(rows, found["chains"]), ""]
-    text += ["Differences within each chain, averaged; up to twice their standard deviation they are ties.\n"]
+    text += ["\n![how far each row is behind BTX](compare.png)\n"]
+    verdicts = tables.verdict_table(rows, chains)
+    text += ["## Who wins\n", verdicts, ""]
+    cells = sum(line.count(" | ") - 1 for line in verdicts.splitlines()[2:])
+    text += ["Mean difference within a chain ± half of its 95 % interval (paired, Student's t); a tie is an interval"]
+    text += [f"that holds zero. These are {cells} cells: by chance alone, one in twenty would not be a tie.\n"]
     text += tables.home_lines(rows)
-    text += ["\n## What it cost\n", tables.cost_table(rows), "\n![average scores against time](compare-time.png)"]
-    text += [tables.versions_line(found, "compare.json")]
+    text += ["\n## What it cost\n", tables.cost_table(rows), tables.versions_line(found, "compare.json")]
     write_atomically(os.path.join(folder, "compare.md"), "\n".join(text) + "\n")
 
 
@@ -240,7 +300,10 @@ def main():
         found = {"rates": sweep(config, chains[0]), "config": dataclasses.asdict(config)}
         write_json(os.path.join(report, "sweep.json"), found)
         return
-    results = [evaluate(config, chain, train_baselines(config, chain)) for chain in chains]
+    results = []
+    for chain in chains:
+        baselines, longer = train_baselines(config, chain), train_longer_branches(config, chain)
+        results.append(evaluate(config, chain, baselines, longer))
     first, rows = results[0], [one["rows"] for one in results]
     found = {
         "rows": summarize(rows),

@@ -38,6 +38,7 @@ class RouteConfig:
     model: str = key("out/cpu/btx", "checkpoint folders of mixtures, separated by commas")
     out_dir: str = key("out/cpu/report", "where routing.json, the pictures and the pages go")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    domains: str = key("all", "the domains to read, separated by commas")
     split: str = key("test", "held-out text to read: val for searching, test for reporting", HELD_OUT)
     sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(128, "windows per domain", within="[1, inf)")
@@ -175,7 +176,7 @@ def main():
         raise UserError("nothing to measure; give --model=DIR or --model=DIR,DIR")
     for folder in folders:
         check_mixture(ModelConfig.from_pretrained(folder), folder)
-    corpus = Corpus(config.data_dir)
+    corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     ids = [runs.parent_of(folder)[0] for folder in folders]
     settings = {name: getattr(config, name) for name in SETTINGS}

@@ -5,12 +5,17 @@ Nothing is computed on models here: rows are those of results.json, which eval.p
 
 import statistics
 
-from data.task import METRICS
-
 DEAD = 0.01  # an expert that gets a smaller share of a layer's choices is dead
 AT_HOME = 3  # percent: how much worse than an expert a model may be in the expert's own domain
-SIGNS = {"accuracy": 1, "bpb": -1}  # 1: higher is better
-SCORES = {"accuracy": "task accuracy", "bpb": "bits per byte"}
+METRICS = {  # of a row of results.json, in the order of the tables
+    "bpb": "bits per byte",
+    "spliced": "spliced bits per byte",
+    "accuracy": "task accuracy",
+    "choice": "choice accuracy",
+    "edit_similarity": "edit similarity",
+}
+BITS = ("bpb", "spliced")  # lower is better; of the others higher
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, 1 to 9 degrees of freedom
 COUNTS = {
     "active_params": "active params",
     "total_params": "total params",
@@ -19,7 +24,9 @@ COUNTS = {
 }
 ORDER = (  # of the comparison's rows, the paper's
     *("seed", "expert", "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "soup"),
-    *("btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix", "mixed", "btx", "btx-sample"),
+    *("btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"),
+    *("btm-top1-cm", "btm-top2-cm", "btm-posterior-cm", "btm-posterior-prefix-cm"),
+    *("mixed", "btx", "btx-paper", "btx-sample"),
 )
 BASE = "top-2"  # the ablation that every other one is held against
 
@@ -46,7 +53,7 @@ def bold(text, best):
 
 def plus_minus(row, metric, name):
     """'0.794 ± 0.005' or '17.6% ± 2.3%' from a row with "std"; '0.794' or '17.6%' from one without."""
-    style = ".3f" if metric == "bpb" else ".1%"
+    style = ".3f" if metric in BITS else ".1%"
     spread = f" ± {row['std'][metric][name]:{style}}" if "std" in row else ""
     return f"{row[metric][name]:{style}}{spread}"
 
@@ -72,7 +79,7 @@ def mean_and_std(rows):
         return of(values) if of is statistics.mean or len(values) > 1 else 0.0
 
     def all_scores(of):
-        return {m: {name: over(m, name, of) for name in rows[0][m]} for m in ("bpb", *METRICS) if m in rows[0]}
+        return {m: {name: over(m, name, of) for name in rows[0][m]} for m in METRICS if m in rows[0]}
 
     return {**all_scores(statistics.mean), "std": all_scores(statistics.stdev)}
 
@@ -103,16 +110,40 @@ def home_lines(rows):
 # ---- scores ----
 
 
-def score_table(rows, counts=()):
+def columns_of(rows):
+    """[(metric, name)], the scores that rows have: names are domains, tasks, or pairs of domains."""
+    return [(metric, name) for metric in METRICS for name in rows[0].get(metric, {})]
+
+
+def score_table(rows, counts=(), metrics=METRICS):
     """A row per model, the best of each score column in bold; then the given columns of COUNTS."""
-    columns = [(metric, name) for metric in ("bpb", *METRICS) for name in rows[0][metric]]
-    best = {(m, n): (min if m == "bpb" else max)(row[m][n] for row in rows) for m, n in columns}
+    columns = [column for column in columns_of(rows) if column[0] in metrics]
+    best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
     body = []
     for row in rows:
         cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
         body.append([row["name"], *cells, *(short(row[name]) for name in counts)])
     names = [f"{n} {m.replace('_', ' ')}" for m, n in columns]
     return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body)
+
+
+def headline_table(rows):
+    """README's first table: one row per way to spend the compute. rows: of compare.json."""
+    named = {row["name"]: row for row in rows}
+    shown = {
+        "seed": "seed model",
+        "dense-cm": "dense training, cm",
+        "upcycle-cm": "sparse upcycling, cm",
+        "btm-posterior-prefix": "Branch-Train-Merge, best ensemble",
+        "btx": "**Branch-Train-MiX**",
+    }
+    header = ["", "bpb", "tasks", "facts recalled", "parameters (used per token)"]
+    body = []
+    for name, words in shown.items():
+        row = named[name]
+        scores = [plus_minus(row, *column) for column in (("bpb", "avg"), ("accuracy", "avg"), ("accuracy", "wiki"))]
+        body.append([words, *scores, f"{short(row['total_params'])} ({short(row['active_params'])})"])
+    return markdown_table(header, body)
 
 
 def baseline_lines(baselines):
@@ -195,35 +226,39 @@ def cost_table(rows):
 
 
 def difference(chains, name, metric, column):
-    """(how far BTX is ahead of the row `name`, the tie limit), from the rows of each chain.
+    """(how far BTX is ahead of the row `name`, half the width of the 95 % interval), from the rows of each chain.
 
-    The limit is twice the standard deviation, over the chains, of the difference within a chain: its rows share a seed
-    model, whose luck is in both of them.
+    Differences are taken within a chain, whose rows share a seed model and its luck: a paired comparison. With one
+    chain there is no interval (0).
     """
     ahead = []
     for rows in chains:
         named = {row["name"]: row for row in rows}
-        ahead.append(SIGNS[metric] * (named["btx"][metric][column] - named[name][metric][column]))
-    return statistics.mean(ahead), 2 * statistics.stdev(ahead) if len(ahead) > 1 else 0.0
+        sign = -1 if metric in BITS else 1
+        ahead.append(sign * (named["btx"][metric][column] - named[name][metric][column]))
+    n = len(ahead)
+    if n == 1:
+        return ahead[0], 0.0
+    return statistics.mean(ahead), T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(ahead) / n**0.5
 
 
 def verdict(chains, name, metric, column):
-    """'ahead by 0.012', 'behind by 0.012' or 'tie (+0.001)': a tie is no farther than the limit."""
-    ahead, limit = difference(chains, name, metric, column)
-    scale, digits, unit = (1, 3, "") if metric == "bpb" else (100, 1, " points")
-    if abs(ahead) <= limit:
-        return f"tie ({scale * ahead:+.{digits}f}{unit})"
-    size = f"{abs(scale * ahead):.{digits}f}{unit}"
+    """'ahead by 0.012 ± 0.004', '**behind by ...**' or 'tie (+0.001 ± 0.004)': a tie is an interval that holds zero."""
+    ahead, half = difference(chains, name, metric, column)
+    scale, digits, unit = (1, 3, "") if metric in BITS else (100, 1, " points")
+    if abs(ahead) <= half:
+        return f"tie ({scale * ahead:+.{digits}f} ± {scale * half:.{digits}f}{unit})"
+    size = f"{abs(scale * ahead):.{digits}f} ± {scale * half:.{digits}f}{unit}"
     return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
 
 
 def verdict_table(rows, chains):
     """BTX against every other row that may hold all domains: on the averages and domain by domain."""
-    columns = [(metric, column) for metric in SCORES for column in rows[0][metric]]
+    columns = [column for column in columns_of(rows) if column[0] != "edit_similarity"]
     columns.sort(key=lambda column: column[1] != "avg")
     others = [row["name"] for row in rows if kind(row) not in ("btx", "expert")]
     body = [[name, *(verdict(chains, name, *column) for column in columns)] for name in others]
-    return markdown_table(["btx against", *(f"{name} {SCORES[metric]}" for metric, name in columns)], body)
+    return markdown_table(["btx against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
 
 
 # ---- the ablations ----
