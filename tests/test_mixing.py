@@ -156,6 +156,18 @@ def test_blend_gives_each_expert_a_chunk_of_everyone(seed, experts, mix, ids):
         assert (Transformer.from_pretrained(folder)(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
 
 
+# ---- what the seed gives ----
+
+
+def test_kept_parts_are_the_seeds(seed, experts, mix):
+    folders = [*experts, seed]
+    plain, kept = weights(mix(folders, name="plain")), weights(mix(folders, "--keep=embeddings,norms"))
+    for name, tensor in kept.items():
+        ours = "norm" in name or "embed_tokens" in name
+        assert tensor.tobytes() == (weights(seed) if ours else plain)[name].tobytes(), name
+    assert plain["model.embed_tokens.weight"].tobytes() != kept["model.embed_tokens.weight"].tobytes()
+
+
 # ---- router starts ----
 
 
@@ -248,6 +260,7 @@ BAD = {
     "--split=5": "5 chunks do not divide",
     "--split=4": "multiples of 8",
     "--split=0": "split must lie in [1, inf)",
+    "--keep=tail": "'tail' is no part of a model",
     "--drop=-0.1": "drop must lie in [0, 1]",
     "--drop=nan": "drop must be a finite number",
     "--router_std=inf": "router_std must be a finite number",
