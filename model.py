@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.device import check_memory
 from common.errors import UserError
 from common.generate import KVCache
 from common.rope import rotary_table, rotate
@@ -438,6 +439,7 @@ class Transformer(nn.Module):
         """A checkpoint folder, ours or Hugging Face's, as a model in fp32 on the CPU. changes: values of ModelConfig
         to use instead of the folder's own, such as another router."""
         files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
+        check_memory(folder, 4 * sum(torch.Size(shape).numel() for shape in expected_tensors(files.config).values()))
         model = cls(ModelConfig.from_pretrained(folder, **changes))
         for name, parameter in model.named_parameters():
             prefix, matrix = name.rsplit(".", 1)

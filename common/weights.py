@@ -234,7 +234,7 @@ class WeightFiles:
     just what a model of this config needs; one tensor with NaN or infinity is refused, too, when it is read."""
 
     def __init__(self, folder, config):
-        self.folder = folder
+        self.folder, self.config = folder, config
         index = os.path.join(folder, INDEX)
         if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
             stored = read_json(index, "copy the checkpoint again")

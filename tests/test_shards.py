@@ -9,7 +9,7 @@ from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, run_pr
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common import runs
+from common import device, runs
 from common import weights as module
 from common.weights import INDEX, WEIGHTS, remove_weights, shards, weights_hash
 from model import Transformer
@@ -169,3 +169,14 @@ def test_infinity_is_found_and_a_large_sum_is_none(seed, tmp_path):
             assert f"{name} holds NaN or infinity" in error_line(
                 run("mix.py", f"--experts={tmp_path},{tmp_path}", f"--out_dir={tmp_path}/mixed-{value}")
             )
+
+
+def test_a_model_that_does_not_fit_is_refused_with_what_it_needs(mixed, monkeypatch):
+    parameters = Transformer.from_pretrained(mixed).num_parameters()[1]
+    monkeypatch.setattr(device, "free_memory", lambda: 4 * parameters - 1)
+    needed = f"{mixed} needs {4 * parameters / 1e9:.1f} GB of memory in float32"
+    assert needed in error_line(run("sample.py", f"--model={mixed}"))
+    monkeypatch.setattr(device, "free_memory", lambda: 4 * parameters)
+    Transformer.from_pretrained(mixed)
+    monkeypatch.undo()
+    assert 1e8 < device.free_memory() < 1e14
