@@ -81,13 +81,8 @@ class TrainConfig:
 
 # what a run may be resumed or repeated without: keys that do not shape its result
 NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
-CODE = (
-    "model.py",
-    "train.py",
-    "common/corpus.py",
-    "common/rope.py",
-    "common/weights.py",
-)  # what decides a run's result
+# the source that decides a run's result
+CODE = ("model.py", "train.py", "common/corpus.py", "common/rope.py", "common/weights.py")
 
 
 def make_recipe(config, corpus, mixture, code):

@@ -23,7 +23,7 @@ DEFAULTS = {
     "llama": {"rms_norm_eps": 1e-6},
     "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen3": {"rms_norm_eps": 1e-6, "head_dim": 128},
-    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "rope_theta": 1e6},
+    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
     "qwen3_moe": {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_experts_per_tok": 8},
     "nanobtx": {},
 }
@@ -90,7 +90,7 @@ def read_config(folder):
     path = os.path.join(folder, "config.json")
     found = read_json(path, "name a checkpoint folder, such as one that train.py wrote")
     kind = found.get("model_type") if isinstance(found, dict) else None
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise UserError(f"{path}: model_type {kind!r} is none that model.py reads: {', '.join(DEFAULTS)}")
     found = {**DEFAULTS[kind], **found}
     found["qk_norm"] = kind.startswith("qwen3") or bool(found.get("qk_norm"))
@@ -138,8 +138,8 @@ def read_rope(path, found):
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters must be a table, it is {rope!r}")
-    if found.get("rope_theta") is None or "rope_theta" in rope:
-        found["rope_theta"] = rope.get("rope_theta", 10000.0)
+    if found.get("rope_theta") is None:
+        found["rope_theta"] = rope.get("rope_theta", 1e6 if found["model_type"] == "mixtral" else 1e4)
     if (share := rope.get("partial_rotary_factor", found.get("partial_rotary_factor"))) not in (None, 1):
         raise UserError(f"{path}: the checkpoint has partial_rotary_factor {share!r}, which model.py does not compute")
     kind = rope.get("rope_type", rope.get("type", "default"))
