@@ -1,6 +1,6 @@
 """Grades a student's copy: a point for every test of exercises/tests that passes. See grade.sh.
 
-    python exercises/grade.py FOLDER [number of one exercise]
+python exercises/grade.py FOLDER [number of one exercise]
 """
 
 import ast
@@ -40,7 +40,9 @@ def run_tests(folder, paths, verbose):
                 command, cwd=folder, env=environment, capture_output=not verbose, text=True, timeout=TIME_LIMIT
             )
         except subprocess.TimeoutExpired:
-            raise SystemExit(f"error: the tests took longer than {TIME_LIMIT} seconds; grade one exercise by itself") from None
+            raise SystemExit(
+                f"error: the tests took longer than {TIME_LIMIT} seconds; grade one exercise by itself"
+            ) from None
         if not os.path.exists(report):
             raise SystemExit(f"error: pytest did not run: {done.stderr or done.stdout}")
         found = {}

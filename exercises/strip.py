@@ -34,22 +34,23 @@ EXERCISES = {
         "model.py",
         {
             "topk": "Pick the k largest logits of each row, and take the softmax over those alone.",
-            "switch": "One expert per row. Why not the softmax over the single chosen logit? What would its gradient be?",
+            "switch": "Why is the gate not the softmax over the one chosen logit? What would its gradient be?",
         },
     ),
     2: Exercise(
         "the balancing loss",
         "model.py",
-        {"load_balancing_loss": "Follow the two formulas above. Which of the factors carry a gradient, and where to?"},
+        {"load_balancing_loss": "Follow the formulas above. Which of the factors carry a gradient, and where to?"},
     ),
     3: Exercise(
         "dispatch",
         "model.py",
         {
             "within_capacity": "First come, first served: count along the tokens.",
-            "MoE.forward": "Start with the loop over experts in docs/lecture.md, step 5; the tests pass with it. Then sort the\n"
-            "S * k pairs by expert, call self.experts once on all of them with the place where each expert's rows end,\n"
-            "and undo the sort. stats: balance_loss, z_loss, and dropped when a capacity is in force.",
+            "MoE.forward": """Start with the loop over experts in docs/lecture.md, step 3; the tests pass with it.
+Then sort the S * k pairs by expert, call self.experts once on all of them with the place where each
+expert's rows end, and undo the sort. The last result: balance_loss, z_loss, and in training with a
+limited capacity `dropped`, the share of (token, expert) pairs that were turned away.""",
         },
     ),
     4: Exercise(
@@ -64,39 +65,37 @@ EXERCISES = {
         "Drop-Upcycling",
         "mix.py",
         {
-            "redraw": "hidden_dim(name) is the dimension that counts hidden units. Two generators (see `generator`): the\n"
-            "choice of units depends on the expert alone, the new values on the matrix as well."
+            "redraw": """hidden_dim(name) is the dimension that counts hidden units. Two generators (see `generator`):
+the choice of units depends on the expert alone, the new values on the matrix as well.""",
         },
     ),
     6: Exercise(
         "Branch-Train-Merge's posterior",
         "study/btm.py",
-        {
-            "PosteriorEnsemble.log_weights": "Stay in logarithms. cache.add(evidence) returns the running sum over the text."
-        },
+        {"PosteriorEnsemble.log_weights": "Stay in logarithms. cache.add(evidence) returns the sums over the text."},
     ),
     7: Exercise(
         "tf-idf routing",
         "study/btm.py",
         {
-            "expert_profiles": "idf = log(windows / (1 + windows that hold the token)), over all domains' windows. Normalize each\n"
-            "window before taking a domain's mean, and each expert's vector after.",
-            "NearestEnsemble.log_weights": "The k nearest weigh 1 / k each. cache.add(evidence) returns the running sum.",
+            "expert_profiles": """idf = log(windows / (1 + windows that hold the token)), over all domains' windows.
+Normalize each window before you take a domain's mean, and each expert's vector after.""",
+            "NearestEnsemble.log_weights": "k of them weigh 1 / k each. cache.add(evidence) returns running sums.",
         },
     ),
     8: Exercise(
         "equal compute",
         OWN + "compute.py",
         {
-            "training_flops": "6 FLOPs a weight and token: where do they come from? Embedding look-up is no matmul.",
-            "matched_steps": "What is matched is all compute after the seed: branches and finetuning.",
+            "training_flops": "6 FLOPs a weight and token: where do they come from? To look up a row is no matmul.",
+            "matched_steps": "What is matched is all training after the seed: branches and finetuning.",
         },
     ),
     9: Exercise(
         "a new router: sigmoid gates",
         OWN + "routers.py",
         {
-            "sigmoid": "Choose by logit. Gates have to sum to 1 over the chosen, or N copies of one model are not that model.",
+            "sigmoid": "If gates did not sum to 1 over the chosen, N copies of one model would not be that model.",
             "rows": "One line for each of this file's two routers (expert_choice is exercise 10).",
         },
     ),
@@ -104,8 +103,8 @@ EXERCISES = {
         "expert choice, and its leak",
         OWN + "routers.py",
         {
-            "expert_choice": "softmax over experts first; then each expert picks tokens, along the other dimension.",
-            "first_leak": "Change the last token only, and compare the logits of all the positions before it.",
+            "expert_choice": "The softmax is over experts; then each expert picks tokens, along the other dimension.",
+            "first_leak": "Change the last token only, and compare the logits of all positions before it.",
         },
     ),
     11: Exercise(
@@ -129,7 +128,10 @@ def bodies(source, names):
     found = {}
     for node in ast.parse(source).body:
         inner = node.body if isinstance(node, ast.ClassDef) else []
-        named = [(node, getattr(node, "name", "")), *((one, f"{node.name}.{getattr(one, 'name', '')}") for one in inner)]
+        named = [
+            (node, getattr(node, "name", "")),
+            *((one, f"{node.name}.{getattr(one, 'name', '')}") for one in inner),
+        ]
         for function, name in named:
             if name in names and isinstance(function, ast.FunctionDef):
                 docstring, code = function.body[0], function.body[1:]

@@ -35,8 +35,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """For each parameter W (..., rows, columns) with gradient G, momentum m and buffer M, which starts at 0:
 
-            M <- m M + G
-            W <- W - lr * sqrt(max(1, rows / columns)) * orthogonalize(G + m M)     (Nesterov's look ahead)
+        M <- m M + G
+        W <- W - lr * sqrt(max(1, rows / columns)) * orthogonalize(G + m M)     (Nesterov's look ahead)
         """
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -50,7 +50,9 @@ def test_what_is_stacked_and_what_is_new():
     for layer in range(2):
         for e, model in enumerate(models):
             mlp = model.model.layers[layer].mlp
-            ours = {w: tensors[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight"] for w in ("w1", "w2", "w3")}
+            ours = {
+                w: tensors[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight"] for w in ("w1", "w2", "w3")
+            }
             assert ours["w1"].equal(mlp.gate_proj.weight) and ours["w2"].equal(mlp.down_proj.weight)
             assert ours["w3"].equal(mlp.up_proj.weight)
         name = f"model.layers.{layer}.block_sparse_moe.gate.weight"

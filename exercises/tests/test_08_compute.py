@@ -14,7 +14,7 @@ def runs(steps=(100, 100, 50)):
 
 
 def test_a_dense_model_by_hand():
-    """D 16, F 24, V 24, two layers, K and V half as wide: 6 (2 (256 + 128 + 128 + 256 + 1152) + 384) + 12 * 2 * 16 * 32."""
+    """D 16, F 24, V 24, two layers with 256 + 128 + 128 + 256 weights in attention and 3 * 16 * 24 behind it."""
     from exercises.compute import training_flops
 
     assert training_flops(config(tie_word_embeddings=True), 32) == 6 * (2 * 1920 + 384) + 12288

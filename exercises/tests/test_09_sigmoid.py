@@ -9,8 +9,9 @@ from reference import config, random_model, use_plain_loop
 @pytest.fixture
 def sigmoid_row(monkeypatch):
     """The student's line, in ROUTERS."""
-    import model
     from exercises.routers import rows
+
+    import model
 
     monkeypatch.setitem(model.ROUTERS, "sigmoid", rows()["sigmoid"])
 

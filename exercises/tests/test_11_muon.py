@@ -69,6 +69,7 @@ def test_who_is_muons():
 
 def test_a_mixture_learns(monkeypatch):
     from exercises.muon import Muon, split_parameters
+
     from model import Transformer
 
     use_plain_loop(monkeypatch, lambda logits: logits.softmax(dim=-1))
