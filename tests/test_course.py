@@ -12,8 +12,12 @@ import pytest
 from helpers import ROOT, must, read, run
 
 from common.config import parse
+from data.prepare import DataConfig
+from eval import EvalConfig
 from exercises import expected
 from exercises.strip import EXERCISES, OWN, by_file, copied_files, fill, make_copy, open_answers, strip
+from finetune import FinetuneConfig
+from mix import MixConfig
 from train import TrainConfig
 
 
@@ -217,6 +221,16 @@ def test_the_dense_run_of_the_lesson_is_matched_in_data():
     finetuning = source("config/lesson/finetune.py")
     steps = 3 * runs["expert"].max_steps + int(re.search(r"max_steps = (\d+)", finetuning)[1])
     assert runs["dense"].max_steps == steps and runs["dense"].batch_size == runs["expert"].batch_size
+
+
+def test_the_lessons_configs_are_valid():
+    classes = {"data": DataConfig, "seed": TrainConfig, "expert": TrainConfig, "dense": TrainConfig, "mix": MixConfig}
+    for stage, cls in {**classes, "finetune": FinetuneConfig, "eval": EvalConfig}.items():
+        config = parse(cls, [os.path.join(ROOT, "config", "lesson", f"{stage}.py")])
+        assert (
+            config.out_dir.startswith("out/lesson/")
+            and getattr(config, "data_dir", "out/lesson/data") == "out/lesson/data"
+        )
 
 
 def test_expected_results_of_the_lesson_are_complete():
