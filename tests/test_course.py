@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, must, read, run
+from helpers import ROOT, SHORT, must, read, read_json, read_log, run
 
+import model
 from common.config import parse
 from data.prepare import DataConfig
 from eval import EvalConfig
 from exercises import expected
+from exercises.solution.routers import rows
 from exercises.strip import EXERCISES, OWN, by_file, copied_files, fill, make_copy, open_answers, strip
 from finetune import FinetuneConfig
 from mix import MixConfig
@@ -140,6 +142,16 @@ def test_a_copy_that_cannot_be_imported_still_has_a_grade(tmp_path):
     assert grade(tmp_path / "copy", 4)[-1] == "points: 0 of 5"
 
 
+@pytest.mark.parametrize(("router", "k"), [("sigmoid", 2), ("expert-choice", 3)])
+def test_the_solutions_routers_go_through_finetuning(router, k, data, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "ROUTERS", {**model.ROUTERS, **rows()})
+    flags = f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={tmp_path / 'btx'}", f"--router={router}"
+    must(run("finetune.py", *SHORT, *flags))
+    first, *_, last = read_log(tmp_path / "btx")
+    assert last["bpb"]["avg"] < first["bpb"]["avg"]
+    assert read_json(tmp_path / "btx" / "config.json")["num_experts_per_tok"] == k
+
+
 # ---- documents ----
 
 
@@ -203,15 +215,15 @@ def test_links_of_the_course_lead_somewhere():
 # ---- the lesson ----
 
 
-def rows(**changes):
+def table(**changes):
     return {name: {"bpb": {"avg": value}} for name, value in {"btx": 1.2, "dense": 1.3, **changes}.items()}
 
 
 def test_a_table_is_held_against_what_is_expected():
     wanted = {"bpb": {"btx": {"avg": [1.21, 0.02]}}, "ahead": [["btx", "dense", "avg", 0.05]]}
-    assert [holds for _, holds in expected.check(rows(), wanted)] == [True, True]
-    assert [holds for _, holds in expected.check(rows(btx=1.25), wanted)] == [False, True]
-    assert [holds for _, holds in expected.check(rows(dense=1.22), wanted)] == [True, False]
+    assert [holds for _, holds in expected.check(table(), wanted)] == [True, True]
+    assert [holds for _, holds in expected.check(table(btx=1.25), wanted)] == [False, True]
+    assert [holds for _, holds in expected.check(table(dense=1.22), wanted)] == [True, False]
 
 
 def test_the_dense_run_of_the_lesson_is_matched_in_data():
