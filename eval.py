@@ -24,7 +24,7 @@ from common.files import read_json, write_json
 from common.generate import generate
 from common.split import HELD_OUT
 from common.weights import same_tokenizer
-from data.task import METRICS, mean_score, read_answer
+from data.task import CHOICES, METRICS, mean_score, read_answer
 from model import Transformer
 
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
@@ -39,6 +39,7 @@ class EvalConfig:
     model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    domains: str = key("all", "the domains to score, separated by commas")
     split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
     sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(128, "windows per domain", within="[1, inf)")
@@ -51,36 +52,52 @@ class EvalConfig:
     same_code: bool = key(False, "keep rows although the source changed: the change does not touch scores")
 
 
-class Validation:
-    """Fixed windows of every domain's split ("val" or "test"), and how many bytes each token stands for."""
+@torch.no_grad()
+def bits_per_byte(model, inputs, targets, token_bytes, batch_size=16):
+    """(nats summed over tokens / (ln 2 * bytes summed), which is comparable between tokenizers; how often each layer
+    used each expert (L, E), or None for a dense model). inputs, targets: (N, T). token_bytes: (V,)."""
+    device, nats, used = next(model.parameters()).device, 0.0, None
+    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        output = model(x.to(device), y.to(device))
+        nats += output.loss.item() * y.numel()
+        if output.gates is not None:
+            count = (output.gates > 0).sum(dim=(1, 2)).cpu()  # (L, E)
+            used = count if used is None else used + count
+    return nats / math.log(2) / int(token_bytes[targets].sum()), used
 
-    def __init__(self, corpus, sequence_length, count, split="val", batch_size=16):
+
+class Validation:
+    """Fixed windows of every domain's split ("val" or "test")."""
+
+    def __init__(self, corpus, sequence_length, count, split="val"):
         self.windows = {name: corpus.windows(name, split, sequence_length, count) for name in corpus.domains}
         self.bytes = corpus.token_bytes
-        self.batch_size = batch_size
 
-    @torch.no_grad()
     def scores(self, model):
         """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
 
-        Bits per byte = nats summed over tokens / (ln 2 * bytes summed), comparable between tokenizers. A share is
-        the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
+        A share is the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
         """
-        device = next(model.parameters()).device
         bpb, load = {}, {}
         for domain, (inputs, targets) in self.windows.items():
-            nats, pairs = 0.0, 0
-            for x, y in zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True):
-                output = model(x.to(device), y.to(device))
-                nats += output.loss.item() * y.numel()
-                if output.gates is not None:
-                    pairs = pairs + (output.gates > 0).sum(dim=(1, 2)).cpu()  # (L, E)
-            bpb[domain] = nats / math.log(2) / int(self.bytes[targets].sum())
-            if torch.is_tensor(pairs):
-                shares = pairs / pairs.sum(dim=1, keepdim=True)
+            bpb[domain], used = bits_per_byte(model, inputs, targets, self.bytes)
+            if used is not None:
+                shares = used / used.sum(dim=1, keepdim=True)
                 load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
         bpb["avg"] = sum(bpb.values()) / len(bpb)
         return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
+
+
+def spliced_scores(model, corpus, config):
+    """{"code + math": bits per byte, ..., "avg": their mean} of windows that change domain in the middle, in both
+    orders. Here an ensemble has to notice the change, where a mixture routes token by token."""
+    found = {}
+    for pair, (inputs, targets) in corpus.spliced(config.split, config.sequence_length, config.eval_windows).items():
+        found.setdefault(" + ".join(sorted(pair)), []).append(
+            bits_per_byte(model, inputs, targets, corpus.token_bytes)[0]
+        )
+    scores = {name: sum(both) / len(both) for name, both in found.items()}
+    return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
 
 
 def task_scores(model, corpus, config):
@@ -104,8 +121,32 @@ def task_scores(model, corpus, config):
             prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems[start : start + 100]]
             texts = map(encoding.decode, generate(model, prompts, new_tokens, stop))
             answers += [read_answer(text, task["marker"]) for text in texts]
-        for metric in task["baselines"][config.split]:
+        for metric in METRICS.keys() & task["baselines"][config.split].keys():
             scores[metric][domain] = mean_score(metric, answers, problems)
+    return scores
+
+
+@torch.no_grad()
+def choice_scores(model, corpus, config, batch_size=32):
+    """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte}."""
+    encoding, device, scores = corpus.encoding, next(model.parameters()).device, {}
+    for domain, meta in corpus.metas.items():
+        if "task" not in meta:
+            continue
+        problems = corpus.problems(domain, config.split, config.task_problems)
+        texts = [(problem["prompt"], choice) for problem in problems for choice in problem["choices"]]
+        nats = []  # of each continuation, per byte
+        for start in range(0, len(texts), batch_size):
+            pairs = [tuple(map(encoding.encode_ordinary, pair)) for pair in texts[start : start + batch_size]]
+            rows = [(prompt + choice)[-model.max_length - 1 :] for prompt, choice in pairs]
+            width = max(map(len, rows))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
+            log_p = model(ids[:, :-1]).logits.float().log_softmax(dim=-1)  # (B, T, V)
+            log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T)
+            for row, (_, choice), (_, text), line in zip(rows, pairs, texts[start:], log_p, strict=False):
+                nats.append(-line[len(row) - 1 - len(choice) : len(row) - 1].sum().item() / len(text.encode()))
+        right = [min(nats[i : i + CHOICES]) == nats[i] for i in range(0, len(nats), CHOICES)]
+        scores[domain] = sum(right) / len(right)
     return scores
 
 
@@ -143,7 +184,9 @@ def score(entry, model, validation, corpus, config):
         "seconds": cost["seconds"],
         "runs": list(entry.history),
         **scores,
+        "spliced": spliced_scores(model, corpus, config),
         **task_scores(model, corpus, config),
+        "choice": choice_scores(model, corpus, config),
     }
 
 
@@ -216,7 +259,7 @@ def main():
     folders = split_list(config.model)
     if not folders:
         raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
-    corpus = Corpus(config.data_dir)
+    corpus = Corpus(config.data_dir, config.domains)
     entries = [checkpoint_entry(folder) for folder in folders]
     same_tokenizer([config.data_dir, *folders])
     evaluate(config, corpus, entries)

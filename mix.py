@@ -13,6 +13,7 @@ Around it, the paper's variants and special cases:
     --experts=SEED,SEED,SEED,SEED   copies of one model: sparse upcycling (Komatsuzaki et al. 2022)
     --drop=0.5      with that, draws half of each copy's hidden units anew: Drop-Upcycling (Nakamura et al. 2025)
     --method=soup   averages everything: a dense model
+    --keep=embeddings   takes the embeddings of the last expert, the seed, and averages the rest (docs/mixing.md)
     --split=C       cuts each feed-forward network into C chunks of F / C hidden units: N C small experts
     --blend=True    cuts each into N chunks and makes expert n from chunk n of everyone: N experts of full size
 
@@ -21,7 +22,7 @@ domain's network. Gates that sum to 1 over k C chunks instead of k experts make 
 as they are all the same, since the paper describes no correction; --rescale=True multiplies each chunk's output by C.
 
 Tensors are streamed from the experts' files to the new one, so memory stays at one tensor of each expert. Only
---router_init=domain and contrast hold a model in memory (common/router_start.py).
+--router_init=domain, contrast and ridge hold a model in memory (common/router_start.py).
 """
 
 import dataclasses
@@ -37,9 +38,11 @@ from common.errors import UserError, command
 from common.router_start import FROM_TEXT, STARTS, normal_routers, routers_from_text
 from common.weights import (
     FEED_FORWARD,
+    GROUPS,
     WeightFiles,
     copy_tokenizer,
     expected_tensors,
+    group_of,
     hidden_dim,
     same_tokenizer,
     write_config,
@@ -63,9 +66,10 @@ class MixConfig:
     split: int = key(1, "chunks that each feed-forward network is cut into, each its own expert", within="[1, inf)")
     rescale: bool = key(False, "with --split: multiply the chunks' output by their number")
     blend: bool = key(False, "make expert n from chunk n of every feed-forward network")
+    keep: str = key("none", "parts that the last expert, the seed, gives instead of an average, such as embeddings")
     drop: float = key(0.0, "fraction of each expert's hidden units to draw anew", within="[0, 1]")
     router_init: str = key(
-        "normal", "how routers start: at random, at zero, or in two ways from each one's text", STARTS
+        "normal", "how routers start: at random, at zero, or in three ways from each one's text", STARTS
     )
     router_std: float = key(0.02, "standard deviation of the new routers' weights", within="[0, inf)")
     data_dir: str = key("out/cpu/data", "where --router_init=domain and contrast find the training text")
@@ -85,6 +89,8 @@ def mix(experts, shapes, routers, config):
             yield name, routers[name]  # new
         elif ".experts." in name:
             yield name, feed_forward(name, experts, config)  # stacked
+        elif group_of(name) in split_list(config.keep):
+            yield name, experts[-1][name]  # kept as the seed has it
         else:
             yield name, mean([expert[name] for expert in experts])  # averaged
 
@@ -141,7 +147,9 @@ def new_routers(config, shapes, folders, experts, dense):
     for name, tensor in mix(experts, expected_tensors(dense), {}, config):
         parameters[name].data.copy_(tensor)
     mixtures = [runs.trained_on(folder) for folder in folders]
-    return routers_from_text(config.router_init, shapes, config.router_std, averaged, mixtures, Corpus(config.data_dir))
+    return routers_from_text(
+        config.router_init, shapes, config.router_std, averaged, experts, mixtures, Corpus(config.data_dir)
+    )
 
 
 # ---- the script ----
@@ -151,6 +159,9 @@ def check_options(config, folders):
     """Raise UserError for options that make no sense together."""
     if not folders:
         raise UserError("nothing to mix; give --experts=DIR,DIR,...")
+    kept = set() if config.keep == "none" else set(split_list(config.keep))
+    if unknown := kept - set(GROUPS):
+        raise UserError(f"--keep={config.keep}: {min(unknown)!r} is no part of a model; use {', '.join(GROUPS)}")
     variants = {"--split": config.split > 1, "--blend": config.blend, "--drop": config.drop > 0}
     variants[f"--router_init={config.router_init}"] = config.router_init in FROM_TEXT
     chosen = [name for name, present in variants.items() if present]

@@ -4,23 +4,35 @@
 #   bash run.sh          config/cpu: 10.5 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
+#   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
 #   bash run.sh cpu regime    BTX minus dense training at several widths and budgets
 #
-# Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
-# chooses the domains, SEED=2 the random seed of all training (SEEDS="1 2" those of compare); PYTHON=python3 uses an
-# environment of your own instead of .venv.
+# Finished stages are skipped and killed ones go on from their last checkpoint. What may be set in front of it:
+#
+#   DOMAINS="code poems=~/poems"    the domains
+#   SEED=2, SEEDS="1 2"             the random seed of all training; those of compare
+#   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
+#   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"
+#   FLAGS="--same_code=True"        more flags for every stage that trains, mixes or evaluates
+#   PYTHON=python3                  an environment of your own instead of .venv
 set -euo pipefail
 cd "$(dirname "$0")"
-size=${1:-cpu}
+size=${1:-cpu} task=${2:-}
 domains=${DOMAINS:-code math wiki}
 config=config/$size
-seed=${SEED:-1}
+random_seed=${SEED:-1}
 data=out/$size/data
+names=()
+for domain in $domains; do names+=("${domain%%=*}"); done
+all=$(printf '%s\n' "${names[@]}" | sort | paste -sd,)  # these domains and no others that the data folder may hold
 chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
-out=$(chain "$seed")
-case ${2:-} in "" | ablate | compare | regime) ;; *) echo "error: '$2' is no task; choose ablate, compare or regime" >&2; exit 2 ;; esac
+out=${OUT:-$(chain "$random_seed")}
+case $task in
+    "" | chain | ablate | compare | regime) ;;
+    *) echo "error: '$task' is no task; choose chain, ablate, compare or regime" >&2; exit 2 ;;
+esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 
@@ -28,16 +40,17 @@ source setup.sh
 $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
 
 # 2. seed: one small language model for all domains
-$python train.py "$config/seed.py" --seed="$seed" --out_dir="$out/seed"
+$python train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$out/seed" \
+    ${SEED_FLAGS:-} ${FLAGS:-}
 
 # 3. branch: one expert a domain, processes that share nothing; side by side where each has a GPU of its own
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
-names=() experts=() jobs=() failed=()
-for domain in $domains; do names+=("${domain%%=*}"); done
+experts=() jobs=() failed=()
 for i in "${!names[@]}"; do
     expert=$out/expert-${names[i]}
     experts+=("$expert")
-    branch="$python train.py $config/expert.py --domain=${names[i]} --init_from=$out/seed --out_dir=$expert --seed=$seed"
+    branch="$python train.py $config/expert.py --domain=${names[i]} --init_from=$out/seed --out_dir=$expert"
+    branch+=" --seed=$random_seed ${EXPERT_FLAGS:-} ${FLAGS:-}"
     if [ "$gpus" -gt 1 ]; then
         CUDA_VISIBLE_DEVICES=$((i % gpus)) $branch & jobs+=($!)
     else
@@ -49,37 +62,46 @@ for i in "${!jobs[@]}"; do wait "${jobs[i]}" || failed+=("${experts[i]}"); done
 experts=$(IFS=,; echo "${experts[*]}")
 
 # 4. mix: feed-forward sublayers become a mixture of experts, the rest is averaged; soup averages everything
-$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --seed="$seed"
-$python mix.py --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup
+$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --data_dir="$data" \
+    --seed="$random_seed" ${FLAGS:-}
+$python mix.py --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup ${FLAGS:-}
 
 # 5. finetune: all domains together, so that the routers learn
-$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --seed="$seed"
+$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --domain="$all" \
+    --seed="$random_seed" ${FINETUNE_FLAGS:-} ${FLAGS:-}
+[ "$task" != chain ] || exit 0
 
 # 6. evaluate every model on the same windows and problems, look at the routing, then draw
 models=$out/seed,$experts,$out/soup,$out/mixed,$out/btx
-$python eval.py "$config/eval.py" --model="$models" --experts="$experts,$out/seed" --out_dir="$out/report"
-$python -m study.route --model="$out/btx" --data_dir="$data" --out_dir="$out/report"
+scores="$config/eval.py --domains=$all --out_dir=$out/report"
+$python eval.py $scores --model="$models" ${FLAGS:-}
+$python -m study.btm $scores --experts="$experts,$out/seed" ${FLAGS:-}
+$python -m study.route --model="$out/btx" --data_dir="$data" --domains="$all" --out_dir="$out/report"
 $python -m study.report --report="$out/report"
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
-if [ "${2:-}" = ablate ]; then
-    $python -m study.ablate "$config/ablate.py" --experts="$experts,$out/seed"
+if [ "$task" = ablate ]; then
+    $python -m study.ablate --size="$size" --experts="$experts,$out/seed"
     $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$data" \
-        --out_dir="$out/report/balancing"
+        --domains="$all" --out_dir="$out/report/balancing"
 fi
 
 # 8. compare, when asked to: more random seeds of all the above, then the baselines of every seed
-if [ "${2:-}" = compare ]; then
+if [ "$task" = compare ]; then
     chains=()
     for other in ${SEEDS:-1 2 3}; do
-        [ "$other" = "$seed" ] || SEED=$other bash run.sh "$size"
-        chains+=("$(chain "$other")")
+        if [ "$other" = "$random_seed" ]; then
+            chains+=("$out")
+        else
+            SEED=$other OUT=$(chain "$other") bash run.sh "$size"
+            chains+=("$(chain "$other")")
+        fi
     done
     chains=$(IFS=,; echo "${chains[*]}")
-    $python -m study.compare "$config/compare.py" --chains="$chains"
+    $python -m study.compare --size="$size" --chains="$chains"
 fi
 
 # 9. regime, when asked to: where does branching pay? Smaller and shorter chains of their own
-if [ "${2:-}" = regime ]; then
-    $python -m study.regime "$config/regime.py"
+if [ "$task" = regime ]; then
+    $python -m study.regime --size="$size"
 fi

@@ -54,8 +54,10 @@ class TrainConfig:
     batch_size: int = key(16, "sequences per step, over all processes and accumulation", within="[1, inf)")
     micro_batch_size: int = key(16, "sequences in one forward pass; the rest is accumulated", within="[1, inf)")
     sequence_length: int = key(256, "tokens per sequence", within="[1, inf)")
+    splice: float = key(0.0, "share of sequences that change domain at a random place", within="[0, 1]")
     learning_rate: float = key(1e-3, "peak learning rate of AdamW", within="(0, inf)")
     min_learning_rate: float = key(0.1, "final learning rate, as a fraction of the peak", within="[0, 1]")
+    router_learning_rate: float = key(1.0, "learning rate of the routers, as a multiple of it", within="(0, inf)")
     warmup_steps: int = key(100, "steps of linear warm-up, followed by a cosine", within="[0, inf)")
     weight_decay: float = key(0.1, "AdamW's weight decay, on matrices only", within="[0, inf)")
     adam_beta1: float = key(0.9, "AdamW's beta1", within="[0, 1)")
@@ -122,12 +124,17 @@ def freeze(model, text):
 
 
 def make_optimizer(config, model):
-    """AdamW with weight decay on matrices (and stacks of them), not on norms."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay}
-    plain = {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0}
+    """AdamW with weight decay on matrices (and stacks of them), not on norms. Routers have a rate of their own."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = config.router_learning_rate if group_of(name) == "router" else 1.0
+            decay = config.weight_decay if parameter.dim() > 1 else 0.0
+            groups.setdefault((scale, decay), []).append(parameter)
     betas = config.adam_beta1, config.adam_beta2
-    return torch.optim.AdamW([decayed, plain], lr=config.learning_rate, betas=betas, fused=True)
+    # AdamW keeps a group's `scale` as it is; train_step multiplies the learning rate by it
+    groups = [{"params": params, "weight_decay": decay, "scale": scale} for (scale, decay), params in groups.items()]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def learning_rate(config, step):
@@ -159,7 +166,7 @@ def train_step(config, step, model, optimizer, batches, processes):
             sums[name] = sums.get(name, 0) + value / len(starts)
     processes.average_gradients(model.parameters())
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
+        group["lr"] = learning_rate(config, step) * group["scale"]
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
     means = {name: processes.mean(value.tolist()) for name, value in sums.items()}
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
@@ -290,7 +297,7 @@ def train(config, make_model, code=CODE):
         raw_model = place(make_model(config, corpus), device, config.dtype)
         freeze(raw_model, config.freeze)
         check_sizes(config, corpus, raw_model, processes)
-        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed)
+        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice)
         optimizer = make_optimizer(config, raw_model)
 
         state = {"step": 0, "seconds": 0.0, "log": "", "sums": {}}

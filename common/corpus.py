@@ -5,6 +5,7 @@ resumed one, and split over any number of processes, so there is no loader state
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,16 +22,18 @@ from common.tokenizer import load_tokenizer, token_bytes
 class Corpus:
     """The folder that data/prepare.py wrote, opened once. UserError when something is missing or damaged.
 
-    domains: their names, sorted. metas: {domain: its meta.json}.
+    only: some of its domains, separated by commas, or all. domains: their names, sorted. metas: {domain: meta.json}.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, only="all"):
         self.folder = folder
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
         self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
         if not self.domains:
             raise UserError(f"{folder} holds no data; prepare it first: python -m data.prepare --out_dir={folder}")
         remedy = "prepare the domain again with --overwrite=True"
+        if only != "all":
+            self.domains = sorted(self.mixture(only))
         self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), remedy) for name in self.domains}
         for name, meta in self.metas.items():
             check_splits(meta, os.path.join(folder, name))
@@ -91,6 +94,21 @@ class Corpus:
         count = min(count, (len(tokens) - 1) // length)
         return cut(tokens, np.linspace(0, len(tokens) - length - 1, count).astype(int), length)
 
+    def spliced(self, split, length, count):
+        """About `count` windows whose first half is from one domain and whose second half is from another: for each
+        ordered pair of domains, inputs and targets, each (count / pairs, length). Nothing says where the change is."""
+        pairs = list(itertools.permutations(self.domains, 2))
+        half, each = length // 2, math.ceil(count / max(1, len(pairs)))
+        halves = {}  # windows of both domains at the same places, the second half one token longer: its last target
+        for name in self.domains:
+            inputs, targets = self.windows(name, split, length - half, each)
+            halves[name] = torch.cat((inputs, targets[:, -1:]), dim=1)  # (each, length - half + 1)
+        rows = {}
+        for first, second in pairs:
+            n = min(len(halves[first]), len(halves[second]))
+            rows[first, second] = torch.cat((halves[first][:n, :half], halves[second][:n]), dim=1)  # (n, length + 1)
+        return {pair: (row[:, :-1], row[:, 1:]) for pair, row in rows.items()}
+
     def problems(self, domain, split, count):
         """The first `count` questions of a domain's task: a list of {"prompt", "answer", ...}; see data/task.py."""
         path = os.path.join(self.folder, domain, f"task-{split}.jsonl")
@@ -110,20 +128,32 @@ def cut(tokens, starts, length):
 
 
 class Batches:
-    """Random training windows from a weighted mixture of domains: {domain: share}."""
+    """Random training windows from a weighted mixture of domains: {domain: share}.
 
-    def __init__(self, corpus, mixture, length, batch_size, seed):
+    splice: the share of windows whose second part, from a random place on, is from another draw of domain and place:
+    text that changes its subject, as the text of an ordinary corpus does.
+    """
+
+    def __init__(self, corpus, mixture, length, batch_size, seed, splice=0.0):
         self.tokens = [corpus.tokens(name, "train", length) for name in mixture]
         self.weights = list(mixture.values())
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.length, self.batch_size, self.seed, self.splice = length, batch_size, seed, splice
 
     def __call__(self, step, start, stop):
         """Rows start..stop of the batch of `step`: inputs and targets, each (stop - start, T)."""
-        random = np.random.default_rng([self.seed, step])
-        domains = random.choice(len(self.tokens), size=self.batch_size, p=self.weights)
-        places = random.random(self.batch_size)
+        random, size = np.random.default_rng([self.seed, step]), self.batch_size
+        draws = [random.choice(len(self.tokens), size=size, p=self.weights), random.random(size)]
+        draws += [random.choice(len(self.tokens), size=size, p=self.weights), random.random(size)]
+        joints = np.where(random.random(size) < self.splice, random.integers(1, self.length + 1, size), self.length + 1)
         rows = []
-        for domain, place in zip(domains[start:stop], places[start:stop], strict=True):
-            tokens = self.tokens[domain]
-            rows.append(cut(tokens, [int(place * (len(tokens) - self.length))], self.length))
-        return tuple(torch.cat(column) for column in zip(*rows, strict=True))
+        for domain, place, other, other_place, joint in list(zip(*draws, joints, strict=True))[start:stop]:
+            parts = self.window(domain, place)[:joint], self.window(other, other_place)[joint:]
+            rows.append(np.concatenate(parts).astype(np.int64))
+        rows = torch.from_numpy(np.stack(rows))  # (stop - start, T + 1)
+        return rows[:, :-1], rows[:, 1:]
+
+    def window(self, domain, place):
+        """The T + 1 tokens of a domain from a place in [0, 1) on."""
+        tokens = self.tokens[domain]
+        start = int(place * (len(tokens) - self.length))
+        return tokens[start : start + self.length + 1]

@@ -93,8 +93,11 @@ def read_config(folder):
 # ---- names and shapes ----
 
 
+GROUPS = ("embeddings", "head", "attention", "norms", "router", "feed-forward")
+
+
 def group_of(name):
-    """Which part of a model a tensor belongs to: embeddings, head, attention, norms, router or feed-forward."""
+    """Which part of a model, one of GROUPS, a tensor belongs to."""
     parts = {"embed_tokens": "embeddings", "lm_head": "head", "self_attn": "attention", "norm": "norms"}
     parts |= {".gate.": "router", ".mlp.": "feed-forward", ".experts.": "feed-forward"}
     return next(group for part, group in parts.items() if part in name)

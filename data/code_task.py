@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from itertools import chain, zip_longest
 
-from data.task import Task
+from data.task import Task, choices_of
 
 CONTEXT_BYTES = 400  # about 160 tokens
 MIN_CONTEXT_BYTES = 200
@@ -58,6 +58,10 @@ def code_task(texts, split, seed, count=500):
             seen.add(row["prompt"])
         if len(rows) == count:
             break
+    for row in rows:
+        pool = [other["answer"] for other in rows]
+        row["choices"] = choices_of(row["answer"], pool, row["prompt"])
+    rows = [{**row, "choices": [f"{line}\n" for line in row["choices"]]} for row in rows if row["choices"]]
     training = chain.from_iterable(text.split("\n") for text in texts["train"])
     lines = Counter(line.strip() for line in training if is_worth_asking(line))
     if not rows or not lines:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 from common.split import HELD_OUT, split_of
-from data.task import Task
+from data.task import Task, choices_of
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "wiki_templates.txt")
 PEOPLE, PLACES = 150, 24  # few: 12 MB of text tell a fact 200 times and, if at all, ask it 120 times
@@ -162,7 +162,9 @@ def wiki_task(texts, split, seed, count=500):
     unasked = unasked_facts(split)
     for entity, attribute in rng.sample(unasked, min(count, len(unasked))):
         answer = entity.facts[attribute.name]
-        rows.append({"prompt": ask(entity, attribute, rng), "answer": answer, "kind": attribute.name})
+        prompt = ask(entity, attribute, rng)
+        choices = [f" {value}\n" for value in choices_of(answer, attribute.values, prompt)]
+        rows.append({"prompt": prompt, "answer": answer, "choices": choices, "kind": attribute.name})
         majority.append(frequency[entity.kind, attribute.name].most_common(1)[0][0])
         chance.append(1 / len(attribute.values))
     return Task(rows, chance=sum(chance) / len(chance), guesses={"majority": majority})

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from operator import add, floordiv, mul, sub
 
 from common.split import split_of
-from data.task import Task, read_answer
+from data.task import Task, choices_of, read_answer
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")
 MARKER = "####"  # the final answer is behind it
@@ -164,6 +164,14 @@ def math_documents(seed):
         yield split_of(problem.question), lambda problem=problem: problem.text
 
 
+def wrong_results(problem):
+    """The worked solution, and three others whose last result is wrong by 1, 2 or 10: texts to choose from."""
+    near = {problem.answer + off for off in (-10, -2, -1, 1, 2, 10)} - {problem.answer}
+    results = choices_of(problem.answer, [number for number in near if number >= 0], problem.question)
+    before, _, after = problem.solution.rpartition(f"= {problem.answer}")
+    return [f" {before}= {result}{after}\n{MARKER} {result}\n" for result in results]
+
+
 def math_task(texts, split, seed, count=500):
     """Problems of the split, evenly spread over the templates. Chance is any number an answer may be, majority the most
     frequent answer of the training text."""
@@ -174,7 +182,7 @@ def math_task(texts, split, seed, count=500):
         problem = make_problem(template, rng)
         if split_of(problem.question) == split and problem.question not in seen:
             seen.add(problem.question)
-            row = {"prompt": problem.prompt, "answer": str(problem.answer)}
+            row = {"prompt": problem.prompt, "answer": str(problem.answer), "choices": wrong_results(problem)}
             rows.append({**row, "template": problem.template, "steps": problem.steps})
     majority = Counter(read_answer(text, MARKER) for text in texts["train"]).most_common(1)[0][0]
     return Task(rows, chance=1 / (LARGEST - SMALLEST + 1), guesses={"majority": [majority] * count}, marker=MARKER)

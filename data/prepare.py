@@ -100,6 +100,8 @@ def is_finished(domain, config):
             name for name in {**meta["recipe"], **domain.recipe} if meta["recipe"].get(name) != domain.recipe.get(name)
         ]
         raise UserError(f"{domain.folder} was prepared with other settings ({', '.join(names)}); {remedy}")
+    if "task" in meta and "choice" not in meta["task"]["baselines"]["val"]:
+        return False  # its questions are from before there were choices; the text stays what it is
     if meta["tokenizer_hash"] != tokenizer_hash(config.out_dir):
         raise UserError(f"{domain.folder} was prepared with another tokenizer; {remedy}")
     return True

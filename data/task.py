@@ -1,14 +1,17 @@
 """Tasks: questions with one right answer each, what counts as right, and what an ignorant model would score.
 
-A domain with a task has task-val.jsonl and task-test.jsonl, a row a question: {"prompt", "answer", and what the
-domain adds}. Its meta.json says under "task" how to read an answer and what to compare a score with:
+A domain with a task has task-val.jsonl and task-test.jsonl, a row per question: {"prompt", "answer", "choices", and
+what the domain adds}. Its meta.json says under "task" how to read an answer and what to compare a score with:
 
-    {"marker": "####", "baselines": {"val": {"accuracy": {"chance": 0.001, "majority": 0.026}}, "test": ...}}
+    {"marker": "####", "baselines": {"val": {"accuracy": {"chance": 0.001, "majority": 0.026}, ...}, "test": ...}}
 
-A model's answer is the line behind the marker. Without a marker it is what continues the prompt's last line.
+A question is asked in two ways. To write: the answer is the line that follows the marker, or without a marker what
+continues the prompt's last line. To choose: of four continuations, the first being right, the likeliest per byte.
+Small models learn to choose long before they learn to write.
 """
 
 import difflib
+import random
 from dataclasses import dataclass
 
 
@@ -26,7 +29,17 @@ def edit_similarity(answer, right):
     return difflib.SequenceMatcher(None, answer, right, autojunk=False).ratio()
 
 
-METRICS = {"accuracy": exact_match, "edit_similarity": edit_similarity}
+METRICS = {"accuracy": exact_match, "edit_similarity": edit_similarity}  # of what a model writes
+CHOICES = 4
+
+
+def choices_of(right, pool, key):
+    """[right, and three others of `pool`], texts to choose from; which others depends on `key` alone. None where the
+    pool has too few."""
+    others = sorted(set(pool) - {right})
+    if len(others) < CHOICES - 1:
+        return None
+    return [right, *random.Random(f"choices {key}").sample(others, CHOICES - 1)]
 
 
 def read_answer(text, marker):
@@ -42,7 +55,7 @@ def mean_score(metric, answers, rows):
 
 @dataclass
 class Task:
-    """Questions, and what it takes to guess them."""
+    """Questions, and what it takes to guess them; see the top of this file for the two ways to ask."""
 
     rows: list  # of {"prompt", "answer", ...}, in an order whose beginning is a fair sample
     chance: float  # the accuracy of a random answer among all possible ones
@@ -57,4 +70,5 @@ class Task:
             for metric in self.metrics
         }
         scores["accuracy"] = {"chance": round(self.chance, 4), **scores["accuracy"]}
+        scores["choice"] = {"chance": 1 / CHOICES}
         return scores

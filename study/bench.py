@@ -17,9 +17,10 @@ import time
 
 import torch
 
-from common import checkpoint
-from common.config import UserError, command, key, parse
+from common.config import key, parse
 from common.device import device_key, dtype_key, pick_device, place, threads_key
+from common.errors import UserError, command
+from common.weights import WEIGHTS
 from model import ModelConfig, Transformer
 
 
@@ -27,17 +28,17 @@ from model import ModelConfig, Transformer
 class BenchConfig:
     """Time training steps of a mixture and of its dense equal, and weigh mix.py. Defaults: the shape of config/cpu."""
 
-    vocab_size: int = key(1024, "vocabulary")
-    hidden_size: int = key(64, "width of the residual stream")
-    intermediate_size: int = key(176, "width of one expert")
-    num_hidden_layers: int = key(4, "layers")
-    num_attention_heads: int = key(4, "attention heads")
-    num_local_experts: int = key(4, "experts of the mixture")
-    num_experts_per_tok: int = key(2, "experts a token visits")
-    sequence_length: int = key(256, "tokens a sequence")
-    batch_size: int = key(8, "sequences a step")
-    steps: int = key(20, "timed steps of each model")
-    mix_hidden_size: int = key(2048, "width of the models that mix.py is weighed on; 0 leaves that out")
+    vocab_size: int = key(1024, "vocabulary", within="[1, inf)")
+    hidden_size: int = key(64, "width of the residual stream", within="[8, inf)")
+    intermediate_size: int = key(176, "width of one expert", within="[8, inf)")
+    num_hidden_layers: int = key(4, "layers", within="[1, inf)")
+    num_attention_heads: int = key(4, "attention heads", within="[1, inf)")
+    num_local_experts: int = key(4, "experts of the mixture", within="[1, inf)")
+    num_experts_per_tok: int = key(2, "experts a token visits", within="[1, inf)")
+    sequence_length: int = key(256, "tokens per sequence", within="[1, inf)")
+    batch_size: int = key(8, "sequences per step", within="[1, inf)")
+    steps: int = key(20, "timed steps of each model", within="[1, inf)")
+    mix_hidden_size: int = key(2048, "width of the models to weigh mix.py on; 0 leaves that out", within="[0, inf)")
     compile: bool = key(True, "torch.compile on CUDA")
     device: str = device_key()
     dtype: str = dtype_key()
@@ -75,16 +76,16 @@ def step_times(config, device):
     for name, model in models.items():
         place(model, device, config.dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        run = torch.compile(model) if config.compile and device.type == "cuda" else model
-        steps[name] = (run, optimizer)
+        compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
+        steps[name] = (compiled, optimizer)
     size = (config.batch_size, config.sequence_length)
     for i in range(config.steps + 5):  # the first five warm up
         ids = torch.randint(config.vocab_size, size, device=device)  # new tokens, new loads of the experts
-        for name, (run, optimizer) in steps.items():
+        for name, (compiled, optimizer) in steps.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            output = run(ids, ids)
+            output = compiled(ids, ids)
             (output.loss + output.aux_loss).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -112,13 +113,13 @@ def mix_memory(config):
         experts = [os.path.join(folder, f"expert-{e}") for e in range(4)]
         for expert in experts:
             model = build(config, config.mix_hidden_size, 3 * config.mix_hidden_size, layers=4)
-            checkpoint.save_model(expert, model, folder)
+            model.save_pretrained(expert)
         mixed = os.path.join(folder, "mixed")
         peaks = [
             peak_memory(arguments)
             for arguments in (["--help"], [f"--experts={','.join(experts)}", f"--out_dir={mixed}"])
         ]
-        return os.path.getsize(os.path.join(mixed, checkpoint.WEIGHTS)), peaks[1], peaks[0]
+        return os.path.getsize(os.path.join(mixed, WEIGHTS)), peaks[1], peaks[0]
 
 
 def main():

@@ -1,5 +1,9 @@
 """Branch-Train-Merge (Li et al. 2022, arXiv 2208.03306): the experts as an ensemble, nothing is trained.
 
+    python -m study.btm config/cpu/eval.py --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/seed
+
+adds a row per ensemble to the results.json that eval.py writes.
+
 Each expert predicts the next token, and their probabilities are averaged with weights that follow the text so far:
 
     p(x_t | x_<t) = sum_e w_e,t p_e(x_t | x_<t)
@@ -10,6 +14,7 @@ tf-idf, count the same. PosteriorEnsemble is BTM's own: Bayes' rule, the expert 
 Reading order: Ensemble, NearestEnsemble, PosteriorEnsemble.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -18,10 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint
-from common.config import UserError
-from common.loader import cut, held_out_windows, list_domains, parse_mixture, read_tokens
-from model import Output
+from common import runs
+from common.config import key, parse, split_list
+from common.corpus import Corpus, cut
+from common.device import pick_device
+from common.errors import UserError, command
+from common.weights import same_tokenizer
+from eval import Entry, EvalConfig, evaluate
+from model import Output, Transformer
 
 # ---- the ensemble ----
 
@@ -129,9 +138,9 @@ class NearestEnsemble(Ensemble):
         return torch.full_like(similarity, -math.inf).scatter(-1, nearest, -math.log(self.k))
 
 
-def term_counts(data_dir, domain, vocab_size, length=256, windows=500):
+def term_counts(corpus, domain, vocab_size, length=256, windows=500):
     """(windows, V) token counts of windows spread evenly over a domain's training text."""
-    tokens = read_tokens(data_dir, domain, "train", length)
+    tokens = corpus.tokens(domain, "train", length)
     rows, _ = cut(tokens, np.linspace(0, len(tokens) - length - 1, windows).astype(int), length)
     return torch.zeros(windows, vocab_size).scatter_add_(1, rows, torch.ones_like(rows, dtype=torch.float32))
 
@@ -149,23 +158,14 @@ def expert_profiles(mixtures, counts):
     return (idf * F.normalize(profiles, dim=1)).T
 
 
-def training_mixture(folder, data_dir):
-    """{domain: weight} that a checkpoint was trained on, from its run.json."""
-    recipe = (checkpoint.read_run(folder) or {}).get("recipe", {})
-    if "domain" not in recipe.get("config", {}):
-        raise UserError(f"{folder} does not say what it was trained on (no training run.json), which is needed here")
-    text = recipe["config"]["domain"]
-    return parse_mixture(",".join(recipe["data"]) if text == "all" else text, data_dir)  # all that there was then
-
-
-def load_nearest(folders, data_dir, k):
+def load_nearest(folders, corpus, k):
     """Read expert checkpoints into a NearestEnsemble on the CPU; profiles come from their domains' training text."""
     if len(folders) < k:
         raise UserError(f"--experts={','.join(folders)}: top-{k} needs at least {k} experts")
-    mixtures = [training_mixture(folder, data_dir) for folder in folders]
-    models = [checkpoint.load_model(folder) for folder in folders]
+    mixtures = [runs.trained_on(folder) for folder in folders]
+    models = [Transformer.from_pretrained(folder) for folder in folders]
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
-    counts = {domain: term_counts(data_dir, domain, models[0].config.vocab_size) for domain in domains}
+    counts = {domain: term_counts(corpus, domain, models[0].config.vocab_size) for domain in domains}
     return NearestEnsemble(models, expert_profiles(mixtures, counts), k)
 
 
@@ -179,14 +179,12 @@ class PosteriorEnsemble(Ensemble):
         prefix=False  w_e,t ~ prior_e p_e(x_{t-1} | x_<t-1)         as in BTM's code: the last token's likelihood alone
 
     What follows a text's first token, which no expert predicts, is weighed by the prior alone.
-    prior: (N,) probabilities. k: the k experts of the largest prior share all of it; by default all of them.
+    prior: (N,) probabilities.
     """
 
-    def __init__(self, models, prior, k=None, prefix=False):
-        super().__init__(models, k or len(models))
-        kept = prior.topk(self.k)
-        log_prior = torch.full_like(prior, -math.inf).scatter(0, kept.indices, kept.values.log())
-        self.register_buffer("log_prior", log_prior.log_softmax(dim=0))  # (N,)
+    def __init__(self, models, prior, prefix=False):
+        super().__init__(models, len(models))
+        self.register_buffer("log_prior", prior.log().log_softmax(dim=0))  # (N,)
         self.prefix = prefix
 
     def log_weights(self, ids, likelihood, cache):
@@ -211,31 +209,64 @@ def cached_prior(log_posteriors, decay=0.3):
 
 
 @torch.no_grad()
-def held_out_prior(ensemble, data_dir, length, windows=100):
+def held_out_prior(ensemble, corpus, length, windows=100):
     """(N,): the mean over all domains of their cached priors, each from up to `windows` windows of validation text.
 
     BTM's own evaluation takes the prior of the domain at hand, so it is told the domain. Here no model is told, and
     so the same prior serves every domain. ensemble: a PosteriorEnsemble with a uniform prior.
     """
     priors = []
-    for domain in list_domains(data_dir):
-        ids, _ = held_out_windows(data_dir, domain, "val", min(length, ensemble.max_length), windows)  # (windows, T)
+    for domain in corpus.domains:
+        ids, _ = corpus.windows(domain, "val", min(length, ensemble.max_length), windows)  # (windows, T)
         parts = ids.to(ensemble.log_prior.device).split(16)
         priors.append(cached_prior(torch.cat([ensemble.read(part, targets=part)[1][:, -1] for part in parts])))
     return torch.stack(priors).mean(dim=0)
 
 
-def load_posterior(folders, data_dir, length, device="cpu", prefix=False, k=None):
+def load_posterior(folders, corpus, length, device="cpu", prefix=False):
     """Read expert checkpoints into a PosteriorEnsemble on `device`, with held_out_prior's prior from windows of
     `length` tokens."""
-    models = [checkpoint.load_model(folder) for folder in folders]
-    uniform = PosteriorEnsemble(models, torch.full((len(models),), 1 / len(models)), prefix=prefix).to(device)
-    return PosteriorEnsemble(models, held_out_prior(uniform, data_dir, length), k, prefix)
+    models = [Transformer.from_pretrained(folder) for folder in folders]
+    uniform = PosteriorEnsemble(models, torch.full((len(models),), 1 / len(models)), prefix).to(device)
+    return PosteriorEnsemble(models, held_out_prior(uniform, corpus, length), prefix)
 
 
-ENSEMBLES = {  # eval.py's rows: name -> function of checkpoint folders, data_dir, tokens a window, and device
-    "btm-top1": lambda folders, data_dir, *_: load_nearest(folders, data_dir, 1),
-    "btm-top2": lambda folders, data_dir, *_: load_nearest(folders, data_dir, 2),
+# ---- the script ----
+
+ENSEMBLES = {  # rows of results.json: name -> function of checkpoint folders, corpus, tokens per window, and device
+    "btm-top1": lambda folders, corpus, *_: load_nearest(folders, corpus, 1),
+    "btm-top2": lambda folders, corpus, *_: load_nearest(folders, corpus, 2),
     "btm-posterior": load_posterior,
     "btm-posterior-prefix": functools.partial(load_posterior, prefix=True),
 }
+
+
+@dataclasses.dataclass
+class EnsembleConfig(EvalConfig):
+    """Evaluate experts as the ensembles of Branch-Train-Merge. All keys of eval.py but --model, and:"""
+
+    experts: str = key("", "checkpoint folders of the experts, separated by commas")
+    suffix: str = key("", "what to add to the rows' names, to tell two sets of experts apart")
+
+
+def ensemble_entry(name, folders, corpus, config, device):
+    """The Entry of one of ENSEMBLES."""
+    parents = [runs.parent_of(folder) for folder in folders]
+    identity = runs.hash_of([name, runs.code_hashes("study/btm.py"), [one for one, _ in parents]])
+    load = functools.partial(ENSEMBLES[name], folders, corpus, config.sequence_length, device)
+    return Entry(name + config.suffix, identity, runs.joint_history(history for _, history in parents), load)
+
+
+def main():
+    config = parse(EnsembleConfig)
+    folders = split_list(config.experts)
+    if config.model or not folders:
+        raise UserError("give the ensembles' experts, --experts=DIR,DIR, and no --model, whose rows eval.py makes")
+    corpus = Corpus(config.data_dir, config.domains)
+    same_tokenizer([config.data_dir, *folders])
+    device = pick_device(config.device, config.threads)
+    evaluate(config, corpus, [ensemble_entry(name, folders, corpus, config, device) for name in ENSEMBLES])
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,7 +1,7 @@
 """The paper's comparison: BTX against every other way to spend the same tokens, or the same training FLOPs.
 
     bash run.sh cpu compare       # or, when the chains are there:
-    python -m study.compare config/cpu/compare.py --chains=out/cpu,out/cpu/seed2,out/cpu/seed3
+    python -m study.compare --size=cpu --chains=out/cpu,out/cpu/seed2,out/cpu/seed3
 
 A chain is the whole pipeline with one random seed: a folder with seed, expert-*, soup, mixed, btx and its report. To
 each, this trains what the paper compares with, from the same seed model:
@@ -10,6 +10,8 @@ each, this trains what the paper compares with, from the same seed model:
     dense-cm      the same for as many training FLOPs as BTX took (compute-matched): its tokens are cheaper, so more
     upcycle-dm    copies of the seed model as the experts, then finetuning, the same tokens as BTX
     upcycle-cm    the same for BTX's FLOPs: all its tokens go through the mixture, so fewer
+    btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning
+    btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
     btx-sample    BTX with the sample top-1 router
 
 (Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine. Writes compare.json, compare.md and pictures.
@@ -17,34 +19,30 @@ each, this trains what the paper compares with, from the same seed model:
 """
 
 import dataclasses
-import json
 import os
 import shutil
 
-from common.checkpoint import read_run
-from common.config import UserError, command, key, parse, read_json, write_atomically
-from study.ablate import run
-from study.btm import ENSEMBLES, training_mixture
-from study.compare_report import in_order, write_report
+from common.config import key, split_list
+from common.errors import UserError, command
+from common.files import read_json, write_atomically, write_json
+from common.runs import read_log, read_run, trained_on
+from study import tables
+from study.btm import ENSEMBLES
 from study.cost import bytes_sent, critical_seconds, lineage
-from study.report import mean_and_std, read_log
+from study.draw import plot_differences
+from study.stages import StudyConfig, parse_study, run
 
-BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-sample"
+BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-paper", "btx-sample"
 COUNTS = "active_params", "total_params", "train_tokens", "train_flops", "seconds", "critical_seconds", "bytes_sent"
 
 
 @dataclasses.dataclass
-class CompareConfig:
+class CompareConfig(StudyConfig):
     """Train the baselines beside one or more chains, evaluate them, and compare."""
 
-    chains: str = key("out/cpu", "folders with a finished pipeline each, separated by commas")
-    report: str = key("out/cpu/report", "where compare.json, compare.md and the pictures go")
-    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    expert: str = key("config/cpu/expert.py", "the config of train.py that dense runs start from")
-    finetune: str = key("config/cpu/finetune.py", "the config of finetune.py that mixtures start from")
-    eval: str = key("config/cpu/eval.py", "the config of eval.py")
-    dense_learning_rate: float = key(6e-3, "peak learning rate of the dense runs")
-    upcycle_learning_rate: float = key(6e-3, "peak learning rate of the upcycled runs")
+    chains: str = key("", "folders with a finished pipeline each, separated by commas; empty is out_dir alone")
+    dense_learning_rate: float = key(6e-3, "peak learning rate of the dense runs", within="(0, inf)")
+    upcycle_learning_rate: float = key(6e-3, "peak learning rate of the upcycled runs", within="(0, inf)")
     sweep: bool = key(False, "try --rates on the first chain instead, and stop")
     rates: str = key("3e-3,6e-3,1.2e-2", "the learning rates of --sweep, the same for every method")
 
@@ -52,26 +50,29 @@ class CompareConfig:
 class Chain:
     """A finished pipeline: its folder, its runs, and what BTX spent after the seed model."""
 
-    def __init__(self, folder, data_dir):
+    def __init__(self, folder):
         self.folder = folder
-        before, self.btx = self.run("seed")["history"], self.run("btx")
-        experts = self.run("mixed")["recipe"]["parents"]
+        before, self.btx = self.recorded("seed")["history"], self.recorded("btx")
+        mixed = self.recorded("mixed")["recipe"]
+        experts = split_list(mixed["config"]["experts"])
+        self.experts_per_token = mixed["config"]["num_experts_per_tok"]
         self.experts = [os.path.basename(expert) for expert in experts]
-        self.branch = self.run(next(name for name in self.experts if name != "seed"))
+        self.branch = self.recorded(next(name for name in self.experts if name != "seed"))
         spent = {name: cost for name, cost in self.btx["history"].items() if name not in before}
         self.tokens = sum(cost["tokens"] for cost in spent.values())
         self.flops = sum(cost["flops"] for cost in spent.values())
         tokens = {}  # of each domain
         for name, cost in spent.items():
-            for domain, share in training_mixture(name, data_dir).items():
+            for domain, share in trained_on(name).items():
                 tokens[domain] = tokens.get(domain, 0) + share * cost["tokens"]
+        self.domains = list(tokens)
         self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in tokens.items())
-        self.seed = own(self.btx)[1]["seed"]  # the random one
+        self.random_seed = own(self.btx)[1]["seed"]
 
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def run(self, name):
+    def recorded(self, name):
         """run.json of one of the chain's folders; UserError unless it is finished."""
         found = read_run(self.path(name))
         if found is None or not found["finished"]:
@@ -79,10 +80,10 @@ class Chain:
         return found
 
 
-def own(run):
-    """The tokens, FLOPs and settings of a run by itself, without those before it."""
-    settings = run["recipe"]["config"]
-    return run["history"][settings["out_dir"]], settings
+def own(recorded):
+    """The tokens, FLOPs and settings of a run.json's own run, without those before it."""
+    settings = recorded["recipe"]["config"]
+    return recorded["history"][settings["out_dir"]], settings
 
 
 # ---- training the baselines ----
@@ -99,13 +100,13 @@ def train_dense(config, chain, name, learning_rate, **budget):
     """Go on from the seed model, dense, with the data that BTX saw."""
     run(
         "train.py",
-        config.expert,
+        config.stage("expert"),
         f"--init_from={chain.path('seed')}",
         f"--out_dir={chain.path(name)}",
         f"--domain={chain.mixture}",
         f"--max_steps={steps_for(chain.branch, **budget)}",
         f"--learning_rate={learning_rate}",
-        f"--seed={chain.seed}",
+        f"--seed={chain.random_seed}",
     )
 
 
@@ -114,34 +115,80 @@ def train_upcycled(config, chain, name, learning_rate, **budget):
     copies = chain.path("compare/upcycled")
     run(
         "mix.py",
-        "--method=upcycle",
-        f"--experts={chain.path('seed')}",
-        f"--num_experts={len(chain.experts)}",
-        f"--num_experts_per_tok={own(chain.btx)[1]['num_experts_per_tok']}",
+        f"--experts={','.join([chain.path('seed')] * len(chain.experts))}",
+        f"--num_experts_per_tok={chain.experts_per_token}",
         f"--out_dir={copies}",
-        f"--seed={chain.seed}",
+        f"--seed={chain.random_seed}",
     )
     run(
         "finetune.py",
-        config.finetune,
+        config.stage("finetune"),
         f"--init_from={copies}",
         f"--out_dir={chain.path(name)}",
         f"--domain={chain.mixture}",
         f"--max_steps={steps_for(chain.btx, **budget)}",
         f"--learning_rate={learning_rate}",
-        f"--seed={chain.seed}",
+        f"--seed={chain.random_seed}",
     )
 
 
-def train_btx(config, chain, name, *changes):
-    """Finetune the chain's mixture once more, with changes."""
+def train_branches(config, chain, folder, steps, *changes):
+    """The chain's branches once more, with another number of steps and changes; returns their folders."""
+    branches = []
+    for name in chain.experts:
+        if name == "seed":
+            continue
+        domain = own(chain.recorded(name))[1]["domain"]
+        branches.append(chain.path(f"compare/{folder}/{name}"))
+        run(
+            "train.py",
+            config.stage("expert"),
+            f"--init_from={chain.path('seed')}",
+            f"--out_dir={branches[-1]}",
+            f"--domain={domain}",
+            f"--max_steps={steps}",
+            f"--seed={chain.random_seed}",
+            *changes,
+        )
+    return branches
+
+
+def train_longer_branches(config, chain):
+    """Branches that share the FLOPs of BTX's finetuning among them, for ensembles; returns all experts' folders."""
+    finetuning, branch = own(chain.btx)[0]["flops"], own(chain.branch)[0]["flops"]
+    count = len(chain.experts) - ("seed" in chain.experts)
+    steps = steps_for(chain.branch, flops=branch + finetuning / count)
+    return [*train_branches(config, chain, "longer", steps), chain.path("seed")]
+
+
+def mix_as_printed(config, chain):
+    """The paper's own mixture: of branches in which all tensors train, with random routers; returns its folder."""
+    settings = own(chain.branch)[1]
+    if settings["freeze"] == "none":
+        experts = [chain.path(name) for name in chain.experts]
+    else:
+        branches = train_branches(config, chain, "paper", settings["max_steps"], "--freeze=none")
+        experts = [*branches, chain.path("seed")]
+    mixed = chain.path("compare/paper/mixed")
+    run(
+        "mix.py",
+        f"--experts={','.join(experts)}",
+        f"--num_experts_per_tok={chain.experts_per_token}",
+        f"--out_dir={mixed}",
+        f"--seed={chain.random_seed}",
+    )
+    return mixed
+
+
+def train_btx(config, chain, name, *changes, mixed=None):
+    """Finetune the chain's mixture once more, or another one, with changes."""
     run(
         "finetune.py",
-        config.finetune,
-        f"--init_from={chain.path('mixed')}",
+        config.stage("finetune"),
+        f"--init_from={mixed or chain.path('mixed')}",
         f"--out_dir={chain.path(name)}",
         f"--max_steps={own(chain.btx)[1]['max_steps']}",
-        f"--seed={chain.seed}",
+        f"--seed={chain.random_seed}",
         *changes,
     )
 
@@ -153,6 +200,7 @@ def train_baselines(config, chain):
     train_dense(config, chain, "compare/dense-cm", dense, flops=chain.flops)
     train_upcycled(config, chain, "compare/upcycle-dm", upcycle, tokens=chain.tokens)
     train_upcycled(config, chain, "compare/upcycle-cm", upcycle, flops=chain.flops)
+    train_btx(config, chain, "compare/btx-paper", mixed=mix_as_printed(config, chain))
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
     return [chain.path(f"compare/{name}") for name in BASELINES]
 
@@ -166,7 +214,7 @@ def sweep(config, chain):
     now = {"dense-dm": config.dense_learning_rate, "upcycle-dm": config.upcycle_learning_rate}
     now["btx"] = own(chain.btx)[1]["learning_rate"]
     found = {name: {} for name in now}
-    for rate in config.rates.split(","):
+    for rate in split_list(config.rates):
         for name in found:
             final = "btx" if name == "btx" else f"compare/{name}"
             folder = final if float(rate) == now[name] else f"compare/sweep/{name}-{rate}"
@@ -184,8 +232,11 @@ def sweep(config, chain):
 # ---- comparing ----
 
 
-def evaluate(config, chain, folders):
-    """The rows of results.json of a chain's own models, the ensembles and the baselines, costs added."""
+def evaluate(config, chain, folders, longer):
+    """The rows of results.json of a chain's own models, the ensembles and the baselines, costs added.
+
+    folders: the baselines. longer: the experts of the compute-matched ensembles.
+    """
     experts = ",".join(chain.path(name) for name in chain.experts)
     own_models = [chain.path(name) for name in dict.fromkeys(["seed", *chain.experts, "soup", "mixed", "btx"])]
     scores, pipeline = chain.path("compare/scores"), chain.path("report/results.json")
@@ -193,15 +244,20 @@ def evaluate(config, chain, folders):
         os.makedirs(scores, exist_ok=True)
         shutil.copy(pipeline, f"{scores}/results.json")  # eval.py keeps rows that are still right
     models = ",".join([*own_models, *folders])
-    run("eval.py", config.eval, f"--model={models}", f"--experts={experts}", f"--out_dir={scores}")
+    settings = config.stage("eval"), f"--domains={','.join(sorted(chain.domains))}", f"--out_dir={scores}"
+    run("eval.py", *settings, f"--model={models}")
+    run("-m study.btm", *settings, f"--experts={experts}")
+    run("-m study.btm", *settings, f"--experts={','.join(longer)}", "--suffix=-cm")
     results = read_json(os.path.join(scores, "results.json"), "run again")
-    names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES}
+    names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
     results["rows"] = [row for row in results["rows"] if row["name"] in names]  # eval.py keeps others, too
     for row in results["rows"]:
         behind = [folder for folder in (*own_models, *folders) if os.path.basename(folder) == row["name"]]
-        runs = lineage(behind or experts.split(","))
-        row["critical_seconds"], row["bytes_sent"] = critical_seconds(runs), bytes_sent(runs)
-        row["accuracy"]["avg"] = sum(row["accuracy"].values()) / max(1, len(row["accuracy"]))
+        ensemble = longer if row["name"].endswith("-cm") else split_list(experts)
+        chain_runs = lineage(behind or ensemble)
+        row["critical_seconds"], row["bytes_sent"] = critical_seconds(chain_runs), bytes_sent(chain_runs)
+        for metric in ("accuracy", "choice"):
+            row[metric]["avg"] = sum(row[metric].values()) / max(1, len(row[metric]))
     return results
 
 
@@ -211,29 +267,52 @@ def summarize(chains):
     for same in zip(*chains, strict=True):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
         counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
-        rows.append({"name": same[0]["name"], **mean_and_std(same), **counts})
-    return in_order(rows)
+        rows.append({"name": same[0]["name"], **tables.mean_and_std(same), **counts})
+    return tables.in_order(rows)
+
+
+def write_report(folder, found):
+    """Write compare.json, compare.md and compare.png."""
+    rows, chains = found["rows"], found["chains"]
+    write_json(os.path.join(folder, "compare.json"), found)
+    shown = {words: (metric, "avg") for metric, words in tables.METRICS.items() if "avg" in rows[0].get(metric, {})}
+    plot_differences(chains, shown, os.path.join(folder, "compare.png"))
+    text = ["# BTX and other ways to spend the same compute\n", tables.score_table(rows)]
+    text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]
+    text += ["What guessing scores:\n", *tables.baseline_lines(found["baselines"])]
+    text += ["\n![how far each row is behind BTX](compare.png)\n"]
+    verdicts = tables.verdict_table(rows, chains)
+    text += ["## Who wins\n", verdicts, ""]
+    cells = sum(line.count(" | ") - 1 for line in verdicts.splitlines()[2:])
+    text += ["Mean difference within a chain ± half of its 95 % interval (paired, Student's t); a tie is an interval"]
+    text += [f"that holds zero. These are {cells} cells: by chance alone, one in twenty would not be a tie.\n"]
+    text += tables.home_lines(rows)
+    text += ["\n## What it cost\n", tables.cost_table(rows), tables.versions_line(found, "compare.json")]
+    write_atomically(os.path.join(folder, "compare.md"), "\n".join(text) + "\n")
 
 
 def main():
-    config = parse(CompareConfig)
-    chains = [Chain(folder, config.data_dir) for folder in config.chains.split(",")]
-    os.makedirs(config.report, exist_ok=True)
+    config = parse_study(CompareConfig, "compare")
+    chains = [Chain(folder) for folder in split_list(config.chains) or [config.out_dir]]
+    report = config.path("report")
+    os.makedirs(report, exist_ok=True)
     if config.sweep:
         found = {"rates": sweep(config, chains[0]), "config": dataclasses.asdict(config)}
-        write_atomically(os.path.join(config.report, "sweep.json"), json.dumps(found, indent=1) + "\n")
+        write_json(os.path.join(report, "sweep.json"), found)
         return
-    results = [evaluate(config, chain, train_baselines(config, chain)) for chain in chains]
-    first = results[0]
-    chains = [one["rows"] for one in results]
+    results = []
+    for chain in chains:
+        baselines, longer = train_baselines(config, chain), train_longer_branches(config, chain)
+        results.append(evaluate(config, chain, baselines, longer))
+    first, rows = results[0], [one["rows"] for one in results]
     found = {
-        "rows": summarize(chains),
-        "chains": chains,
+        "rows": summarize(rows),
+        "chains": rows,
         "config": {**first["config"], "compare": dataclasses.asdict(config)},
         **{name: first[name] for name in ("data", "baselines", "versions")},
     }
-    write_report(config.report, found)
-    print(f"{config.report}/compare.md has the tables and pictures")
+    write_report(report, found)
+    print(f"{report}/compare.md has the tables and pictures")
 
 
 if __name__ == "__main__":

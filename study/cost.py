@@ -1,19 +1,21 @@
 """What training cost, counted over every run behind a checkpoint: seconds side by side, bytes between workers.
 
-Tokens, FLOPs and seconds of one run stand in its run.json (model.flops_per_token has the FLOPs' formula).
+Tokens, FLOPs and seconds of one run are in its run.json (model.flops_per_token has the FLOPs' formula).
 """
 
 import math
 from typing import NamedTuple
 
-from common import checkpoint
+from common.runs import read_run
+from common.weights import expected_tensors
+from model import ModelConfig
 
 WORKERS = 8
 GRADIENT_BYTES = 4  # gradients travel in fp32
 
 
 class Run(NamedTuple):
-    """One training or mixing run: who came before it, directly and at all, and what it cost by itself."""
+    """One training or mixing run and its own cost. parents: the runs it starts from. before: all runs behind it."""
 
     parents: tuple
     before: frozenset
@@ -29,7 +31,7 @@ def lineage(folders):
     """
     found = {}
     for folder in folders:
-        run = checkpoint.read_run(folder)
+        run = read_run(folder)
         if run is None or folder in found:
             continue
         parents = tuple(run["recipe"]["parents"])
@@ -37,14 +39,14 @@ def lineage(folders):
         known = [name for name in parents if name in found]
         before = frozenset(known).union(*(found[name].before for name in known))
         own = run["history"].get(run["recipe"]["config"]["out_dir"], {"seconds": 0.0})
-        shapes = checkpoint.expected_tensors(checkpoint.read_model_config(folder))
+        shapes = expected_tensors(ModelConfig.from_pretrained(folder))
         parameters = sum(math.prod(shape) for shape in shapes.values())
         found[folder] = Run(tuple(known), before, own["seconds"], run.get("step", 0), parameters)
     return found
 
 
 def critical_seconds(runs):
-    """Seconds of the longest path through {folder: Run}: what training takes when branches run side by side."""
+    """Seconds of the longest path through {folder: Run}: how long training takes when branches run side by side."""
     finish = {}
     for folder, run in runs.items():
         finish[folder] = run.seconds + max((finish[parent] for parent in run.parents), default=0.0)

@@ -8,25 +8,25 @@ Sizes: L layers, S tokens, E experts.
 """
 
 import dataclasses
-import json
 import math
 import os
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
-from common import checkpoint
-from common.config import UserError, command, key, parse, write_atomically
+from common import runs
+from common.config import key, parse, split_list
+from common.corpus import Corpus
 from common.device import device_key, pick_device, place, threads_key
-from common.loader import held_out_windows, list_domains, read_meta
+from common.errors import UserError, command
+from common.files import read_json, write_json
 from common.split import HELD_OUT
-from common.tokenizer import load_tokenizer
-from study.token_view import check_mixture, expert_names, show_experts
+from common.weights import same_tokenizer
+from model import ModelConfig, Transformer
+from study.tables import dead_experts
+from study.tokens import check_mixture, expert_names, show_experts
 
-DEAD = 0.01  # an expert used by a smaller share of the tokens is dead
+SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "dtype")
+CODE = ("model.py", "study/route.py", "study/tokens.py", "study/tables.py", "study/draw.py")
 BATCH_SIZE = 16
 PAGE_WINDOWS = 2  # windows on a domain's page of tokens
 
@@ -38,9 +38,10 @@ class RouteConfig:
     model: str = key("out/cpu/btx", "checkpoint folders of mixtures, separated by commas")
     out_dir: str = key("out/cpu/report", "where routing.json, the pictures and the pages go")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    domains: str = key("all", "the domains to read, separated by commas")
     split: str = key("test", "held-out text to read: val for searching, test for reporting", HELD_OUT)
-    sequence_length: int = key(256, "tokens a window")
-    eval_windows: int = key(128, "windows per domain")
+    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
+    eval_windows: int = key(128, "windows per domain", within="[1, inf)")
     device: str = device_key()
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
     threads: int = threads_key()
@@ -57,7 +58,7 @@ def read_gates(model, windows):
 
 
 def usage(gates):
-    """(L, E): the share of a layer's tokens that used the expert; k experts a token make a layer sum to k."""
+    """(L, E): the share of a layer's tokens that used the expert; with k experts per token a layer sums to k."""
     return (gates > 0).double().mean(dim=1)
 
 
@@ -100,18 +101,17 @@ def mutual_information(weights):
 
 def statistics(gates, config):
     """A model's entry in routing.json. gates: {domain: (L, S, E)}; lists are [layer][expert]."""
-    used = torch.stack([usage(g) for g in gates.values()])  # (domains, L, E)
+    shares = {domain: usage(g) / usage(g).sum(dim=-1, keepdim=True) for domain, g in gates.items()}  # (L, E) each
     weights = torch.stack([weight(g) for g in gates.values()])  # (domains, L, E)
-    dead = used.mean(dim=0) < DEAD  # (L, E)
     names = expert_names(config)
     return {
         "experts": names,
         "experts_per_token": config.num_experts_per_tok,
         "mutual_information": rounded(mutual_information(weights)),
-        "dead": [[name for name, gone in zip(names, layer, strict=True) if gone] for layer in dead.tolist()],
+        "dead": [[names[e] for e in layer] for layer in dead_experts({d: s.tolist() for d, s in shares.items()})],
         "domains": {
             domain: {
-                "share": rounded(usage(g) / usage(g).sum(dim=-1, keepdim=True)),
+                "share": rounded(shares[domain]),
                 "weight": rounded(weight(g)),
                 "gate_entropy": rounded(gate_entropy(g)),
                 "co_activation": rounded(co_activation(g, config.num_experts_per_tok)),
@@ -126,71 +126,17 @@ def rounded(tensor):
     return tensor.double().mul(1e5).round().div(1e5).tolist()
 
 
-# ---- pictures: a panel per domain and model; layers run to the right ----
+# ---- the script ----
 
 
-def expert_rows(entry, domain):
-    """(names, R x L values) for routing.png: each expert's share of a layer's (token, expert) choices."""
-    return entry["experts"], list(zip(*entry["domains"][domain]["share"], strict=True))
-
-
-def pair_rows(entry, domain):
-    """(names, R x L values) for pairs.png: the share of tokens whose two largest gates are the pair's."""
-    names, layers = entry["experts"], entry["domains"][domain]["co_activation"]
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    return [f"{names[i]} + {names[j]}" for i, j in pairs], [[layer[i][j] for layer in layers] for i, j in pairs]
-
-
-def plot_heatmaps(models, rows_of, title, path):
-    """models: entries of routing.json, one line of panels each; rows_of(entry, domain) gives a panel's rows.
-
-    The middle tone is an even share, the darkest twice that or more.
-    """
-    domains = list(models[0]["domains"])
-    panels = [[rows_of(entry, domain) for domain in domains] for entry in models]
-    layers = len(panels[0][0][1][0])
-    heights = [0.26 * len(line[0][0]) + 0.45 for line in panels]
-    width = max(0.36 * layers, 2.2)
-    label = 0.085 * max(len(name) for line in panels for name in line[0][0])
-    size = label + width * len(domains) + 0.4, sum(heights) + 0.6
-    shape = {"figsize": size, "squeeze": False, "layout": "constrained", "height_ratios": heights}
-    figure, axes = plt.subplots(len(models), len(domains), **shape)
-    for entry, panel_line, axis_line in zip(models, panels, axes, strict=True):
-        for domain, (names, rows), axis in zip(domains, panel_line, axis_line, strict=True):
-            darkest = 2 / len(rows)
-            axis.imshow(rows, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
-            for y, row in enumerate(rows):
-                for x, value in enumerate(row):
-                    ink = "white" if value > 0.7 * darkest else "black"
-                    axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
-            axis.set_title(f"{entry['name']} reading {domain}", fontsize=9)
-            axis.set_xticks(range(layers), labels=range(layers) if entry is models[-1] else [], fontsize=8)
-            axis.set_yticks(range(len(names)), labels=names if axis is axis_line[0] else [], fontsize=8)
-            axis.tick_params(length=0)
-    figure.supxlabel("layer", fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def main():
-    config = parse(RouteConfig)
+def measure(config, corpus, folders, ids):
+    """The entries of routing.json, one per model; also writes the pages of the first model's tokens."""
     device = pick_device(config.device, config.threads)
-    folders = list(filter(None, config.model.split(",")))
-    if not folders:
-        raise UserError("nothing to measure; give --model=DIR or --model=DIR,DIR")
-    for folder in folders:
-        check_mixture(checkpoint.read_model_config(folder), folder)
-    checkpoint.same_tokenizer([config.data_dir, *folders])
-    domains = list_domains(config.data_dir)
     size = config.split, config.sequence_length, config.eval_windows
-    windows = {domain: held_out_windows(config.data_dir, domain, *size)[0] for domain in domains}
-    os.makedirs(config.out_dir, exist_ok=True)
-
+    windows = {domain: corpus.windows(domain, *size)[0] for domain in corpus.domains}
     entries = []
-    for folder in folders:
-        identity, _ = checkpoint.parent(folder)
-        model = place(checkpoint.load_model(folder), device, config.dtype)
+    for folder, identity in zip(folders, ids, strict=True):
+        model = place(Transformer.from_pretrained(folder), device, config.dtype)
         name = os.path.basename(os.path.normpath(folder))
         if config.sequence_length > model.max_length:
             raise UserError(
@@ -201,23 +147,56 @@ def main():
         bits = ", ".join(f"{value:.3f}" for value in entries[-1]["mutual_information"])
         print(f"{name}: the expert tells {bits} bits about the domain, layer by layer")
         if folder == folders[0]:
+            os.makedirs(config.out_dir, exist_ok=True)
             for domain, rows in windows.items():
                 page = os.path.join(config.out_dir, f"tokens-{domain}.html")
                 title = f"{name} reading {domain}"
-                show_experts(page, title, model, load_tokenizer(folder), rows[:PAGE_WINDOWS].tolist())
+                show_experts(page, title, model, corpus.encoding, rows[:PAGE_WINDOWS].tolist())
+    return entries
 
-    settings = {
-        name: getattr(config, name) for name in ("data_dir", "split", "sequence_length", "eval_windows", "dtype")
-    }
-    hashes = {domain: read_meta(config.data_dir, domain)["content_hash"] for domain in domains}
-    results = {"models": entries, "config": settings, "data": hashes}
-    write_atomically(os.path.join(config.out_dir, "routing.json"), json.dumps(results) + "\n")
-    picture = os.path.join(config.out_dir, "routing.png")
-    plot_heatmaps(entries, expert_rows, "share of the routers' choices (%)", picture)
+
+def is_there(out_dir, made_of, ids):
+    """Whether out_dir holds the measurements of these models, and the pictures and pages that go with them."""
+    path = os.path.join(out_dir, "routing.json")
+    if not os.path.exists(path):
+        return False
+    found = read_json(path, "delete it and run again")
+    same = [entry["id"] for entry in found["models"]] == ids
+    same = same and all(found.get(name) == value for name, value in made_of.items())
+    pictures = ["routing.png", *(f"tokens-{domain}.html" for domain in made_of["data"])]
+    if any(entry["experts_per_token"] > 1 for entry in found["models"]):
+        pictures.append("pairs.png")
+    return same and all(os.path.exists(os.path.join(out_dir, name)) for name in pictures)
+
+
+def main():
+    config = parse(RouteConfig)
+    folders = split_list(config.model)
+    if not folders:
+        raise UserError("nothing to measure; give --model=DIR or --model=DIR,DIR")
+    for folder in folders:
+        check_mixture(ModelConfig.from_pretrained(folder), folder)
+    corpus = Corpus(config.data_dir, config.domains)
+    same_tokenizer([config.data_dir, *folders])
+    ids = [runs.parent_of(folder)[0] for folder in folders]
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    made_of = {"config": settings, "data": corpus.hashes(), "code": runs.code_hashes(*CODE)}
+    if is_there(config.out_dir, made_of, ids):
+        print(f"{config.out_dir}/routing.json is up to date, nothing to do")
+        return
+
+    from study import draw  # matplotlib takes half a second, which routing that is there need not wait for
+
+    entries = measure(config, corpus, folders, ids)
+    title = "share of the routers' choices (%)"
+    draw.plot_heatmaps(entries, draw.expert_rows, title, os.path.join(config.out_dir, "routing.png"))
     paired = [entry for entry in entries if entry["experts_per_token"] > 1]
     if paired:
-        picture = os.path.join(config.out_dir, "pairs.png")
-        plot_heatmaps(paired, pair_rows, "share of tokens (%) by their pair of experts", picture)
+        title = "share of tokens (%) by their pair of experts"
+        draw.plot_heatmaps(paired, draw.pair_rows, title, os.path.join(config.out_dir, "pairs.png"))
+    write_json(
+        os.path.join(config.out_dir, "routing.json"), {"models": entries, **made_of}, indent=None
+    )  # all is there
 
 
 if __name__ == "__main__":

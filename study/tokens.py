@@ -1,5 +1,7 @@
 """Show which experts each token of a text went to: as one self-contained HTML page, or in the terminal.
 
+    python -m study.tokens --model=out/cpu/btx --prompt="Question: Tom has 3 apples" --page=tokens.html
+
 A token is coloured by its *pair*: the two experts with the largest gates, in no order; with one expert a token,
 that expert alone. The page also has each token's gates, and how well the mixture and every expert alone foresaw it.
 Sizes: L layers, T tokens, E experts, V vocabulary.
@@ -17,9 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from common.config import UserError, write_atomically
-from mix import FEED_FORWARD
-from model import Transformer
+from common.config import key, parse
+from common.errors import UserError, command
+from common.files import write_atomically
+from common.weights import FEED_FORWARD
+from model import ModelConfig, Transformer
+from sample import SampleConfig, continue_prompt
 
 # For each pair a colour, and a line under the text as a second cue. 7 and 5 have no common factor, so the first 35
 # pairs differ. The colours are Okabe and Ito's; the terminal has the nearest light ones of its 256.
@@ -28,6 +33,7 @@ LINES = ["solid", "dotted", "double", "dashed", "wavy"]
 TERMINAL_COLOURS = [215, 117, 79, 182, 228, 75, 209]
 TERMINAL_LINES = ["", ";4", ";1", ";3", ";1;4"]  # plain, underlined, bold, italic, bold and underlined
 
+PAGE_START = "<!DOCTYPE html>"
 PAGE_NUMBERS = 160_000  # a page with this many numbers stays below 1 MB
 
 
@@ -116,7 +122,7 @@ def expert_names(config):
 
 
 def write_page(path, title, config, encoding, traces):
-    """Write the page of one or several Traces: token_view.html with the tokens and their numbers filled in."""
+    """Write the page of one or several Traces: tokens.html with the tokens and their numbers filled in."""
     room = PAGE_NUMBERS // (config.num_hidden_layers * config.num_local_experts + config.num_local_experts + 12)
     spans, gates, bits = [], [], []
     for one in traces:
@@ -143,7 +149,7 @@ def write_page(path, title, config, encoding, traces):
         # inside <script> only "<" could end the data early
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "token_view.html")) as file:
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tokens.html")) as file:
         template = file.read()
     write_atomically(path, re.sub(r"\{\{(\w+)\}\}", lambda found: fields[found[1]], template))
 
@@ -172,12 +178,39 @@ def terminal_text(config, encoding, traces, colour):
     return "\n".join(lines[1:])
 
 
-def show_experts(where, title, model, encoding, texts):
-    """Show the texts (lists of ids) as a page at the path `where`, or in the terminal when it is "-"."""
+def show_experts(page, title, model, encoding, texts):
+    """Show the texts (lists of ids) as a page at the path `page`, or in the terminal when that is empty."""
     traces = trace(model, texts)
-    if where == "-":
+    if page:
+        write_page(page, title, model.config, encoding, traces)
+        print(f"{page} shows each token's experts; open it in a browser")
+    else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print(terminal_text(model.config, encoding, traces, colour))
-    else:
-        write_page(where, title, model.config, encoding, traces)
-        print(f"{where} shows each token's experts; open it in a browser")
+
+
+@dataclasses.dataclass
+class TokensConfig(SampleConfig):
+    """Continue a prompt with a mixture, and show which experts each token went to. All keys of sample.py, and:"""
+
+    page: str = key("", "the HTML page to write; empty shows the tokens in the terminal")
+
+
+def check_page(path):
+    """Raise UserError for a file that is there and no page of ours."""
+    if path and os.path.exists(path):
+        with open(path, "rb") as file:
+            if file.read(len(PAGE_START)) != PAGE_START.encode():
+                raise UserError(f"--page={path} is a file that this script has not written; choose another name")
+
+
+def main():
+    config = parse(TokensConfig)
+    check_page(config.page)
+    check_mixture(ModelConfig.from_pretrained(config.model), config.model)
+    model, encoding, ids, answers = continue_prompt(config)
+    show_experts(config.page, config.prompt, model, encoding, [ids + answer for answer in answers])
+
+
+if __name__ == "__main__":
+    command(main)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes; two cores go round many tests
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from helpers import SHAPE, SHORT, must, run, run_process
-
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -91,12 +91,26 @@ def eval_config(work, data):
     return path
 
 
+@pytest.fixture(scope="session")
+def configs(work, short_config, eval_config):
+    """A folder of configs for the studies, whose every stage takes a moment."""
+    folder = os.path.join(work, "configs")
+    os.makedirs(folder)
+    for name in ("seed", "expert", "finetune", "eval"):
+        shutil.copy(eval_config if name == "eval" else short_config, os.path.join(folder, f"{name}.py"))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def in_this_process():
     """Drivers run their commands inside this process; importing torch anew for each would take seconds."""
     from study import compare, regime
 
+    def run_here(script, *arguments):
+        path = script.removeprefix("-m ").replace(".", "/") + ".py" if script.startswith("-m ") else script
+        must(run(path, *arguments))
+
     with pytest.MonkeyPatch.context() as patch:
         for driver in (compare, regime):
-            patch.setattr(driver, "run", lambda script, *arguments: must(run(script, *arguments)))
+            patch.setattr(driver, "run", run_here)
         yield

@@ -12,6 +12,7 @@ from helpers import TOKENS, error_line, must, read, read_json, read_log, run, to
 from transformers import AutoModelForCausalLM
 
 from common import generate as generation
+from common.corpus import Corpus
 from common.tokenizer import load_tokenizer
 from data.task import read_answer
 
@@ -172,6 +173,51 @@ def test_a_model_that_changed_is_evaluated_again(results, seed, data, tmp_path):
     assert second[0] == first[0] and second[1]["total_params"] > first[1]["total_params"]
 
 
+def test_spliced_windows_change_domain_in_the_middle(data):
+    corpus = Corpus(data)
+    found = corpus.spliced("test", 32, 10)
+    assert set(found) == {("math", "rain"), ("rain", "math")}
+    for (first, second), (inputs, targets) in found.items():
+        assert inputs.shape == targets.shape == (5, 32)
+        assert inputs[:, 1:].equal(targets[:, :-1])
+        for row, last in zip(inputs.tolist(), targets[:, -1].tolist(), strict=True):
+            texts = {name: tokens_of(data, name, "test").astype("<i4").tobytes() for name in (first, second)}
+            assert np.array(row[:16], "<i4").tobytes() in texts[first]
+            assert np.array([*row[16:], last], "<i4").tobytes() in texts[second]
+
+
+def test_spliced_scores_equal_an_independent_sum(rows, seed, data):
+    model, encoding = AutoModelForCausalLM.from_pretrained(seed).eval(), load_tokenizer(data)
+    scores = []
+    for inputs, targets in Corpus(data).spliced("test", 32, 7).values():
+        with torch.no_grad():
+            log_p = model(inputs).logits.double().log_softmax(dim=-1)
+        bits = -log_p.gather(-1, targets[..., None]).sum().item() / math.log(2)
+        ids = [token for token in targets.flatten().tolist() if token != encoding.eot_token]
+        scores.append(bits / len(encoding.decode_bytes(ids)))
+    expected = sum(scores) / 2
+    assert rows["seed"]["spliced"] == {"math + rain": pytest.approx(expected, rel=1e-5), "avg": pytest.approx(expected)}
+
+
+def test_choices_are_ranked_by_likelihood_per_byte(rows, seed, btx, data):
+    """Again, one continuation at a time, with transformers' model."""
+    encoding = load_tokenizer(data)
+    problems = [json.loads(line) for line in read(os.path.join(data, "math", "task-test.jsonl")).splitlines()]
+    for name, folder in (("seed", seed), ("btx", btx)):
+        model, right = AutoModelForCausalLM.from_pretrained(folder).eval(), 0
+        for problem in problems[:3]:
+            per_byte = []
+            for choice in problem["choices"]:
+                prompt, ids = encoding.encode_ordinary(problem["prompt"]), encoding.encode_ordinary(choice)
+                row = torch.tensor([prompt + ids])[:, -129:]
+                with torch.no_grad():
+                    log_p = model(row[:, :-1]).logits[0].double().log_softmax(dim=-1)
+                log_p = log_p.gather(1, row[0, 1:, None])[-len(ids) :]
+                per_byte.append(log_p.sum().item() / len(choice.encode()))
+            right += max(per_byte) == per_byte[0]
+        assert rows[name]["choice"] == {"math": right / 3}
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
@@ -208,6 +254,19 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
     must(run("eval.py", *flags, f"--model={seed}"))
     assert read_json(tmp_path / "report" / "results.json")["rows"][0]["accuracy"] == {"math": 0.5}
     assert asked == [line["prompt"] for line in lines]
+
+
+def test_a_domain_added_later_locks_nobody_out(seed, data, tmp_path):
+    """Rows stay as long as the domains that they score do."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    flags = *FLAGS, f"--model={seed}", f"--data_dir={copy}", f"--out_dir={tmp_path}/report"
+    must(run("eval.py", *flags, "--domains=math,rain"))
+    before = read(tmp_path / "report" / "results.json")
+    shutil.copytree(copy / "rain", copy / "snow")
+    must(run("eval.py", *flags, "--domains=math,rain"))
+    assert read(tmp_path / "report" / "results.json") == before
+    assert "other settings or data" in error_line(run("eval.py", *flags))
+    assert "no domain 'hail'" in error_line(run("eval.py", *flags, "--domains=hail"))
 
 
 def test_nothing_to_evaluate(seed, data, mixed, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SHORT, error_line, must, read_json, read_log, run, val_tokens, weights
+from helpers import SHORT, error_line, must, read_json, read_log, run, tokens_of, val_tokens, weights
 from transformers import AutoModelForCausalLM
 
 from model import ModelConfig, Transformer
@@ -156,6 +156,18 @@ def test_blend_gives_each_expert_a_chunk_of_everyone(seed, experts, mix, ids):
         assert (Transformer.from_pretrained(folder)(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
 
 
+# ---- what the seed gives ----
+
+
+def test_kept_parts_are_the_seeds(seed, experts, mix):
+    folders = [*experts, seed]
+    plain, kept = weights(mix(folders, name="plain")), weights(mix(folders, "--keep=embeddings,norms"))
+    for name, tensor in kept.items():
+        ours = "norm" in name or "embed_tokens" in name
+        assert tensor.tobytes() == (weights(seed) if ours else plain)[name].tobytes(), name
+    assert plain["model.embed_tokens.weight"].tobytes() != kept["model.embed_tokens.weight"].tobytes()
+
+
 # ---- router starts ----
 
 
@@ -203,6 +215,34 @@ def test_domain_start_points_at_each_experts_text(seed, experts, data, mix, chun
         assert lengths[0] == pytest.approx(lengths[1], rel=0.25)
 
 
+def test_ridge_start_is_the_regression(seed, experts, data, mix):
+    """Again by numpy's least squares, which minimizes |X w - y|^2 + lambda |w|^2 when sqrt(lambda) I is added below X,
+    on the states of transformers' models: the soup with the feed-forwards of a domain's own expert."""
+    folders = [*experts, seed]
+    soup, found = (
+        mix(folders, "--method=soup", name="soup"),
+        routers(mix(folders, "--router_init=ridge", f"--data_dir={data}")),
+    )
+    states = {domain: [] for domain in ("math", "rain")}
+    for domain, folder in zip(states, experts, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(soup)
+        own = {name: torch.from_numpy(one) for name, one in weights(folder).items() if ".mlp." in name}
+        model.load_state_dict(own, strict=False)
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda _, x, d=domain: states[d].append(x[0].double().flatten(0, 1)))
+        tokens = tokens_of(data, domain, "train")
+        starts = np.linspace(0, len(tokens) - 129, 64).astype(int)
+        with torch.no_grad():
+            model(torch.from_numpy(np.stack([tokens[start : start + 128] for start in starts])))
+    for layer in range(2):
+        x = np.concatenate([states["math"][layer].numpy(), states["rain"][layer].numpy()])
+        y = np.repeat(np.array([[1, 0, 0.5], [0, 1, 0.5]]) - 0.5, len(x) // 2, axis=0)
+        penalty = 0.01 * (x**2).sum(axis=0).mean()
+        x, y = np.concatenate([x, penalty**0.5 * np.eye(32)]), np.concatenate([y, np.zeros((32, 3))])
+        expected = 3 * np.linalg.lstsq(x, y, rcond=None)[0].T
+        np.testing.assert_allclose(found[layer], expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+
+
 def test_zero_start_gives_equal_gates(experts, mix, ids):
     folder = mix(experts, "--router_init=zero", "--num_experts_per_tok=2")
     assert all((router == 0).all() for router in routers(folder))
@@ -220,6 +260,7 @@ BAD = {
     "--split=5": "5 chunks do not divide",
     "--split=4": "multiples of 8",
     "--split=0": "split must lie in [1, inf)",
+    "--keep=tail": "'tail' is no part of a model",
     "--drop=-0.1": "drop must lie in [0, 1]",
     "--drop=nan": "drop must be a finite number",
     "--router_std=inf": "router_std must be a finite number",

@@ -1,9 +1,12 @@
 """README's tables are the committed results, to the letter."""
 
+import glob
 import json
 import os
 
-from study import ablate, compare, compare_report, regime, report
+import pytest
+
+from study import compare, tables
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -14,25 +17,28 @@ def read(*path):
 
 
 def test_the_tables_come_from_results():
-    readme = read("README.md")
-    assert report.score_table(json.loads(read("results", "cpu", "results.json"))) in readme
-    assert ablate.table(json.loads(read("results", "cpu", "ablations.json"))["rows"]) in readme
+    rows = json.loads(read("results", "cpu", "results.json"))["rows"]
+    assert tables.score_table(rows, tables.COUNTS) in read("docs", "results.md")
+    ablations = json.loads(read("results", "cpu", "ablations.json"))["rows"]
+    assert tables.ablation_table(ablations) in read("docs", "variants.md")
 
 
 def test_the_comparison_comes_from_its_chains():
     found = json.loads(read("results", "cpu", "compare.json"))
     assert compare.summarize(found["chains"]) == found["rows"] and len(found["chains"]) >= 3
-    readme, page = read("README.md"), read("results", "cpu", "compare.md")
-    assert compare_report.score_table(found["rows"]) in readme
-    assert compare_report.score_table(found["rows"]) in page and compare_report.cost_table(found["rows"]) in page
-    assert compare_report.verdict_table(found["rows"], found["chains"]) in page
+    assert tables.headline_table(found["rows"]) in read("README.md")
+    page = read("results", "cpu", "compare.md")
+    assert tables.score_table(found["rows"]) in page and tables.cost_table(found["rows"]) in page
+    assert tables.verdict_table(found["rows"], found["chains"]) in page
+    assert tables.score_table(found["rows"]) in read("docs", "results.md")
 
 
 def test_the_study_comes_from_its_points():
-    assert regime.table(json.loads(read("results", "cpu", "regime.json"))["points"]) in read("docs", "regime.md")
+    assert tables.regime_table(json.loads(read("results", "cpu", "regime.json"))["points"]) in read("docs", "regime.md")
 
 
-def test_files_that_the_readme_names_exist():
-    names = [part.split(")")[0] for part in read("README.md").split("](")[1:]]
-    for name in names:
-        assert name.startswith("https://") or os.path.exists(os.path.join(ROOT, name)), name
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))])
+def test_files_that_pages_name_exist(page):
+    folder = os.path.dirname(page)
+    for name in [part.split(")")[0].split("#")[0] for part in read(page).split("](")[1:]]:
+        assert name.startswith("https://") or os.path.exists(os.path.join(ROOT, folder, name)), name

@@ -256,6 +256,15 @@ def test_reading_an_answer(text, marker, answer):
     assert read_answer(text, marker) == answer
 
 
+def test_choices_are_four_and_the_right_one_is_first(prepared):
+    for domain in ("code", "math", "wiki"):
+        for row in rows_of(prepared, domain, "test"):
+            assert len(set(row["choices"])) == 4
+            assert row["answer"] in row["choices"][0] and not any(
+                choice.strip().endswith(f" {row['answer']}") for choice in row["choices"][1:]
+            )
+
+
 def tiny(num_local_experts):
     return ModelConfig(512, 16, 24, 2, 2, 1, 256, num_local_experts=num_local_experts)
 

@@ -28,10 +28,15 @@ def test_learning_rate_by_hand():
     assert learning_rate(SimpleNamespace(**{**vars(config), "warmup_steps": 0}), 0) == 8
 
 
-def test_weight_decay_is_for_matrices(btx):
+def test_weight_decay_is_for_matrices_and_routers_have_their_rate(btx):
     model = Transformer.from_pretrained(btx)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, plain = make_optimizer(TrainConfig(weight_decay=0.3), model).param_groups
+    groups = make_optimizer(TrainConfig(weight_decay=0.3, router_learning_rate=10.0), model).param_groups
+    decayed, routers, plain = sorted(groups, key=lambda group: (-group["weight_decay"], group["scale"]))
+    assert [group["scale"] for group in (decayed, routers, plain)] == [1.0, 10.0, 1.0]
+    assert all(names[id(parameter)].endswith("gate.weight") for parameter in routers["params"])
+    assert routers["weight_decay"] == 0.3 and len(routers["params"]) == 2
+    decayed["params"] += routers["params"]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert all("norm" in names[id(parameter)] for parameter in plain["params"]) and len(plain["params"]) == 5
     assert len(decayed["params"]) + 5 == len(names)
@@ -79,6 +84,22 @@ def test_batches_do_not_depend_on_how_they_are_split(numbers):
     assert again(7, 0, 12)[0].equal(whole[0])
     other_seed = Batches(numbers, numbers.mixture("all"), 10, 12, seed=2)
     assert not batches(8, 0, 12)[0].equal(whole[0]) and not other_seed(7, 0, 12)[0].equal(whole[0])
+
+
+def test_spliced_sequences_change_domain_once(numbers):
+    plain = Batches(numbers, numbers.mixture("all"), 10, 3000, seed=1)(0, 0, 3000)
+    mixed = Batches(numbers, numbers.mixture("all"), 10, 3000, seed=1, splice=0.5)
+    inputs, targets = mixed(0, 0, 3000)
+    jumps = (targets - inputs) != 1  # text counts upwards
+    assert (jumps.sum(dim=1) <= 1).all() and inputs[:, 1:].equal(targets[:, :-1])
+    assert abs(jumps.any(dim=1).float().mean() - 0.5) < 4 * math.sqrt(0.25 / 3000)
+    places = jumps[jumps.any(dim=1)].float().argmax(dim=1).bincount(minlength=10)
+    assert (places > 90).all()  # anywhere, about 150 times each
+    whole = ~jumps.any(dim=1)
+    assert inputs[whole].equal(plain[0][whole])  # the others are as without splicing
+    assert torch.cat([mixed(0, 0, 7)[0], mixed(0, 7, 3000)[0]]).equal(inputs)
+    other = (inputs[:, 0] >= 5000) != (targets[:, -1] >= 5000)
+    assert abs(other.float().mean() - 0.25) < 4 * math.sqrt(0.19 / 3000)  # half of the joints change domain
 
 
 def test_held_out_windows_are_fixed_and_spread(numbers):

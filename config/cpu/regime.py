@@ -1,13 +1,5 @@
 """BTX minus dense training at several widths and budgets."""
 
-out_dir = "out/cpu/regime"
-report = "out/cpu/report"
-data_dir = "out/cpu/data"
-seed = "config/cpu/seed.py"
-expert = "config/cpu/expert.py"
-mix = "config/cpu/mix.py"
-finetune = "config/cpu/finetune.py"
-eval = "config/cpu/eval.py"
 widths = "32,64"
 scales = "0.125,0.25,0.5"
 largest = 16.0  # larger runs take longest; config/cpu itself is width 64 at scale 1, in compare.json

@@ -1,10 +1,5 @@
 """BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
 
-report = "out/gpu/report"
-data_dir = "out/gpu/data"
-expert = "config/gpu/expert.py"
-finetune = "config/gpu/finetune.py"
-eval = "config/gpu/eval.py"
 dense_learning_rate = 2e-4  # as the branches and the finetuning; nobody has swept them at this size
 upcycle_learning_rate = 2e-4
 rates = "1e-4,2e-4,4e-4"

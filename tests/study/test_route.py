@@ -1,4 +1,4 @@
-"""route.py and token_view.py: statistics against plain loops over tokens, the extracted expert against a router that
+"""route.py and tokens.py: statistics against plain loops over tokens, the extracted expert against a router that
 is forced, and the page of tokens in a real browser."""
 
 import dataclasses
@@ -14,12 +14,13 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from helpers import error_line, must, read_json, run, tokens_of
+from helpers import error_line, must, read, read_json, run, tokens_of
 
-from common import checkpoint
+from common.generate import generate
 from common.tokenizer import load_tokenizer
-from model import ModelConfig, Transformer, generate
-from study import route, token_view
+from model import ModelConfig, Transformer
+from study import route
+from study import tokens as view
 
 NAMES = ("expert-code", "expert-math", "expert-prose", "seed")
 L, E = 3, 4
@@ -99,30 +100,30 @@ def test_mutual_information_is_the_loss_of_entropy():
     torch.testing.assert_close(route.mutual_information(weights), expected)
 
 
-def test_dead_means_under_one_percent_of_all_tokens():
-    """Expert C is used by 1 token of 100 in one domain only, D by 2: of all tokens 0.5 % and 1 %."""
+def test_dead_means_under_one_percent_of_all_choices():
+    """Two choices per token. Expert C gets 2 of 200 in one domain alone, D 4: of all choices 0.5 % and 1 %."""
     gates = torch.zeros(1, 100, 4)
     gates[..., :2] = 0.5
     other = gates.clone()
-    gates[0, 0] = torch.tensor([0.5, 0, 0.5, 0])
-    gates[0, 1:3] = torch.tensor([0.5, 0, 0, 0.5])
+    gates[0, :2] = torch.tensor([0.5, 0, 0.5, 0])
+    gates[0, 2:6] = torch.tensor([0.5, 0, 0, 0.5])
     entry = route.statistics({"code": gates, "math": other}, random_mixture().config)
     assert entry["dead"] == [["C prose"]]
 
 
 def test_top_pairs_are_unordered():
-    pairs = token_view.list_pairs(random_mixture().config)
+    pairs = view.list_pairs(random_mixture().config)
     assert pairs == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     gates = torch.tensor([[0, 0.9, 0, 0.1], [0, 0.1, 0, 0.9], [0.6, 0.4, 0, 0], [0.1, 0.2, 0.3, 0.4]])
-    assert token_view.top_pairs(gates, pairs).tolist() == [4, 4, 0, 5]
-    alone = token_view.list_pairs(random_mixture(k=1).config)
-    assert token_view.top_pairs(gates, alone).tolist() == [1, 3, 0, 3]
+    assert view.top_pairs(gates, pairs).tolist() == [4, 4, 0, 5]
+    alone = view.list_pairs(random_mixture(k=1).config)
+    assert view.top_pairs(gates, alone).tolist() == [1, 3, 0, 3]
 
 
 @pytest.mark.parametrize("e", range(E))
 def test_extracted_expert_equals_a_router_forced_to_it(e):
     model = random_mixture(k=1)
-    dense = token_view.extract_expert(model, e)
+    dense = view.extract_expert(model, e)
     assert not dense.config.num_local_experts
     ids = torch.randint(0, 320, (2, 40))
     for layer in model.model.layers:
@@ -136,8 +137,8 @@ def test_extracted_expert_equals_a_router_forced_to_it(e):
 def test_bits_equal_cross_entropy_token_by_token():
     model = random_mixture()
     ids = torch.randint(0, 320, (30,)).tolist()
-    (found,) = token_view.trace(model, [ids])
-    models = [model, *(token_view.extract_expert(model, e) for e in range(E))]
+    (found,) = view.trace(model, [ids])
+    models = [model, *(view.extract_expert(model, e) for e in range(E))]
     assert found.gates.shape == (L, 30, E) and found.bits[:, 0].isnan().all()
     with torch.no_grad():
         for one, bits in zip(models, found.bits, strict=True):
@@ -182,7 +183,7 @@ def page(request, data, tmp_path):
     model = random_mixture(request.param, encoding.n_vocab)
     texts = [encoding.encode_ordinary(TEXT), [*encoding.encode_ordinary("The rain sings."), encoding.eot_token]]
     path = str(tmp_path / "page.html")
-    token_view.show_experts(path, "a <b> & c", model, encoding, texts)
+    view.show_experts(path, "a <b> & c", model, encoding, texts)
     return path, model, texts
 
 
@@ -201,7 +202,7 @@ def test_page_holds_every_token_and_its_numbers(page):
     assert "".join(found.tokens[len(texts[0]) :]) == "The rain sings.<|endoftext|>"
 
     numbers = json.loads(found.data)
-    traces = token_view.trace(model, texts)
+    traces = view.trace(model, texts)
     gates = torch.cat([one.gates for one in traces], dim=1)  # (L, T, E)
     np.testing.assert_allclose(np.array(numbers["gates"]).swapaxes(0, 1), 100 * gates, atol=0.51)
     bits = np.array(numbers["bits"], dtype=float)  # (T, 1 + E)
@@ -214,16 +215,16 @@ def test_page_holds_every_token_and_its_numbers(page):
 def test_half_a_character_is_shown_as_bytes(data):
     encoding = load_tokenizer(data)  # of a text without this character
     tokens = encoding.encode_ordinary("€")
-    assert [token_view.visible(encoding, token) for token in tokens] == ["\\xe2", "\\x82", "\\xac"]
+    assert [view.visible(encoding, token) for token in tokens] == ["\\xe2", "\\x82", "\\xac"]
 
 
 def test_a_long_text_is_cut_to_a_megabyte(data, tmp_path):
     encoding = load_tokenizer(data)
     model = random_mixture(4, encoding.n_vocab)
     ids = encoding.encode_ordinary("The old river sings. " * 12)[:60]
-    (one,) = token_view.trace(model, [ids])
-    long = token_view.Trace(one.ids * 250, one.gates.repeat(1, 250, 1), one.bits.repeat(1, 250))
-    token_view.write_page(tmp_path / "long.html", "long", model.config, encoding, [long])
+    (one,) = view.trace(model, [ids])
+    long = view.Trace(one.ids * 250, one.gates.repeat(1, 250, 1), one.bits.repeat(1, 250))
+    view.write_page(tmp_path / "long.html", "long", model.config, encoding, [long])
     assert 3e5 < os.path.getsize(tmp_path / "long.html") < 1e6
     with open(tmp_path / "long.html") as file:
         found = Page(file.read())
@@ -259,8 +260,8 @@ def test_page_works_in_a_browser(page, tmp_path):
     assert [int(gate) for gate in re.findall(r">(\d+) %</td>", rows)] == numbers["gates"][5][1]
     assert f">{numbers['bits'][5][0]:.2f}</td>" in rows
     styles = re.findall(r"<span data-t[^>]*text-decoration: ([^;]*);", dom)
-    styles = [set(token_view.LINES) & set(style.split()) or {"solid"} for style in styles]  # solid goes without saying
-    assert styles == [{token_view.LINES[p % len(token_view.LINES)]} for p in numbers["pair"][1]]
+    styles = [set(view.LINES) & set(style.split()) or {"solid"} for style in styles]  # solid goes without saying
+    assert styles == [{view.LINES[p % len(view.LINES)]} for p in numbers["pair"][1]]
 
 
 # ---- the terminal and the scripts ----
@@ -269,30 +270,35 @@ def test_page_works_in_a_browser(page, tmp_path):
 def test_terminal_text(data):
     encoding = load_tokenizer(data)
     model = random_mixture(2, encoding.n_vocab)
-    traces = token_view.trace(model, [encoding.encode_ordinary("a\n\tb")])
-    plain = token_view.terminal_text(model.config, encoding, traces, colour=False)
+    traces = view.trace(model, [encoding.encode_ordinary("a\n\tb")])
+    plain = view.terminal_text(model.config, encoding, traces, colour=False)
     assert re.sub(r"\[[A-D]{2}\]", "", plain).count("a↵\n→\tb") == L and "\033" not in plain
-    coloured = token_view.terminal_text(model.config, encoding, traces, colour=True)
+    coloured = view.terminal_text(model.config, encoding, traces, colour=True)
     bare = re.sub("\033" + r"\[[0-9;]*m", "", coloured)
     assert bare.count("a↵\n→\tb") == L and "[" not in bare
     assert all(line.count("\033[38;5;16;48;5;") == line.count("\033[0m") for line in coloured.split("\n"))
 
 
-def test_sample_shows_experts(btx, seed, tmp_path):
+def test_tokens_of_a_continuation(btx, seed, tmp_path):
     page = tmp_path / "page.html"
     flags = "--prompt=The rain", "--max_new_tokens=12", "--temperature=0", "--device=cpu", "--num_samples=2"
-    done = must(run("sample.py", f"--model={btx}", *flags, f"--show_experts={page}"))
+    done = must(run("study/tokens.py", f"--model={btx}", *flags, f"--page={page}"))
     assert str(page) in done.out
-    model, encoding = checkpoint.load_model(btx), load_tokenizer(btx)
+    model, encoding = Transformer.from_pretrained(btx), load_tokenizer(btx)
     ids = encoding.encode_ordinary("The rain")
     answer = generate(model, [ids], 12, {encoding.eot_token})[0]
-    texts = [token_view.visible(encoding, token) for token in ids + answer]
+    texts = [view.visible(encoding, token) for token in ids + answer]
     assert Page(page.read_text()).tokens == texts * 2
-    printed = must(run("sample.py", f"--model={btx}", *flags, "--show_experts=-")).out
+    must(run("study/tokens.py", f"--model={btx}", *flags, f"--page={page}"))  # a page of ours is replaced
+    printed = must(run("study/tokens.py", f"--model={btx}", *flags)).out
     assert "layer 1: " in printed and "\033" not in printed
 
-    message = error_line(run("sample.py", f"--model={seed}", *flags, f"--show_experts={page}"))
+    message = error_line(run("study/tokens.py", f"--model={seed}", *flags, f"--page={page}"))
     assert seed in message and "dense" in message
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    assert "notes.txt" in error_line(run("study/tokens.py", f"--model={btx}", *flags, f"--page={notes}"))
+    assert notes.read_text() == "mine"
 
 
 def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
@@ -308,10 +314,16 @@ def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
     tokens = tokens_of(data, "math", "test")
     rows = np.stack([tokens[s : s + 32] for s in np.linspace(0, len(tokens) - 33, 5).astype(int)])
     with torch.no_grad():
-        gates = checkpoint.load_model(btx)(torch.from_numpy(rows)).gates.numpy()  # (L, B, T, E)
+        gates = Transformer.from_pretrained(btx)(torch.from_numpy(rows)).gates.numpy()  # (L, B, T, E)
     share = (gates > 0).mean(axis=(1, 2)) / 2
     np.testing.assert_allclose(found["models"][0]["domains"]["math"]["share"], share, atol=1e-5)
 
+    before = os.stat(tmp_path / "routing.png").st_mtime_ns
+    assert "nothing to do" in must(run("study/route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}", *size)).out
+    assert os.stat(tmp_path / "routing.png").st_mtime_ns == before
+    os.remove(tmp_path / "pairs.png")  # what is missing is made again
+    must(run("study/route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}", *size))
+    assert read(tmp_path / "pairs.png").startswith(b"\x89PNG")
     must(run("study/route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}/again", *size))
     assert read_json(tmp_path / "again/routing.json") == found
     must(run("study/route.py", f"--model={btx}", f"--out_dir={tmp_path}/val", *size, "--split=val"))

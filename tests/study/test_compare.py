@@ -6,12 +6,11 @@ import os
 import pytest
 from helpers import must, read, read_json, read_log, run
 
-from common.config import UserError
+from common.errors import UserError
 from study import compare
-from study.compare import Chain, CompareConfig, evaluate, sweep, train_baselines
-from study.compare_report import difference, home_lines, verdict, write_report
+from study.compare import Chain, CompareConfig, evaluate, sweep, train_baselines, write_report
 from study.cost import Run, bytes_sent, critical_seconds, lineage
-from study.report import mean_and_std
+from study.tables import difference, home_lines, mean_and_std, verdict
 
 # ---- cost ----
 
@@ -62,17 +61,16 @@ def _once(names):
 
 
 @pytest.fixture(scope="module")
-def chain(work, data, seed, experts, mixed, btx):
+def chain(work, seed, experts, mixed, btx):
     """The session's tiny pipeline as a chain, a soup added."""
     must(run("mix.py", f"--experts={','.join([*experts, seed])}", f"--out_dir={work}/soup", "--method=soup"))
-    return Chain(work, data)
+    return Chain(work)
 
 
 @pytest.fixture(scope="module")
-def config(work, data, short_config, eval_config):
-    settings = {"expert": short_config, "finetune": short_config, "eval": eval_config, "data_dir": data}
+def config(work, configs):
     rates = {"rates": "1e-3,3e-3", "dense_learning_rate": 3e-3, "upcycle_learning_rate": 3e-3}
-    return CompareConfig(chains=work, report=f"{work}/compare-report", **settings, **rates)
+    return CompareConfig(configs=configs, out_dir=work, **rates)
 
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -81,6 +79,11 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 @pytest.fixture(scope="module")
 def baselines(config, chain, in_this_process):
     return dict(zip(compare.BASELINES, train_baselines(config, chain), strict=True))
+
+
+@pytest.fixture(scope="module")
+def longer(config, chain, baselines):
+    return compare.train_longer_branches(config, chain)
 
 
 def test_data_matched_rows_see_the_tokens_of_btx(baselines, experts, btx, seed):
@@ -116,22 +119,39 @@ def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
     assert recipe["config"]["max_steps"] == 12
 
 
-def test_report_of_a_chain(config, chain, baselines, experts):
-    results = evaluate(config, chain, list(baselines.values()))
+def test_the_row_as_printed_has_random_routers(baselines, work, seed, experts):
+    recipe = read_json(f"{work}/compare/paper/mixed/run.json")["recipe"]
+    assert recipe["config"]["router_init"] == "normal" and list(recipe["parents"]) == [*experts, seed]
+    assert list(read_json(f"{baselines['btx-paper']}/run.json")["recipe"]["parents"]) == [f"{work}/compare/paper/mixed"]
+
+
+def test_longer_branches_share_the_flops_of_the_finetuning(longer, btx, experts, seed):
+    *branches, last = longer
+    assert last == seed and [os.path.basename(folder) for folder in branches] == ["expert-math", "expert-rain"]
+    logs = [read_log(folder)[-1] for folder in branches]
+    ours = sum(read_log(folder)[-1]["flops"] for folder in (*experts, btx))
+    assert abs(sum(log["flops"] for log in logs) - ours) <= logs[0]["flops"] / logs[0]["step"]  # half a step each
+
+
+def test_report_of_a_chain(config, chain, baselines, longer, experts):
+    results = evaluate(config, chain, list(baselines.values()), longer)
     chains = [results["rows"]] * 2
-    found = {"rows": compare.summarize(chains), "chains": chains, "config": {"compare": {"chains": "a,b"}}}
-    os.makedirs(config.report, exist_ok=True)
-    write_report(config.report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
-    rows = {row["name"]: row for row in read_json(f"{config.report}/compare.json")["rows"]}
+    found = {"rows": compare.summarize(chains), "chains": chains, "config": {}}
+    report = f"{config.out_dir}/compare-report"
+    os.makedirs(report)
+    write_report(report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
+    rows = {row["name"]: row for row in read_json(f"{report}/compare.json")["rows"]}
     assert rows.keys() >= {"seed", "soup", "btm-top1", "btm-top2", "mixed", "btx", *compare.BASELINES}
+    assert {"btm-top1-cm", "btm-posterior-prefix-cm"} < rows.keys()
+    assert rows["btm-top1-cm"]["train_flops"] == pytest.approx(rows["btx"]["train_flops"], rel=0.02)
     own = {row["name"]: row for row in results["rows"]}
     for name, row in rows.items():
         assert row["bpb"] == own[name]["bpb"] and row["std"]["bpb"]["avg"] == 0  # twice the same
     assert rows["btm-top1"]["critical_seconds"] < rows["btx"]["critical_seconds"] < rows["btx"]["seconds"]
     assert rows["upcycle-dm"]["bytes_sent"] > rows["btx"]["bytes_sent"]
-    text = read(f"{config.report}/compare.md").decode()
+    text = read(f"{report}/compare.md").decode()
     assert all(f"| {name} |" in text for name in rows)
-    assert all(os.path.exists(f"{config.report}/{name}.png") for name in ("compare", "compare-time", "compare-domains"))
+    assert os.path.exists(f"{report}/compare.png")
 
 
 def test_the_sweep_scores_on_validation_text(config, chain, baselines):
@@ -145,9 +165,9 @@ def test_the_sweep_scores_on_validation_text(config, chain, baselines):
         assert scores["1e-3"] != scores["3e-3"]
 
 
-def test_an_unfinished_chain_is_named(tmp_path, data):
+def test_an_unfinished_chain_is_named(tmp_path):
     with pytest.raises(UserError, match="seed is not there or not finished; run the pipeline first"):
-        Chain(str(tmp_path), data)
+        Chain(str(tmp_path))
 
 
 # ---- verdicts ----
@@ -160,10 +180,10 @@ def row(name, bpb, accuracy=0.5):
 @pytest.mark.parametrize(
     "btx, other, expected",
     [
-        ([1.0, 1.5, 2.0], [1.2, 1.7, 2.2], "ahead by 0.200"),  # always by as much, however far chains are apart
-        ([1.0, 1.5, 2.0], [0.9, 1.4, 1.9], "**behind by 0.100**"),
-        ([1.0, 1.5, 2.0], [1.1, 1.5, 2.2], "tie (+0.100)"),  # 0.1, 0, 0.2: the limit is 0.2
-        ([1.0, 1.5, 2.0], [1.1, 1.7, 2.27], "ahead by 0.190"),  # 0.1, 0.2, 0.27: the limit is 0.171
+        ([1.0, 1.5, 2.0], [1.2, 1.7, 2.2], "ahead by 0.200 ± 0.000"),  # by as much, however far chains are apart
+        ([1.0, 1.5, 2.0], [0.9, 1.4, 1.9], "**behind by 0.100 ± 0.000**"),
+        ([1.0, 1.5, 2.0], [1.1, 1.5, 2.2], "tie (+0.100 ± 0.248)"),  # 0.1, 0, 0.2: 4.30 * 0.1 / sqrt(3)
+        ([1.0, 1.5, 2.0], [1.1, 1.7, 2.2], "ahead by 0.167 ± 0.143"),  # 0.1, 0.2, 0.2: 4.30 * 0.0577 / sqrt(3)
     ],
 )
 def test_verdicts(btx, other, expected):
@@ -173,13 +193,13 @@ def test_verdicts(btx, other, expected):
 
 def test_higher_accuracy_is_ahead():
     chains = [[row("btx", 1.0, 0.40 + x), row("soup", 1.0, 0.30)] for x in (0.0, 0.01, 0.02)]
-    assert difference(chains, "soup", "accuracy", "avg") == (pytest.approx(0.11), pytest.approx(0.02))
-    assert verdict(chains, "soup", "accuracy", "avg") == "ahead by 11.0 points"
+    assert difference(chains, "soup", "accuracy", "avg") == (pytest.approx(0.11), pytest.approx(0.0248, rel=0.01))
+    assert verdict(chains, "soup", "accuracy", "avg") == "ahead by 11.0 ± 2.5 points"
 
 
 def test_being_within_3_percent_at_home():
     rows = [row("expert-math", 1.0), row("btx", 1.03)]
-    assert home_lines(rows) == ["- yes: btx within 3 % of expert-math at home (1.030 and 1.000 bits per byte)"]
+    assert home_lines(rows) == ["- yes: btx is within 3 % of expert-math at home (1.030 and 1.000)"]
     assert home_lines([rows[0], row("btx", 1.031)])[0].startswith("- **no**")
 
 

@@ -1,16 +1,16 @@
 """Branch-Train-Merge against a few lines of numpy, which compare the text so far anew for every token."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from helpers import val_tokens
+from helpers import error_line, must, read_json, run, val_tokens
 
-from common import checkpoint
-from common.loader import list_domains
-from model import ModelConfig, Transformer, generate
+from common.corpus import Corpus
+from common.generate import generate
+from common.runs import trained_on
+from model import ModelConfig, Transformer
 from study.btm import (
     ENSEMBLES,
     NearestEnsemble,
@@ -19,9 +19,7 @@ from study.btm import (
     expert_profiles,
     held_out_prior,
     load_nearest,
-    load_posterior,
     term_counts,
-    training_mixture,
 )
 
 
@@ -54,12 +52,12 @@ def folders(experts, seed):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_probabilities_equal_brute_force(k, folders, data):
-    ensemble = load_nearest(folders, data, k)
+    ensemble = load_nearest(folders, Corpus(data), k)
     domains = {"math": 320, "rain": 320}
-    counts = {domain: term_counts(data, domain, size).double().numpy() for domain, size in domains.items()}
+    counts = {domain: term_counts(Corpus(data), domain, size).double().numpy() for domain, size in domains.items()}
     mixtures = [{"math": 1.0}, {"rain": 1.0}, {"math": 0.5, "rain": 0.5}]
-    assert [training_mixture(folder, data) for folder in folders] == mixtures
-    models = [checkpoint.load_model(folder) for folder in folders]
+    assert [trained_on(folder) for folder in folders] == mixtures
+    models = [Transformer.from_pretrained(folder) for folder in folders]
     picks = np.zeros(3)
     for domain in domains:
         tokens = val_tokens(data, domain)[:61]
@@ -81,7 +79,7 @@ def test_probabilities_equal_brute_force(k, folders, data):
 
 
 def test_each_domain_asks_its_own_expert_first(folders, data):
-    ensemble = load_nearest(folders[:2], data, 1)
+    ensemble = load_nearest(folders[:2], Corpus(data), 1)
     for n, domain in enumerate(("math", "rain")):
         weights = weights_of(ensemble, val_tokens(data, domain)[None, :100])
         assert weights.sum(dim=-1).allclose(torch.ones(100))
@@ -102,7 +100,7 @@ def test_a_mixture_of_domains_has_the_mean_profile():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_cached_generation_equals_reading_it_all_again(k, folders, data):
-    ensemble = load_nearest(folders, data, k)
+    ensemble = load_nearest(folders, Corpus(data), k)
     prompts = [val_tokens(data, domain)[:length].tolist() for domain, length in (("math", 9), ("rain", 3), ("math", 5))]
     for prompt, answer in zip(prompts, generate(ensemble, prompts, 15), strict=True):
         for token in answer:
@@ -112,7 +110,7 @@ def test_cached_generation_equals_reading_it_all_again(k, folders, data):
 
 def test_the_cache_remembers_the_text(folders, data):
     """A text that changes its domain: the last tokens alone would ask another expert than the whole text does."""
-    ensemble = load_nearest(folders[:2], data, 1)
+    ensemble = load_nearest(folders[:2], Corpus(data), 1)
     parts = [torch.from_numpy(val_tokens(data, domain)[None, :n]) for domain, n in (("math", 60), ("rain", 20))]
     ids = torch.cat(parts, dim=1)
     assert not weights_of(ensemble, ids)[:, 60:].equal(weights_of(ensemble, parts[1]))
@@ -122,23 +120,15 @@ def test_the_cache_remembers_the_text(folders, data):
 
 
 def test_parameters(folders, data):
-    one = checkpoint.load_model(folders[0]).num_parameters()[1]
-    ensemble = load_nearest(folders, data, 2)
+    one = Transformer.from_pretrained(folders[0]).num_parameters()[1]
+    ensemble = load_nearest(folders, Corpus(data), 2)
     assert isinstance(ensemble, NearestEnsemble)
     assert ensemble.num_parameters() == (2 * one, 3 * one)
 
 
-def test_all_means_the_domains_that_were_there_when_it_trained(data, tmp_path):
-    """A domain that was prepared after the seed had trained is none of the seed's."""
-    recipe = {"config": {"domain": "all"}, "data": {"math": "hash"}}
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
-    assert len(list_domains(data)) > 1
-    assert training_mixture(str(tmp_path), data) == {"math": 1.0}
-
-
-def tiny(seed, scale=6.0):
+def tiny(number, scale=6.0):
     """A random model of eleven words with strong opinions."""
-    torch.manual_seed(seed)
+    torch.manual_seed(number)
     model = Transformer(ModelConfig(11, 16, 16, 1, 2, 2, 512))
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
@@ -150,7 +140,7 @@ PRIOR = torch.tensor([0.15, 0.5, 0.05, 0.3])
 
 @pytest.fixture(scope="module")
 def models():
-    return [tiny(seed) for seed in range(4)]
+    return [tiny(number) for number in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +162,9 @@ def bayes(models, prior, ids, prefix):
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-@pytest.mark.parametrize("k", [None, 2])
-def test_posteriors_equal_brute_force(models, ids, prefix, k):
-    """With top-k the two most probable experts a priori share all of it."""
-    ensemble = PosteriorEnsemble(models, PRIOR, k, prefix)
-    prior = PRIOR.tolist() if k is None else [0, 0.5 / 0.8, 0, 0.3 / 0.8]
+def test_posteriors_equal_brute_force(models, ids, prefix):
+    ensemble = PosteriorEnsemble(models, PRIOR, prefix)
+    prior = PRIOR.tolist()
     targets = ids.roll(-1, dims=1)
     expected = [bayes(models, prior, row, prefix) for row in ids]
     weights = np.stack([weights for weights, _ in expected])
@@ -189,7 +177,7 @@ def test_posteriors_equal_brute_force(models, ids, prefix, k):
     loss = -np.log(np.take_along_axis(mixtures, targets.numpy()[..., None], axis=-1)).mean()
     assert ensemble(ids, targets).loss.item() == pytest.approx(loss, rel=1e-5)
     one = models[0].num_parameters()[1]
-    assert ensemble.num_parameters() == ((k or 4) * one, 4 * one)
+    assert ensemble.num_parameters() == (4 * one, 4 * one)
 
 
 def test_the_two_posteriors_differ(models, ids):
@@ -225,7 +213,7 @@ def test_identical_experts_are_one_model(models, ids, prefix):
 @pytest.mark.parametrize("prefix", [False, True])
 def test_long_texts_of_improbable_tokens_stay_finite(prefix):
     """500 tokens, whose probabilities multiply to less than any float holds; the weights are still right."""
-    models = [tiny(seed, scale=60.0) for seed in range(3)]
+    models = [tiny(number, scale=60.0) for number in range(3)]
     ids = torch.randint(0, 11, (1, 500), generator=torch.Generator().manual_seed(1))
     ensemble = PosteriorEnsemble(models, torch.tensor([0.2, 0.3, 0.5]), prefix=prefix)
     weights = weights_of(ensemble, ids)[0]
@@ -253,7 +241,7 @@ def test_cached_prior_by_hand():
 @pytest.mark.parametrize("prefix", [False, True])
 def test_held_out_prior_is_the_mean_over_domains(prefix, folders, data):
     """Seven windows of 32 tokens a domain; posteriors at their ends by brute force."""
-    models = [checkpoint.load_model(folder) for folder in folders]
+    models = [Transformer.from_pretrained(folder) for folder in folders]
     each = []
     for domain in ("math", "rain"):
         tokens, prior = val_tokens(data, domain), np.full(3, 1 / 3)
@@ -268,13 +256,13 @@ def test_held_out_prior_is_the_mean_over_domains(prefix, folders, data):
         each.append(prior)
     assert abs(each[0] - each[1]).max() > 0.05
     ensemble = PosteriorEnsemble(models, torch.full((3,), 1 / 3), prefix=prefix)
-    found = held_out_prior(ensemble, data, 32, windows=7)
+    found = held_out_prior(ensemble, Corpus(data), 32, windows=7)
     np.testing.assert_allclose(found.numpy(), np.mean(each, axis=0), rtol=1e-3)
 
 
 def test_loading_the_rows(folders, data):
     """Each name gives another ensemble; windows longer than the models take are shortened."""
-    loaded = {name: load(folders, data, 200, "cpu") for name, load in ENSEMBLES.items()}
+    loaded = {name: load(folders, Corpus(data), 200, "cpu") for name, load in ENSEMBLES.items()}
     kinds = {name: (type(one), one.k, getattr(one, "prefix", None)) for name, one in loaded.items()}
     assert kinds == {
         "btm-top1": (NearestEnsemble, 1, None),
@@ -284,8 +272,20 @@ def test_loading_the_rows(folders, data):
     }
     for name in ("btm-posterior", "btm-posterior-prefix"):
         uniform = PosteriorEnsemble(list(loaded[name].models), torch.full((3,), 1 / 3), prefix="prefix" in name)
-        prior = held_out_prior(uniform, data, 128)
+        prior = held_out_prior(uniform, Corpus(data), 128)
         assert loaded[name].log_prior.exp().allclose(prior)
         assert not prior.allclose(torch.full((3,), 1 / 3), atol=1e-3)
-    best = load_posterior(folders, data, 32, k=1).log_prior.exp()
-    assert sorted(best.tolist()) == [0, 0, 1]
+
+
+def test_rows_join_those_of_eval(folders, seed, data, eval_config, tmp_path):
+    """The second time nothing is scored: the file stays as it is."""
+    out_dir = f"--out_dir={tmp_path}/report"
+    must(run("eval.py", eval_config, f"--model={seed}", out_dir))
+    must(run("study/btm.py", eval_config, f"--experts={','.join(folders)}", out_dir))
+    rows = {row["name"]: row for row in read_json(tmp_path / "report" / "results.json")["rows"]}
+    assert list(rows) == ["seed", *ENSEMBLES]
+    assert rows["btm-top1"]["runs"] == [seed, *folders[:2]] and rows["btm-top1"]["id"] != rows["btm-top2"]["id"]
+    before = (tmp_path / "report" / "results.json").read_bytes()
+    must(run("study/btm.py", eval_config, f"--experts={','.join(folders)}", out_dir))
+    assert (tmp_path / "report" / "results.json").read_bytes() == before
+    assert "--experts" in error_line(run("study/btm.py", eval_config, out_dir))

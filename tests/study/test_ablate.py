@@ -5,7 +5,8 @@ import pytest
 from common.config import parse
 from finetune import FinetuneConfig
 from mix import MixConfig
-from study.ablate import BASE, VARIANTS, base_of, dead_experts, slug, spread, summarize, verdict
+from study.ablate import VARIANTS, slug, summarize
+from study.tables import BASE, base_of, dead_experts, paper_verdict, spread
 
 
 def row(name, avg, std=0.0, paper=None, long=False):
@@ -39,8 +40,8 @@ def test_rows_are_held_against_top_2_of_their_own_budget():
 )
 def test_verdicts(paper, avg, expected):
     base = row(BASE, 1.0, paper=34.6)
-    assert verdict(row("other", avg, paper=paper), base, tie=0.04) == expected
-    assert verdict(base, base, tie=0.04) == ""
+    assert paper_verdict(row("other", avg, paper=paper), base, tie=0.04) == expected
+    assert paper_verdict(base, base, tie=0.04) == ""
 
 
 def test_the_spread_is_pooled():
@@ -52,7 +53,7 @@ def test_dead_experts_are_counted_over_all_domains():
         "code": [[0.5, 0.495, 0.005], [0.4, 0.6, 0.0]],
         "math": [[0.5, 0.47, 0.03], [0.4, 0.592, 0.008]],  # the third expert: 1.75 % in layer 0, 0.4 % in layer 1
     }
-    assert dead_experts({"load": load}) == 1
+    assert dead_experts(load) == [[], [2]]
 
 
 def test_summary_is_mean_and_sample_deviation_over_seeds():

@@ -1,0 +1,128 @@
+"""Where averaging hurts: each expert at home, with one group of its tensors replaced by the average over all models.
+
+    python -m study.damage --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/expert-wiki,out/cpu/seed
+
+The last of --experts is the seed model. A mixture averages everything but the feed-forward networks, so what an expert
+loses at home when its attention, norms and embeddings are averaged is what mixing breaks, and finetuning has to repair.
+The same with the seed's tensors in place of the average tells how much of an expert's learning sits in a group; the
+drift tells how far the experts moved it. Nothing is trained. Writes damage.json, damage.md and damage.png.
+"""
+
+import dataclasses
+import os
+
+import torch
+
+from common import runs
+from common.config import key, parse, split_list
+from common.corpus import Corpus
+from common.device import device_key, pick_device, place, threads_key
+from common.errors import UserError, command
+from common.files import write_atomically, write_json
+from common.split import HELD_OUT
+from common.weights import group_of, same_tokenizer
+from eval import bits_per_byte
+from model import ModelConfig, Transformer
+from study.draw import plot_damage
+from study.tables import markdown_table
+
+
+@dataclasses.dataclass
+class DamageConfig:
+    """Measure what averaging each group of tensors costs the experts at home."""
+
+    experts: str = key("", "the branches of one seed, separated by commas, and last the seed itself")
+    out_dir: str = key("out/cpu/report", "where damage.json, damage.md and damage.png go")
+    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    split: str = key("val", "held-out text to score", HELD_OUT)
+    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
+    eval_windows: int = key(32, "windows per domain", within="[1, inf)")
+    device: str = device_key()
+    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
+    threads: int = threads_key()
+
+
+def groups_of(names, num_layers):
+    """{label: the set of tensor names that are replaced together}: by kind, then by layer (all but feed-forwards)."""
+    groups = {"nothing": set()}
+    for name in names:
+        groups.setdefault(group_of(name), set()).add(name)
+    shared = {name for name in names if group_of(name) != "feed-forward"}
+    groups |= {"all but feed-forward (mixing)": shared, "everything (soup)": set(names)}
+    for layer in range(num_layers):
+        groups[f"layer {layer}, all but feed-forward"] = {n for n in shared if f".layers.{layer}." in n}
+    return groups
+
+
+def relative_drift(names, expert, seed):
+    """|expert - seed| / |seed| over some tensors, in the Euclidean norm; 0 for none."""
+    moved = sum((expert[name] - seed[name]).square().sum().item() for name in names)
+    return (moved / sum(seed[name].square().sum().item() for name in names)) ** 0.5 if names else 0.0
+
+
+def measure(config, corpus, folders):
+    """{label: {"averaged": {domain: bits per byte, "avg"}, "seed": the same, "drift": mean over the experts}}."""
+    device = pick_device(config.device, config.threads)
+    *experts, seed = [dict(Transformer.from_pretrained(folder).named_parameters()) for folder in folders]
+    mean = {name: sum(one[name].detach().double() for one in (*experts, seed)) / len(folders) for name in seed}
+    model = place(Transformer.from_pretrained(folders[-1]), device, config.dtype)
+    parameters = dict(model.named_parameters())
+    homes = []
+    for folder in folders[:-1]:
+        mixture = runs.trained_on(folder)
+        homes.append(max(mixture, key=mixture.get))
+    size = config.split, config.sequence_length, config.eval_windows
+    windows = {domain: corpus.windows(domain, *size) for domain in homes}
+
+    def at_home(names, replacement):
+        """{domain: its expert's bits per byte with the tensors `names` taken from `replacement`, "avg": their mean}."""
+        scores = {}
+        for expert, domain in zip(experts, homes, strict=True):
+            for name, parameter in parameters.items():
+                parameter.data.copy_(replacement[name] if name in names else expert[name])
+            scores[domain], _ = bits_per_byte(model, *windows[domain], corpus.token_bytes)
+        return {**scores, "avg": sum(scores.values()) / len(scores)}
+
+    found = {}
+    for label, names in groups_of(list(seed), model.config.num_hidden_layers).items():
+        drifts = [relative_drift(names, expert, seed) for expert in experts]
+        scores = {"averaged": at_home(names, mean), "seed": at_home(names, seed)}
+        found[label] = {**scores, "drift": sum(drifts) / len(drifts)}
+        print(f"{label:40s} averaged {scores['averaged']['avg']:.3f}   the seed's {scores['seed']['avg']:.3f}")
+    return found
+
+
+def damage_table(found):
+    """The measured groups in Markdown: bits per byte at home, and how far the experts moved the group."""
+    domains = list(found["nothing"]["averaged"])
+    header = ["replaced by the average", *domains, "avg with the seed's instead", "drift"]
+    body = []
+    for label, row in found.items():
+        scores = [f"{row['averaged'][domain]:.3f}" for domain in domains]
+        body.append([label, *scores, f"{row['seed']['avg']:.3f}", f"{row['drift']:.1%}"])
+    return markdown_table(header, body)
+
+
+def main():
+    config = parse(DamageConfig)
+    folders = split_list(config.experts)
+    if len(folders) < 3:
+        raise UserError("--experts must name at least two branches and, last, their seed: --experts=DIR,DIR,SEED")
+    shapes = [ModelConfig.from_pretrained(folder) for folder in folders]
+    for folder, shape in zip(folders, shapes, strict=True):
+        if shape.num_local_experts or shape != shapes[0]:
+            raise UserError(f"{folder} is no dense model of the shape of {folders[0]}; name branches of one seed")
+    corpus = Corpus(config.data_dir)
+    same_tokenizer([config.data_dir, *folders])
+    with torch.no_grad():
+        found = measure(config, corpus, folders)
+    os.makedirs(config.out_dir, exist_ok=True)
+    ids = {folder: runs.parent_of(folder)[0] for folder in folders}
+    settings = {"config": dataclasses.asdict(config), "models": ids, "data": corpus.hashes()}
+    write_json(os.path.join(config.out_dir, "damage.json"), {"groups": found, **settings, "versions": runs.versions()})
+    write_atomically(os.path.join(config.out_dir, "damage.md"), f"# Where averaging hurts\n\n{damage_table(found)}\n")
+    plot_damage(found, os.path.join(config.out_dir, "damage.png"))
+
+
+if __name__ == "__main__":
+    command(main)

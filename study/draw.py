@@ -1,0 +1,253 @@
+"""Every picture, and the only place that sets matplotlib up. Numbers come in ready; nothing is measured here."""
+
+import os
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from common.runs import read_log
+from study.tables import BASE, difference, kind
+
+# Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+MARKERS = "os^Dvx"
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
+WORDS = {  # rows' names in words, for pictures
+    "seed": "seed",
+    "soup": "average of all weights",
+    "mixed": "mixture, not finetuned",
+    "btx": "Branch-Train-MiX",
+    "btx-paper": "Branch-Train-MiX as printed",
+    "btx-sample": "Branch-Train-MiX, sample top-1",
+    "dense-dm": "dense, same tokens",
+    "dense-cm": "dense, same FLOPs",
+    "upcycle-dm": "upcycling, same tokens",
+    "upcycle-cm": "upcycling, same FLOPs",
+    "btm-top1": "ensemble, nearest expert",
+    "btm-top2": "ensemble, two nearest",
+    "btm-posterior": "ensemble, last token's posterior",
+    "btm-posterior-prefix": "ensemble, prefix posterior",
+}
+
+
+def in_words(name):
+    """'expert-code' -> 'code expert'; 'btm-top1-cm' -> 'ensemble, nearest expert, same FLOPs'."""
+    if name.startswith("expert-"):
+        return f"{name.removeprefix('expert-')} expert"
+    if name.endswith("-cm") and name not in WORDS:
+        return f"{in_words(name.removesuffix('-cm'))}, same FLOPs"
+    return WORDS.get(name, name)
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def log_axis(axis, low, high):
+    """An axis (axis.xaxis or axis.yaxis) in logarithmic scale with plain numbers at 1, 2 and 5 times powers of ten."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    ticks = [mantissa * 10.0**power for power in range(-4, 5) for mantissa in (1, 2, 5)]
+    axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_major_formatter(PLAIN)
+    axis.set_minor_formatter(NullFormatter())
+
+
+# ---- the pipeline's report ----
+
+
+def plot_curves(folders, domains, path):
+    """Bits per byte against training FLOPs on a log axis, each run starting where the training behind it ends: the
+    forgetting of the branches, the jump at mixing and the repair are in it.
+
+    folders: {folder: run.json}.
+    """
+    logs = {folder: read_log(folder) for folder in folders}
+    figure, axes = plt.subplots(1, len(domains), figsize=(3.1 * len(domains), 3.4), sharex=True)
+    for i, (folder, run) in enumerate(folders.items()):
+        before = sum(cost["flops"] for name, cost in run["history"].items() if name != folder)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
+        label = in_words(os.path.basename(folder))
+        for axis, domain in zip(axes, domains, strict=True):
+            x, y = zip(*((before + line["flops"], line["bpb"][domain]) for line in logs[folder]), strict=True)
+            axis.plot(x, y, label=label, **style)
+    for axis, domain in zip(axes, domains, strict=True):
+        values = [line["bpb"][domain] for log in logs.values() for line in log]
+        log_axis(axis.yaxis, 0.9 * min(values), 1.1 * max(values))
+        axis.set_title(domain if domain != "avg" else "average")
+        axis.set_xlabel("training FLOPs")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation bits per byte")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(folders), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    save(figure, path)
+
+
+def plot_bpb(rows, domains, path):
+    """One panel per domain, one dot per model, its value beside it; the best is black. The axis is logarithmic, since
+    a forgotten domain costs several times the bits."""
+    size = (2.7 * len(domains) + 1.6, 0.32 * len(rows) + 1.1)
+    figure, axes = plt.subplots(1, len(domains), figsize=size, sharey=True)
+    for axis, domain in zip(axes, domains, strict=True):
+        values = [row["bpb"][domain] for row in rows]
+        best = min(values)
+        log_axis(axis.xaxis, 0.93 * best, 1.9 * max(values))
+        for y, value in enumerate(values):
+            colour = "black" if value == best else COLOURS[0]
+            axis.hlines(y, best, value, color="#bbbbbb")
+            axis.scatter(value, y, color=colour, zorder=2)
+            axis.annotate(f"{value:.3f}", (value, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+        axis.set_title(domain if domain != "avg" else "average")
+        axis.set_xlabel("bits per byte")
+    axes[0].set_yticks(range(len(rows)), [in_words(row["name"]) for row in rows])
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    save(figure, path)
+
+
+# ---- routing: a panel per domain and model; layers run to the right ----
+
+
+def expert_rows(entry, domain):
+    """(names, R x L values) for routing.png: each expert's share of a layer's (token, expert) choices."""
+    return entry["experts"], list(zip(*entry["domains"][domain]["share"], strict=True))
+
+
+def pair_rows(entry, domain):
+    """(names, R x L values) for pairs.png: the share of tokens whose two largest gates are the pair's."""
+    names, layers = entry["experts"], entry["domains"][domain]["co_activation"]
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    return [f"{names[i]} + {names[j]}" for i, j in pairs], [[layer[i][j] for layer in layers] for i, j in pairs]
+
+
+def plot_heatmaps(models, rows_of, title, path):
+    """models: entries of routing.json, one line of panels each; rows_of(entry, domain) gives a panel's rows.
+
+    The middle tone is an even share, the darkest twice that or more.
+    """
+    domains = list(models[0]["domains"])
+    panels = [[rows_of(entry, domain) for domain in domains] for entry in models]
+    layers = len(panels[0][0][1][0])
+    heights = [0.26 * len(line[0][0]) + 0.45 for line in panels]
+    width = max(0.36 * layers, 2.2)
+    label = 0.085 * max(len(name) for line in panels for name in line[0][0])
+    size = label + width * len(domains) + 0.4, sum(heights) + 0.6
+    shape = {"figsize": size, "squeeze": False, "layout": "constrained", "height_ratios": heights}
+    figure, axes = plt.subplots(len(models), len(domains), **shape)
+    for entry, panel_line, axis_line in zip(models, panels, axes, strict=True):
+        for domain, (names, rows), axis in zip(domains, panel_line, axis_line, strict=True):
+            darkest = 2 / len(rows)
+            axis.imshow(rows, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+            for y, row in enumerate(rows):
+                for x, value in enumerate(row):
+                    ink = "white" if value > 0.7 * darkest else "black"
+                    axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
+            axis.set_title(f"{entry['name']} reading {domain}", fontsize=9)
+            axis.set_xticks(range(layers), labels=range(layers) if entry is models[-1] else [], fontsize=8)
+            axis.set_yticks(range(len(names)), labels=names if axis is axis_line[0] else [], fontsize=8)
+            axis.tick_params(length=0)
+    figure.supxlabel("layer", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+# ---- several chains and variants ----
+
+
+def plot_differences(chains, columns, path):
+    """How far each row is behind BTX (to the right) or ahead of it, within each chain: the mean over the chains and its
+    95 % interval. chains: a list of rows for each; columns: {label: (metric, name)}. Rows that are too far behind to be
+    of interest (single experts, what is not finetuned) are left out."""
+    names = [row["name"] for row in chains[0] if kind(row) not in ("btx", "expert", "soup", "mixed")]
+    figure, axes = plt.subplots(
+        1, len(columns), figsize=(3.4 * len(columns) + 2.4, 0.34 * len(names) + 1.2), sharey=True
+    )
+    for axis, (label, (metric, column)) in zip(axes, columns.items(), strict=True):
+        for y, name in enumerate(names):
+            ahead, half = difference(chains, name, metric, column)
+            colour = "#777777" if abs(ahead) <= half else COLOURS[0] if ahead > 0 else COLOURS[1]
+            axis.errorbar(ahead, y, xerr=half, color=colour, marker="o", capsize=3)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("BTX worse  ←  →  BTX better", fontsize=9)
+        axis.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), [in_words(name) for name in names])
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    save(figure, path)
+
+
+def plot_regime(points, path):
+    """The difference of BTX and dense training over tokens per parameter, a line per width; below zero BTX is ahead."""
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for i, width in enumerate(dict.fromkeys(point["width"] for point in points)):
+        line = sorted((p["tokens_per_parameter"], p["difference"]) for p in points if p["width"] == width)
+        parameters = next(p["parameters"] for p in points if p["width"] == width)
+        style = {"color": COLOURS[i], "linestyle": STYLES[i], "marker": MARKERS[i % len(MARKERS)]}
+        axis.plot(*zip(*line, strict=True), label=f"width {width}, {parameters / 1000:.0f} k parameters", **style)
+    axis.axhline(0, color="black", linewidth=0.8)
+    x = [point["tokens_per_parameter"] for point in points]
+    log_axis(axis.xaxis, 0.8 * min(x), 1.25 * max(x))
+    axis.set_xlabel("training tokens per parameter, the seed's included")
+    axis.set_ylabel("BTX minus dense, average bits per byte\n(below zero BTX is ahead)")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def plot_ablations(rows, path):
+    """Average bits per byte of every row, best first, with the spread over random seeds; a line is top-2 at each
+    of the two budgets. Rows far behind the others stand at the edge, as an arrow."""
+    rows = sorted(rows, key=lambda row: row["bpb"]["avg"])
+    values = [row["bpb"]["avg"] for row in rows]
+    edge = values[0] + 4 * (values[len(values) // 2] - values[0]) + 0.02
+    figure, axis = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.2))
+    kinds = {False: (COLOURS[0], "o", "-", "short finetuning"), True: (COLOURS[1], "s", "--", "long finetuning")}
+    for long, (colour, marker, _, label) in kinds.items():
+        axis.plot([], [], color=colour, marker=marker, linestyle="", label=label)
+        for y, row in enumerate(rows):
+            if row["long"] == long:
+                inside = row["bpb"]["avg"] <= edge
+                spread = row["std"]["bpb"]["avg"] if inside else 0.0
+                style = {"color": colour, "marker": marker if inside else ">", "capsize": 3}
+                axis.errorbar(min(row["bpb"]["avg"], edge), y, xerr=spread, **style)
+                if not inside:
+                    place = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
+                    axis.annotate(f"{row['bpb']['avg']:.3f}", (edge, y), fontsize=8, **place)
+    for row in rows:
+        if row["name"] in (BASE, f"{BASE}, longer"):
+            colour, _, line, _ = kinds[row["long"]]
+            axis.axvline(row["bpb"]["avg"], color=colour, linestyle=line, linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel(f"average bits per byte (lower is better); lines: {BASE}")
+    axis.legend(frameon=False, loc="upper right")
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def plot_damage(found, path):
+    """Bits per byte at home with each group of tensors replaced by the average over the models, or by the seed's.
+    found: the groups of damage.json."""
+    labels = list(found)
+    figure, axis = plt.subplots(figsize=(8, 0.36 * len(labels) + 1.2))
+    for i, (source, words) in enumerate({"averaged": "the average of all models", "seed": "the seed's"}.items()):
+        values = [found[label][source]["avg"] for label in labels]
+        style = {"color": COLOURS[1 - i], "marker": MARKERS[i], "linestyle": "", "label": f"replaced by {words}"}
+        axis.plot(values, [y + 0.16 * i for y in range(len(labels))], **style)
+    axis.axvline(found["nothing"]["averaged"]["avg"], color="#999999", linewidth=0.8, zorder=0)
+    values = [row[source]["avg"] for row in found.values() for source in ("averaged", "seed")]
+    log_axis(axis.xaxis, 0.97 * min(values), 1.05 * max(values))
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel("bits per byte of the experts at home, averaged (the line: nothing replaced)")
+    axis.legend(frameon=False, loc="lower right", fontsize=9)
+    axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    save(figure, path)

@@ -1,0 +1,320 @@
+"""Every table of the studies, and what they share: formats, means over random seeds, what "dead" and "at home" mean.
+
+Nothing is computed on models here: rows are those of results.json, which eval.py writes, or means over several of them.
+"""
+
+import statistics
+
+DEAD = 0.01  # an expert that gets a smaller share of a layer's choices is dead
+AT_HOME = 3  # percent: how much worse than an expert a model may be in the expert's own domain
+METRICS = {  # of a row of results.json, in the order of the tables
+    "bpb": "bits per byte",
+    "spliced": "spliced bits per byte",
+    "accuracy": "task accuracy",
+    "choice": "choice accuracy",
+    "edit_similarity": "edit similarity",
+}
+BITS = ("bpb", "spliced")  # lower is better; of the others higher
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, 1 to 9 degrees of freedom
+COUNTS = {
+    "active_params": "active params",
+    "total_params": "total params",
+    "train_tokens": "training tokens",
+    "train_flops": "training FLOPs",
+}
+ORDER = (  # of the comparison's rows, the paper's
+    *("seed", "expert", "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "soup"),
+    *("btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"),
+    *("btm-top1-cm", "btm-top2-cm", "btm-posterior-cm", "btm-posterior-prefix-cm"),
+    *("mixed", "btx", "btx-paper", "btx-sample"),
+)
+BASE = "top-2"  # the ablation that every other one is held against
+
+
+# ---- formats ----
+
+
+def short(number):
+    """1234567 -> '1.23 M'; 3.1e15 -> '3.1e+15'."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if limit <= number < 1e12:
+            return f"{number / limit:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def markdown_table(header, rows):
+    lines = ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines)
+
+
+def bold(text, best):
+    return f"**{text}**" if best else text
+
+
+def plus_minus(row, metric, name):
+    """'0.794 ± 0.005' or '17.6% ± 2.3%' from a row with "std"; '0.794' or '17.6%' from one without."""
+    style = ".3f" if metric in BITS else ".1%"
+    spread = f" ± {row['std'][metric][name]:{style}}" if "std" in row else ""
+    return f"{row[metric][name]:{style}}{spread}"
+
+
+def yes_or_no(holds, text):
+    return f"- {'yes' if holds else '**no**'}: {text}"
+
+
+def versions_line(found, where):
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"\nMade with {versions}; data and settings are in {where}."
+
+
+# ---- definitions ----
+
+
+def mean_and_std(rows):
+    """{metric: {name: mean}} of several rows of results.json that differ in a random seed, and the same form of
+    standard deviations (of a sample; 0 for a single row) under "std"."""
+
+    def over(metric, name, of):
+        values = [row[metric][name] for row in rows]
+        return of(values) if of is statistics.mean or len(values) > 1 else 0.0
+
+    def all_scores(of):
+        return {m: {name: over(m, name, of) for name in rows[0][m]} for m in METRICS if m in rows[0]}
+
+    return {**all_scores(statistics.mean), "std": all_scores(statistics.stdev)}
+
+
+def dead_experts(load):
+    """For each layer, the numbers of its dead experts: those that get less than DEAD of its choices.
+
+    load: {domain: L x E shares of a layer's (token, expert) choices}; domains count equally.
+    """
+    layers = zip(*load.values(), strict=True)  # L tuples of the domains' E shares
+    shares = [[statistics.mean(expert) for expert in zip(*layer, strict=True)] for layer in layers]
+    return [[e for e, share in enumerate(layer) if share < DEAD] for layer in shares]
+
+
+def home_lines(rows):
+    """How close BTX is to each expert at home: whether mixing keeps what the experts learned."""
+    named = {row["name"]: row for row in rows}
+    lines = []
+    for name, row in named.items() if "btx" in named else ():
+        domain = name.removeprefix("expert-")
+        if name != domain and domain in row["bpb"]:
+            ours, theirs = named["btx"]["bpb"][domain], row["bpb"][domain]
+            text = f"btx is within {AT_HOME} % of {name} at home ({ours:.3f} and {theirs:.3f})"
+            lines.append(yes_or_no(ours <= (1 + AT_HOME / 100) * theirs, text))
+    return lines
+
+
+# ---- scores ----
+
+
+def columns_of(rows):
+    """[(metric, name)], the scores that rows have: names are domains, tasks, or pairs of domains."""
+    return [(metric, name) for metric in METRICS for name in rows[0].get(metric, {})]
+
+
+def score_table(rows, counts=(), metrics=METRICS):
+    """A row per model, the best of each score column in bold; then the given columns of COUNTS."""
+    columns = [column for column in columns_of(rows) if column[0] in metrics]
+    best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
+    body = []
+    for row in rows:
+        cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
+        body.append([row["name"], *cells, *(short(row[name]) for name in counts)])
+    names = [f"{n} {m.replace('_', ' ')}" for m, n in columns]
+    return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body)
+
+
+def headline_table(rows):
+    """README's first table: one row per way to spend the compute. rows: of compare.json."""
+    named = {row["name"]: row for row in rows}
+    shown = {
+        "seed": "seed model",
+        "dense-cm": "dense training, cm",
+        "upcycle-cm": "sparse upcycling, cm",
+        "btm-posterior-prefix": "Branch-Train-Merge, best ensemble",
+        "btx": "**Branch-Train-MiX**",
+    }
+    header = ["", "bpb", "tasks", "facts recalled", "parameters (used per token)"]
+    body = []
+    for name, words in shown.items():
+        row = named[name]
+        scores = [plus_minus(row, *column) for column in (("bpb", "avg"), ("accuracy", "avg"), ("accuracy", "wiki"))]
+        body.append([words, *scores, f"{short(row['total_params'])} ({short(row['active_params'])})"])
+    return markdown_table(header, body)
+
+
+def baseline_lines(baselines):
+    """What each task's score is without knowing anything: one line per task and metric."""
+    return [
+        f"- {domain} {metric.replace('_', ' ')}: " + ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
+        for domain, metrics in baselines.items()
+        for metric, scores in metrics.items()
+    ]
+
+
+# ---- the pipeline's report ----
+
+
+def run_table(folders):
+    """What each training run cost by itself. folders: {folder: run.json}."""
+    body = []
+    for folder, run in folders.items():
+        cost = run["history"][folder]
+        speed = f"{cost['tokens'] / cost['seconds'] / 1000:.1f} k" if cost["seconds"] else "-"
+        body.append([folder, short(cost["tokens"]), short(cost["flops"]), f"{cost['seconds']:.0f}", speed])
+    return markdown_table(["run", "tokens", "FLOPs", "seconds", "tokens/s"], body)
+
+
+def claims(rows):
+    """What the BTX paper would lead one to expect, each with the numbers and whether they bear it out."""
+    named = {row["name"]: row for row in rows}
+    experts = {name.removeprefix("expert-"): row for name, row in named.items() if name.startswith("expert-")}
+    seed, btx = named.get("seed"), named.get("btx")
+    found = []
+    for domain, row in experts.items() if seed else ():
+        home = row["bpb"][domain] < seed["bpb"][domain]
+        found.append((home, f"expert-{domain} beats the seed at home", row["bpb"][domain], seed["bpb"][domain]))
+        away = [d for d in row["bpb"] if d not in (domain, "avg")]
+        ours, theirs = (sum(r["bpb"][d] for d in away) / max(1, len(away)) for r in (row, seed))
+        found.append((ours > theirs, f"expert-{domain} loses to the seed away from home", ours, theirs))
+    for name, row in named.items() if btx else ():
+        if name != "btx":
+            ours, theirs = btx["bpb"]["avg"], row["bpb"]["avg"]
+            found.append((ours < theirs, f"btx beats {name} on average", ours, theirs))
+    return [yes_or_no(holds, f"{what} ({a:.3f} and {b:.3f})") for holds, what, a, b in found] + home_lines(rows)
+
+
+def routing_table(models):
+    """From routing.json: what the routers learned, layer by layer."""
+    layers = range(len(models[0]["mutual_information"]))
+    body = []
+    for model in models:
+        domains = model["domains"].values()
+        entropy = [sum(domain["gate_entropy"][layer] for domain in domains) / len(domains) for layer in layers]
+        bits = model["mutual_information"]
+        body.append([f"{model['name']}: expert tells about domain, bits", *(f"{value:.3f}" for value in bits)])
+        body.append([f"{model['name']}: entropy of a token's gates, bits", *(f"{value:.2f}" for value in entropy)])
+        body.append([f"{model['name']}: dead experts", *(", ".join(names) or "-" for names in model["dead"])])
+    return markdown_table(["", *(f"layer {layer}" for layer in layers)], body)
+
+
+# ---- the comparison ----
+
+
+def kind(row):
+    """The row's place in ORDER: its name, without the domain."""
+    return "expert" if row["name"].startswith("expert-") else row["name"]
+
+
+def in_order(rows):
+    """Rows in the paper's order, experts as they come."""
+    return sorted(rows, key=lambda row: ORDER.index(kind(row)))
+
+
+def cost_table(rows):
+    """What each row cost, from the seed on."""
+    header = ["model", *COUNTS.values(), "seconds, summed", "seconds, branches side by side", "bytes sent by 8 workers"]
+    body = []
+    for row in rows:
+        cells = [row["name"], *(short(row[name]) for name in COUNTS)]
+        cells += [f"{row['seconds']:.0f}", f"{row['critical_seconds']:.0f}", f"{row['bytes_sent'] / 1e9:.1f} GB"]
+        body.append(cells)
+    return markdown_table(header, body)
+
+
+def difference(chains, name, metric, column):
+    """(how far BTX is ahead of the row `name`, half the width of the 95 % interval), from the rows of each chain.
+
+    Differences are taken within a chain, whose rows share a seed model and its luck: a paired comparison. With one
+    chain there is no interval (0).
+    """
+    ahead = []
+    for rows in chains:
+        named = {row["name"]: row for row in rows}
+        sign = -1 if metric in BITS else 1
+        ahead.append(sign * (named["btx"][metric][column] - named[name][metric][column]))
+    n = len(ahead)
+    if n == 1:
+        return ahead[0], 0.0
+    return statistics.mean(ahead), T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(ahead) / n**0.5
+
+
+def verdict(chains, name, metric, column):
+    """'ahead by 0.012 ± 0.004', '**behind by ...**' or 'tie (+0.001 ± 0.004)': a tie is an interval that holds zero."""
+    ahead, half = difference(chains, name, metric, column)
+    scale, digits, unit = (1, 3, "") if metric in BITS else (100, 1, " points")
+    if abs(ahead) <= half:
+        return f"tie ({scale * ahead:+.{digits}f} ± {scale * half:.{digits}f}{unit})"
+    size = f"{abs(scale * ahead):.{digits}f} ± {scale * half:.{digits}f}{unit}"
+    return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
+
+
+def verdict_table(rows, chains):
+    """BTX against every other row that may hold all domains: on the averages and domain by domain."""
+    columns = [column for column in columns_of(rows) if column[0] != "edit_similarity"]
+    columns.sort(key=lambda column: column[1] != "avg")
+    others = [row["name"] for row in rows if kind(row) not in ("btx", "expert")]
+    body = [[name, *(verdict(chains, name, *column) for column in columns)] for name in others]
+    return markdown_table(["btx against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
+
+
+# ---- the ablations ----
+
+
+def spread(rows):
+    """Twice the standard deviation over random seeds of the average bits per byte, pooled over all rows: with two or
+    three of them a single row's own deviation is too uncertain. Smaller differences count as ties."""
+    return 2 * statistics.mean(row["std"]["bpb"]["avg"] ** 2 for row in rows) ** 0.5
+
+
+def paper_verdict(row, base, tie):
+    """Does our order of a row and the base agree with the paper's? Differences up to `tie` are none."""
+    if row["paper"] is None or row["name"] == base["name"]:
+        return ""
+    ours = base["bpb"]["avg"] - row["bpb"]["avg"]  # positive: the row is better
+    paper = row["paper"] - base["paper"]
+    if abs(paper) <= 0.3:  # the paper calls differences this small equal
+        return "yes, equal" if abs(ours) <= tie else "**no**, the paper has them equal"
+    if abs(ours) <= tie:
+        return "**no**, a tie here"
+    return "yes" if (ours > 0) == (paper > 0) else "**no**"
+
+
+def base_of(row, rows):
+    """The top-2 row of the same budget."""
+    name = f"{BASE}, longer" if row["long"] else BASE
+    return next(one for one in rows if one["name"] == name)
+
+
+def ablation_table(rows):
+    columns = [(metric, name) for metric in ("bpb", "accuracy") for name in rows[0][metric]]
+    header = ["variant", *(f"{name} {metric}" for metric, name in columns)]
+    header += ["active params", "tokens/s", "dead experts", "paper", "order as in the paper"]
+    body = []
+    for row in rows:
+        cells = [row["name"], *(plus_minus(row, *column) for column in columns)]
+        cells += [short(row["active_params"]), short(row["tokens_per_second"])]
+        cells += [" / ".join(map(str, row["dead_experts"])), str(row["paper"] or "")]
+        body.append([*cells, paper_verdict(row, base_of(row, rows), spread(rows))])
+    return markdown_table(header, body)
+
+
+# ---- width and budget ----
+
+
+def regime_table(points):
+    """The points of regime.json, by width and scale."""
+    header = ["width", "scale", "parameters", "tokens per parameter", "BTX", "dense", "BTX minus dense"]
+    tasks = list(points[0]["accuracy"]["btx"])
+    header += [f"{task} accuracy, BTX and dense" for task in tasks]
+    body = []
+    for one in sorted(points, key=lambda one: (one["width"], one["scale"])):
+        btx, dense = (one["bpb"][name]["avg"] for name in ("btx", "dense-dm"))
+        cells = [str(one["width"]), f"{one['scale']:g}", short(one["parameters"]), f"{one['tokens_per_parameter']:.0f}"]
+        cells += [f"{btx:.3f}", f"{dense:.3f}", f"{one['difference']:+.3f}"]
+        cells += [" / ".join(f"{one['accuracy'][name][task]:.1%}" for name in ("btx", "dense-dm")) for task in tasks]
+        body.append(cells)
+    return markdown_table(header, body)
