@@ -57,7 +57,8 @@ limited capacity `dropped`, the share of (token, expert) pairs that were turned 
         "mix",
         "mix.py",
         {
-            "mix": "Three cases, told apart by the tensor's name. feed_forward (below) finds the stacked matrices.",
+            "mix": """Four cases, told apart by the tensor's name: new, stacked (feed_forward, below), kept as the
+last expert has it (config.keep names parts, see group_of), and averaged.""",
             "mean": "Mind the precision: N copies have to give back what was copied, to the bit.",
         },
     ),
@@ -72,7 +73,11 @@ the choice of units depends on the expert alone, the new values on the matrix as
     6: Exercise(
         "Branch-Train-Merge's posterior",
         "study/btm.py",
-        {"PosteriorEnsemble.log_weights": "Stay in logarithms. cache.add(evidence) returns the sums over the text."},
+        {
+            "PosteriorEnsemble.log_weights": """The posterior after each token, as logarithms. Ensemble.log_weights
+says what the arguments are; cache.add(evidence) adds (B, T, N) up along the text, over several calls.
+Long texts: keep sums small.""",
+        },
     ),
     7: Exercise(
         "tf-idf routing",
@@ -80,7 +85,8 @@ the choice of units depends on the expert alone, the new values on the matrix as
         {
             "expert_profiles": """idf = log(windows / (1 + windows that hold the token)), over all domains' windows.
 Normalize each window before you take a domain's mean, and each expert's vector after.""",
-            "NearestEnsemble.log_weights": "k of them weigh 1 / k each. cache.add(evidence) returns running sums.",
+            "NearestEnsemble.log_weights": """k experts weigh 1 / k each, and log 0 is -inf. Ensemble.log_weights says
+what the arguments are; cache.add(evidence) adds (B, T, N) up along the text.""",
         },
     ),
     8: Exercise(
@@ -123,9 +129,9 @@ Normalize each window before you take a domain's mean, and each expert's vector 
 
 
 def bodies(source, names):
-    """{name: (first line, last line, indent)} of the functions' code after their docstrings, lines from 0, last one
-    excluded. names: "function" or "Class.method". KeyError for a name that is not there."""
-    found = {}
+    """{name: (first line, last line, indent)} of the functions' code after signature and docstring, lines from 0, last
+    one excluded. names: "function" or "Class.method". KeyError for a name that is not there."""
+    found, lines = {}, source.splitlines()
     for node in ast.parse(source).body:
         inner = node.body if isinstance(node, ast.ClassDef) else []
         named = [
@@ -133,9 +139,15 @@ def bodies(source, names):
             *((one, f"{node.name}.{getattr(one, 'name', '')}") for one in inner),
         ]
         for function, name in named:
-            if name in names and isinstance(function, ast.FunctionDef):
-                docstring, code = function.body[0], function.body[1:]
-                found[name] = docstring.end_lineno, function.end_lineno, code[0].col_offset
+            if name not in names or not isinstance(function, ast.FunctionDef):
+                continue
+            first = function.body[0]
+            start = function.lineno
+            while not lines[start - 1].endswith(":"):  # of a signature over several lines
+                start += 1
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                start = first.end_lineno
+            found[name] = start, function.end_lineno, first.col_offset
     return {name: found[name] for name in names}
 
 

@@ -54,10 +54,14 @@ def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(t
 def test_methods_nested_indents_and_docstrings_survive():
     text = 'def f(x):\n    """Doc."""\n    # why\n    return x\n\n\n'
     text += 'class A:\n    def g(self):\n        """Two\n        lines."""\n'
-    text += "        if self:\n            return 1\n        return 2\n\n    y = 1\n"
-    exercise = next(iter(EXERCISES.values()))._replace(functions={"f": "Do f.", "A.g": "Do g,\nwell."})
+    text += (
+        "        if self:\n            return 1\n        return 2\n\n    y = 1\n\n    def h(\n        self,\n    ):\n"
+    )
+    text += "        # no docstring\n        for _ in self:\n            return 3\n        return 4\n"
+    exercise = next(iter(EXERCISES.values()))._replace(functions={"f": "Do f.", "A.g": "Do g,\nwell.", "A.h": "Do h."})
     stub, taken = strip(text, {7: exercise})
-    assert "return" not in stub and "        # well.\n" in stub and stub.endswith("    y = 1\n")
+    assert "return" not in stub and "        # well.\n" in stub and "\n    y = 1\n" in stub and "for _" not in stub
+    assert stub.endswith('    ):\n        # Exercise 7. Do h.\n        raise NotImplementedError("exercise 7")\n')
     assert fill(stub, taken) == text
     with pytest.raises(KeyError, match="missing"):
         strip(text, {7: exercise._replace(functions={"missing": ""})})

@@ -77,3 +77,13 @@ def test_the_soup_is_a_dense_model():
     for name, tensor in made.items():
         one, two = (dict(model.named_parameters())[name].detach() for model in models)
         torch.testing.assert_close(tensor.float(), (one + two) / 2)
+
+
+def test_what_the_seed_keeps():
+    models = [random_model(seed) for seed in (1, 2, 3)]
+    tensors, _, _ = mixture(models, keep="embeddings,norms")
+    for name, tensor in tensors.items():
+        if "moe" not in name:
+            three = [dict(model.named_parameters())[name].detach() for model in models]
+            kept = "embed" in name or "norm" in name
+            torch.testing.assert_close(tensor.float(), three[-1] if kept else sum(three) / 3)
