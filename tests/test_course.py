@@ -143,7 +143,7 @@ def test_a_mistake_costs_points_in_its_exercise(tmp_path):
 def test_a_copy_that_cannot_be_imported_still_has_a_grade(tmp_path):
     make_copy(tmp_path / "copy", solution=True)
     (tmp_path / "copy" / "mix.py").write_text("def mix(:\n")
-    assert grade(tmp_path / "copy", 4)[-1] == "points: 0 of 5"
+    assert grade(tmp_path / "copy", 4)[-1].startswith("points: 0 of ")
 
 
 @pytest.mark.parametrize(("router", "k"), [("sigmoid", 2), ("expert-choice", 3)])
