@@ -260,3 +260,21 @@ def test_a_copy_is_never_written_over_work(tmp_path):
     done = subprocess.run([sys.executable, "-m", "exercises.strip", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "is there already" in done.stderr
     assert must(run("exercises/strip.py", tmp_path / "student")).out.endswith("functions to write\n")
+
+
+def test_the_measured_predictions_are_the_committed_ones():
+    measured = json.loads(source(f"{OWN}measured.json"))
+    found, crossing = measured["branches"], measured["crossing"]
+    page = source("docs/teaching.md")
+    assert all(f"{value:.3f}" in page for values in crossing["lesson"].values() for value in values)
+    assert all(f"{sum(values) / len(values):.3f}" in page for values in crossing["smoke"].values())
+    for row in found:
+        cells = " | ".join(f"{row[name]:.3f}" for name in ("experts_at_home", "soup", "mixed", "btx"))
+        assert re.search(rf"\| {row['steps']:,} \| [\w -]+ \| {re.escape(cells)} \|", page), cells
+    _, short, long = found
+    change = {name: long[name] - short[name] for name in ("experts_at_home", "soup", "btx")}
+    words = {name: "same" if abs(d) <= 0.02 else "better" if d < 0 else "worse" for name, d in change.items()}
+    answers = json.loads(source(f"{OWN}predictions.json"))
+    for size, scores in crossing.items():
+        assert answers[f"{size}_ahead"] == ("btx" if max(scores["btx"]) < min(scores["dense"]) else "dense")
+    assert {name: answers[name] for name in words} == words

@@ -48,8 +48,8 @@ def test_how_full_the_models_are():
 
 
 def test_which_side_of_the_crossing():
-    assert sealed("lesson_ahead", "smoke_ahead") == "CROSSING"
+    assert sealed("lesson_ahead", "smoke_ahead") == "fca893bd"
 
 
 def test_branches_four_times_as_long():
-    assert sealed("experts_at_home", "soup", "btx") == "BRANCHES"
+    assert sealed("experts_at_home", "soup", "btx") == "8df868fa"
