@@ -70,13 +70,6 @@ def use_plain_loop(monkeypatch, choose=None):
     monkeypatch.setattr(MoE, "forward", forward)
 
 
-def disk_names(config):
-    """{name on disk: shape}, and {name on disk: tensor} of a dense model is `tensors_of`."""
-    from common.weights import expected_tensors
-
-    return expected_tensors(config)
-
-
 def tensors_of(model):
     """A dense model as mix.py reads it from a folder: {name: tensor}."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
