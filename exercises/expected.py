@@ -9,6 +9,7 @@ Ends with exit code 1 when something lies outside.
 import os
 import sys
 
+from common import runs
 from common.errors import UserError, command
 from common.files import read_json
 
@@ -34,7 +35,7 @@ def main():
     folder = os.path.normpath(sys.argv[1])
     expected = read_json(os.path.join("config", os.path.basename(folder), "expected.json"), "choose out/lesson")
     results = os.path.join(folder, "report", "results.json")
-    rows = {row["name"]: row for row in read_json(results, "run it first: bash exercises/lesson.sh")["rows"]}
+    rows = {row["name"]: row for row in runs.read_results(results)["rows"]}
     named = {*expected["bpb"], *(name for pair in expected["ahead"] for name in pair[:2])}
     if missing := sorted(named - rows.keys()):
         raise UserError(f"{results} has no row {missing[0]}; run it to its end: bash exercises/lesson.sh")
