@@ -7,4 +7,4 @@ source setup.sh
 bash run.sh lesson
 $python train.py config/lesson/dense.py
 $python eval.py config/lesson/eval.py --model=out/lesson/dense
-$python -m exercises.expected out/lesson
+$python -m study.expected out/lesson

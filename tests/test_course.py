@@ -15,11 +15,11 @@ import model
 from common.config import parse
 from data.prepare import DataConfig
 from eval import EvalConfig
-from exercises import expected
 from exercises.solution.routers import rows
 from exercises.strip import EXERCISES, OWN, by_file, copied_files, fill, make_copy, open_answers, strip
 from finetune import FinetuneConfig
 from mix import MixConfig
+from study import expected
 from train import TrainConfig
 
 

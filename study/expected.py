@@ -1,6 +1,6 @@
 """Holds a run's table against what config/<size>/expected.json says should come out.
 
-    python -m exercises.expected out/lesson
+    python -m study.expected out/lesson
 
 expected.json: {"bpb": {row: {domain: [value, tolerance]}}, "ahead": [[better row, worse row, domain, by at least]]}.
 Ends with exit code 1 when something lies outside.
@@ -31,14 +31,14 @@ def check(rows, expected):
 
 def main():
     if len(sys.argv) != 2:
-        raise UserError("name the folder of a run: python -m exercises.expected out/lesson")
+        raise UserError("name the folder of a run: python -m study.expected out/lesson")
     folder = os.path.normpath(sys.argv[1])
     expected = read_json(os.path.join("config", os.path.basename(folder), "expected.json"), "choose out/lesson")
     results = os.path.join(folder, "report", "results.json")
     rows = {row["name"]: row for row in runs.read_results(results)["rows"]}
     named = {*expected["bpb"], *(name for pair in expected["ahead"] for name in pair[:2])}
     if missing := sorted(named - rows.keys()):
-        raise UserError(f"{results} has no row {missing[0]}; run it to its end: bash exercises/lesson.sh")
+        raise UserError(f"{results} has no row {missing[0]}; run it to its end")
     checks = check(rows, expected)
     for text, holds in checks:
         print(f"{'ok ' if holds else 'NO '} {text}")
