@@ -22,6 +22,7 @@ from common.device import device_key, pick_device, place, threads_key
 from common.errors import UserError, command
 from common.files import write_json
 from common.generate import generate
+from common.hub import local_folder
 from common.split import HELD_OUT
 from common.weights import same_tokenizer
 from data.task import CHOICES, METRICS, mean_score, read_answer
@@ -29,14 +30,21 @@ from model import Transformer
 
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
-CODE = ("model.py", "eval.py", "common/corpus.py", "common/generate.py", "data/task.py")  # what decides a score
+CODE = (
+    "model.py",
+    "eval.py",
+    "common/corpus.py",
+    "common/generate.py",
+    "common/rope.py",
+    "data/task.py",
+)  # what decides a score
 
 
 @dataclasses.dataclass
 class EvalConfig:
     """Evaluate one or several checkpoints."""
 
-    model: str = key("", "checkpoint folders, separated by commas; a row each, named after the folder")
+    model: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; a row each, named after the folder")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     domains: str = key("all", "the domains to score, separated by commas")
@@ -251,7 +259,7 @@ def evaluate(config, corpus, entries):
 
 def main():
     config = parse(EvalConfig)
-    folders = split_list(config.model)
+    folders = [local_folder(name) for name in split_list(config.model)]
     if not folders:
         raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
     corpus = Corpus(config.data_dir, config.domains)

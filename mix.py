@@ -26,6 +26,7 @@ Tensors are streamed from the experts' files to the new one, so memory stays at 
 """
 
 import dataclasses
+import functools
 import os
 import zlib
 
@@ -35,7 +36,9 @@ from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.errors import UserError, command
+from common.hub import local_folder
 from common.router_start import FROM_TEXT, STARTS, normal_routers, routers_from_text
+from common.shape import write_config
 from common.weights import (
     FEED_FORWARD,
     GROUPS,
@@ -45,7 +48,6 @@ from common.weights import (
     group_of,
     hidden_dim,
     same_tokenizer,
-    write_config,
     write_weights,
 )
 from model import ModelConfig, Transformer
@@ -57,7 +59,7 @@ CODE = ("mix.py", "common/router_start.py", "common/weights.py")  # what decides
 class MixConfig:
     """Mix N dense checkpoints of one shape into a mixture of N experts, or average them."""
 
-    experts: str = key("", "the checkpoint folders, separated by commas; their order is the experts' order")
+    experts: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; their order is the experts'")
     out_dir: str = key("out/mixed", "where the mixed checkpoint goes")
     method: str = key(
         "btx", "btx stacks feed-forward networks and averages the rest, soup averages all", ("btx", "soup")
@@ -96,8 +98,15 @@ def mix(experts, shapes, routers, config):
 
 
 def mean(tensors):
-    """The mean of equally shaped tensors, in float64: so exact that copies average to themselves."""
-    return sum(tensor.double() / len(tensors) for tensor in tensors)
+    """The mean of equally shaped tensors in their own dtype, computed in float64, so exactly that copies average to
+    themselves; in pieces that fit a CPU's cache, so that large ones need little time and memory."""
+    result = torch.empty(tensors[0].shape, dtype=functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
+    for mean, *parts in zip(*(tensor.flatten().split(2**17) for tensor in (result, *tensors)), strict=True):
+        total = torch.zeros(mean.shape, dtype=torch.float64)
+        for part in parts:
+            total += part.double().div_(len(tensors))
+        mean.copy_(total)
+    return result
 
 
 def feed_forward(name, experts, config):
@@ -237,7 +246,7 @@ def make_recipe(config, folders):
 
 def main():
     config = parse(MixConfig)
-    folders = split_list(config.experts)
+    folders = [local_folder(name) for name in split_list(config.experts)]
     check_options(config, folders)
     recipe = make_recipe(config, folders)
     with runs.locked(config.out_dir):
@@ -255,7 +264,7 @@ def main():
     routers = new_routers(config, shapes, folders, experts, configs[0])
     with runs.locked(config.out_dir, create=True):
         runs.start_run(config.out_dir, run)
-        write_weights(config.out_dir, shapes, mix(experts, shapes, routers, config), dtype)
+        write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
         write_config(config.out_dir, result, dtype)
         copy_tokenizer(folders[0], config.out_dir)
         history = runs.joint_history(runs.parent_of(folder)[1] for folder in folders)

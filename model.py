@@ -19,8 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.device import check_memory
 from common.errors import UserError
-from common.weights import WeightFiles, expected_tensors, read_config, to_disk, write_config, write_weights
+from common.generate import KVCache
+from common.rope import rotary_table, rotate
+from common.shape import read_config, write_config
+from common.weights import WeightFiles, expected_tensors, to_disk, write_weights
 
 IGNORE = -100  # a target that does not count, cross_entropy's default
 BALANCES = ("gates", "tokens")
@@ -39,8 +43,11 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     max_position_embeddings: int
+    head_dim: int | None = None  # None: hidden_size over num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # of models stretched to longer texts; see common/rope.py
+    qk_norm: bool = False  # norms on queries and keys, as in Qwen3
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None  # the token that ends a document
@@ -54,8 +61,12 @@ class ModelConfig:
     expert_names: tuple = ()  # for pictures
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
-            raise ValueError("hidden_size must be num_attention_heads times an even head size")
+        if self.head_dim is None:
+            self.head_dim, rest = divmod(self.hidden_size, self.num_attention_heads)
+            if rest:
+                raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"the size of an attention head must be even, it is {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.hidden_size % 8 or self.intermediate_size % 8:
@@ -70,10 +81,6 @@ class ModelConfig:
         if self.num_experts_per_tok != fixed:
             k = self.num_experts_per_tok
             raise ValueError(f"router {self.router} sends each token to {fixed} expert(s), num_experts_per_tok is {k}")
-
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_pretrained(cls, folder, **changes):
@@ -129,60 +136,35 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def rotary_table(config):
-    """cos and sin of the rotary position embedding (Su et al. 2021), each (max_position_embeddings, K / 2)."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle. x: (B, heads, T, K); cos, sin: (T, K / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, for generation. Holds room for `length` tokens."""
-
-    def __init__(self, config, batch_size, length, device, dtype):
-        shape = config.num_hidden_layers, batch_size, config.num_key_value_heads, length, config.head_dim
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer, k, v):
-        """Store k, v (B, G, T, K) behind what is there; return all of the layer's keys and values."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023) with rotary positions."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = Linear(config.hidden_size, q_size)
         self.k_proj = Linear(config.hidden_size, kv_size)
         self.v_proj = Linear(config.hidden_size, kv_size)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, cache=None, layer=None):
-        B, T, D = x.shape
-        shape = B, T, -1, self.config.head_dim
-        q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, H, T, K)
-        k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, G, T, K)
+        shape = *x.shape[:2], -1, self.config.head_dim
+        q = self.q_proj(x).view(shape)  # (B, T, H, K)
+        k = self.k_proj(x).view(shape)  # (B, T, G, K)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.transpose(1, 2), cos, sin)  # (B, H, T, K)
+        k = rotate(k.transpose(1, 2), cos, sin)  # (B, G, T, K)
         v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
         # with a cache T is either the whole prompt or one new token, which may see everything
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)  # (B, H, T, K)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.size(1) > 1, enable_gqa=grouped)  # (B, H, T, K)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -382,7 +364,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaForCausalLM or, with experts, MixtralForCausalLM. `compute_dtype` is the activations' dtype."""
+    """LlamaForCausalLM or, with experts, MixtralForCausalLM; with qk_norm Qwen3's. `compute_dtype` is the activations'
+    dtype."""
 
     def __init__(self, config):
         super().__init__()
@@ -456,6 +439,7 @@ class Transformer(nn.Module):
         """A checkpoint folder, ours or Hugging Face's, as a model in fp32 on the CPU. changes: values of ModelConfig
         to use instead of the folder's own, such as another router."""
         files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
+        check_memory(folder, 4 * sum(torch.Size(shape).numel() for shape in expected_tensors(files.config).values()))
         model = cls(ModelConfig.from_pretrained(folder, **changes))
         for name, parameter in model.named_parameters():
             prefix, matrix = name.rsplit(".", 1)
@@ -468,8 +452,8 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder):
         """Write model.safetensors and config.json, which `from_pretrained` of transformers loads, too."""
-        tensors, shapes = to_disk(self.state_dict()), expected_tensors(self.config)
-        write_weights(folder, shapes, ((name, tensors[name]) for name in shapes))
+        tensors = to_disk(self.state_dict())
+        write_weights(folder, self.config, ((name, tensors[name]) for name in expected_tensors(self.config)))
         write_config(folder, self.config)
 
     def _loss(self, x, targets):
@@ -502,8 +486,9 @@ class Transformer(nn.Module):
     def flops_per_token(self, sequence_length):
         """Training FLOPs per token: 2 each for forward, activation gradient and weight gradient, per active weight in
         a matmul (head and routers included, embedding look-up not; frozen weights need no weight gradient), plus
-        12 L D T for attention, with no discount for the causal mask (Chowdhery et al. 2022, appendix B)."""
-        flops = 12 * self.config.num_hidden_layers * self.config.hidden_size * sequence_length
+        12 L H K T for attention, with no discount for the causal mask (Chowdhery et al. 2022, appendix B)."""
+        attention_size = self.config.num_attention_heads * self.config.head_dim
+        flops = 12 * self.config.num_hidden_layers * attention_size * sequence_length
         for name, parameter in self.named_parameters():
             looked_up = name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings
             if parameter.dim() > 1 and not looked_up:

@@ -13,6 +13,7 @@ from common.config import key, parse
 from common.device import device_key, dtype_key, pick_device, place, threads_key
 from common.errors import UserError, command
 from common.generate import generate
+from common.hub import local_folder
 from common.tokenizer import load_tokenizer
 from model import Transformer
 
@@ -21,7 +22,7 @@ from model import Transformer
 class SampleConfig:
     """Continue a prompt with a checkpoint, dense or mixed."""
 
-    model: str = key("out/cpu/btx", "the checkpoint folder")
+    model: str = key("out/cpu/btx", "the checkpoint, a folder or hf:OWNER/NAME")
     prompt: str = key("Question:", "the text to continue", free_text=True)
     num_samples: int = key(1, "how many continuations", within="[1, 10000]")
     max_new_tokens: int = key(
@@ -38,8 +39,9 @@ class SampleConfig:
 def continue_prompt(config):
     """(model, encoding, the prompt's token ids, the ids of each continuation)."""
     device = pick_device(config.device, config.threads)
-    encoding = load_tokenizer(config.model)
-    model = place(Transformer.from_pretrained(config.model), device, config.dtype)
+    folder = local_folder(config.model)
+    encoding = load_tokenizer(folder)
+    model = place(Transformer.from_pretrained(folder), device, config.dtype)
     if encoding.n_vocab > model.config.vocab_size:
         raise UserError(f"{config.model} has a tokenizer of {encoding.n_vocab} entries, its model fewer; copy it again")
     ids = encoding.encode_ordinary(config.prompt)

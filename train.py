@@ -26,6 +26,7 @@ from common.corpus import Batches, Corpus
 from common.device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
 from common.errors import UserError, command
 from common.files import write_atomically
+from common.hub import local_folder
 from common.weights import copy_tokenizer, group_of, same_tokenizer
 from eval import Validation
 from model import ModelConfig, Transformer
@@ -38,7 +39,7 @@ class TrainConfig:
     """Train a language model from scratch, or continue from a checkpoint with --init_from."""
 
     out_dir: str = key("out/seed", "where the checkpoint goes")
-    init_from: str = key("", "a checkpoint folder to continue from; empty trains from scratch")
+    init_from: str = key("", "a checkpoint to continue from, a folder or hf:OWNER/NAME; empty trains from scratch")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     domain: str = key("all", "what to train on: a domain, a mixture like code:3,math:1, or all, evenly")
     # the model's shape, unless --init_from brings one
@@ -80,7 +81,13 @@ class TrainConfig:
 
 # what a run may be resumed or repeated without: keys that do not shape its result
 NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
-CODE = ("model.py", "train.py", "common/corpus.py", "common/weights.py")  # what decides a run's result
+CODE = (
+    "model.py",
+    "train.py",
+    "common/corpus.py",
+    "common/rope.py",
+    "common/weights.py",
+)  # what decides a run's result
 
 
 def make_recipe(config, corpus, mixture, code):
@@ -279,6 +286,7 @@ def train(config, make_model, code=CODE):
     make_model: function(config, corpus) -> Transformer on the CPU, called unless the run is finished already. What is
     minimized is the model's loss plus its aux_loss, whatever that is. code: the source files that decide the result.
     """
+    config = dataclasses.replace(config, init_from=local_folder(config.init_from))
     corpus = Corpus(config.data_dir)
     mixture = corpus.mixture(config.domain)
     recipe = make_recipe(config, corpus, mixture, code)

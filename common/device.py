@@ -1,5 +1,6 @@
 """Where to compute and in which precision, and which of torchrun's processes this one is."""
 
+import math
 import os
 import signal
 
@@ -56,6 +57,23 @@ def place(model, device, dtype):
     """Move a model to its device, and set the precision it computes in."""
     model.compute_dtype = pick_dtype(dtype, device, model.config)
     return model.to(device)
+
+
+def free_memory():
+    """Bytes that a process can still take, as Linux estimates them; infinite where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":") for line in file)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def check_memory(folder, needed):
+    """UserError when weights of `needed` bytes do not fit: the system would kill the process without a word."""
+    if needed > (free := free_memory()):
+        needs = f"{needed / 1e9:.1f} GB of memory in float32"
+        raise UserError(f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine")
 
 
 class Processes:

@@ -1,8 +1,28 @@
-"""Generation: any model continues several prompts at once."""
+"""Generation: any model continues several prompts at once.
+
+Sizes: B sequences, T tokens, G key-value heads, K head_dim.
+"""
 
 import math
 
 import torch
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for generation. Holds room for `length` tokens."""
+
+    def __init__(self, config, batch_size, length, device, dtype):
+        shape = config.num_hidden_layers, batch_size, config.num_key_value_heads, length, config.head_dim
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Store k, v (B, G, T, K) behind what is there; return all of the layer's keys and values."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
 @torch.no_grad()

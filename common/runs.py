@@ -3,6 +3,7 @@
     run.json    how the weights came to be: recipe, progress, and the cost of every run behind them
     state.pt    weights, optimizer and position, to resume training from
     log.jsonl   one line per evaluation
+    README.md   the model card of a finished run
 
 A recipe is a run's config with the hashes of its data, of the source code that decides its result, and of its
 parents. A folder that holds a run of another recipe is refused, so nothing is overwritten and nothing stale is taken
@@ -24,9 +25,11 @@ from importlib.metadata import version
 
 import torch
 
+from common.card import CARD, write_card
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_json
-from common.weights import WEIGHTS, content_hash, fingerprint, read_config
+from common.shape import read_config
+from common.weights import WEIGHTS, fingerprint, remove_weights, weights_hash
 
 STATE = "state.pt"
 LOG = "log.jsonl"
@@ -105,14 +108,15 @@ def write_run(folder, run):
 
 
 def finish_run(folder, run):
-    """Write run.json of a run whose weights are complete, with their hash."""
-    write_run(folder, {**run, "finished": True, "weights": content_hash(os.path.join(folder, WEIGHTS))})
+    """Write the model card and run.json of a run whose weights are complete, with their hash."""
+    write_card(folder, run, read_config(folder))
+    write_run(folder, {**run, "finished": True, "weights": weights_hash(folder)})
 
 
 def is_intact(folder, run):
     """Whether the weights of a finished run are there and as they were written."""
-    path = os.path.join(folder, WEIGHTS)
-    return os.path.exists(path) and content_hash(path) == run.get("weights")
+    found = weights_hash(folder)
+    return found is not None and found == run.get("weights")
 
 
 @contextlib.contextmanager
@@ -183,8 +187,9 @@ def start_run(folder, run):
     os.makedirs(folder, exist_ok=True)
     _remove(os.path.join(folder, STATE))
     write_run(folder, run)
-    for name in (LOG, WEIGHTS):
+    for name in (LOG, CARD):
         _remove(os.path.join(folder, name))
+    remove_weights(folder)
 
 
 def _remove(path):

@@ -1,93 +1,37 @@
 """Weights in Hugging Face's format: a folder that `from_pretrained` loads, Llama's names or Mixtral's.
 
-    config.json         the model's shape, in Hugging Face's words
+    config.json         the model's shape; see common/shape.py
     model.safetensors   the weights; a mixture has one tensor per expert
     tiktoken.json       the tokenizer, copied from the data folder, and its ranks in tokenizer.tiktoken
 
-Functions that take a `config` want a model.ModelConfig. Sizes: D hidden_size, F intermediate_size, V vocab_size.
+Weights of more than SHARD_BYTES are several files, model-00001-of-00003.safetensors and so on, which an index lists. It
+is written last, so weights without it are not complete.
+
+Functions that take a `config` want a model.ModelConfig. Sizes: D hidden_size, F intermediate_size, V vocab_size,
+H heads, G key-value heads, K head_dim, E experts.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
+import re
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_atomically, write_json
-from common.tokenizer import TOKENIZER_FILES, tokenizer_hash
+from common.shape import model_type
+from common.tokenizer import has_tokenizer, tokenizer_hash
 
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # how large Hugging Face checkpoints list their several files
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # what one file holds at most, unless a single tensor is larger
+TOKENIZER = r"(tiktoken|tokenizer|special_tokens|added_tokens|vocab|merges)[\w.]*\.(json|txt|model|tiktoken)"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's name -> Mixtral's
-MIXTURE_KEYS = ("num_local_experts", "num_experts_per_tok", "expert_names", "router", "balance")
-MIXTURE_KEYS += ("router_aux_loss_coef", "router_z_loss_coef")
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-SIZES += ("num_key_value_heads", "max_position_embeddings")
-
-
-# ---- the model's shape: config.json ----
-
-
-def write_config(folder, config, dtype=torch.float32):
-    """Write config.json. Both architectures' defaults differ, so every value is written out. dtype: the weights'."""
-    mixed = config.num_local_experts > 0
-    shape = dataclasses.asdict(config)
-    if not mixed:
-        shape = {name: value for name, value in shape.items() if name not in MIXTURE_KEYS}
-    shape |= {
-        "architectures": ["MixtralForCausalLM" if mixed else "LlamaForCausalLM"],
-        "model_type": "mixtral" if mixed else "llama",
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5 reads only this
-        "attention_bias": False,
-        "mlp_bias": False,
-        "sliding_window": None,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    write_json(os.path.join(folder, "config.json"), shape, indent=2)
-
-
-def read_config(folder):
-    """config.json of our own or of a Llama- or Mixtral-shaped Hugging Face checkpoint, its defaults filled in."""
-    path = os.path.join(folder, "config.json")
-    found = read_json(path, "name a checkpoint folder, such as one that train.py wrote")
-    kind = found.get("model_type") if isinstance(found, dict) else None
-    if kind not in ("llama", "mixtral"):
-        raise UserError(f"{path}: model_type {kind!r} is neither 'llama' nor 'mixtral'")
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    unsupported = {
-        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        "biases": found.get("attention_bias") or found.get("mlp_bias"),
-        "a sliding window": found.get("sliding_window"),
-        "an activation other than silu": found.get("hidden_act", "silu") != "silu",
-    }
-    for what, present in unsupported.items():
-        if present:
-            raise UserError(f"{path}: the checkpoint uses {what}, which model.py does not have")
-    if found.get("rope_theta") is None:
-        found["rope_theta"] = rope.get("rope_theta", 10000.0)
-    if found.get("num_key_value_heads") is None:
-        found["num_key_value_heads"] = found.get("num_attention_heads")
-    for name in SIZES:
-        if type(found.get(name)) is not int or found[name] < 1:
-            raise UserError(f"{path}: {name} must be a whole number of at least 1, it is {found.get(name)!r}")
-    for name in ("rope_theta", "rms_norm_eps"):
-        value = found.get(name, 1.0)
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise UserError(f"{path}: {name} must be a positive number, it is {value!r}")
-    head_dim = found["hidden_size"] // found["num_attention_heads"]
-    if (found.get("head_dim") or head_dim) != head_dim:
-        raise UserError(f"{path}: head_dim {found['head_dim']} is not hidden_size over num_attention_heads")
-    experts = found.get("num_local_experts", 0)
-    if type(experts) is not int or experts < (kind == "mixtral"):
-        raise UserError(f"{path}: num_local_experts must be a whole number of at least 1, it is {experts!r}")
-    found["expert_names"] = tuple(found.get("expert_names", map(str, range(experts))))
-    return found
 
 
 # ---- names and shapes ----
@@ -109,14 +53,16 @@ def hidden_dim(name):
 
 
 def expected_tensors(config):
-    """{name on disk: shape} of a checkpoint with this config, in the order of the file; a tied head is not stored."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    kv = config.num_key_value_heads * config.head_dim
+    """{name: shape} of a checkpoint with this config, in the order of the file; a tied head is not stored."""
+    D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    q, kv = config.num_attention_heads * K, config.num_key_value_heads * K
     feed_forward = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
     shapes = {"model.embed_tokens.weight": (V, D)}
     for i in range(config.num_hidden_layers):
-        layer = {"input_layernorm": (D,), "self_attn.q_proj": (D, D), "self_attn.k_proj": (kv, D)}
-        layer |= {"self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, D), "post_attention_layernorm": (D,)}
+        layer = {"input_layernorm": (D,), "self_attn.q_proj": (q, D), "self_attn.k_proj": (kv, D)}
+        layer |= {"self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, q), "post_attention_layernorm": (D,)}
+        if config.qk_norm:
+            layer |= {"self_attn.q_norm": (K,), "self_attn.k_norm": (K,)}
         if config.num_local_experts:
             layer["block_sparse_moe.gate"] = (config.num_local_experts, D)
             for ours, mixtral in FEED_FORWARD.items():
@@ -143,14 +89,98 @@ def to_disk(weights):
     return result
 
 
+class Place(NamedTuple):
+    """Where a tensor is stored: in which file, under which name, and which part of what is there (all of it or, of
+    stacked experts, one's rows)."""
+
+    file: str
+    name: str
+    part: tuple = ()
+
+
+def places(stored, config):
+    """{our name: Place} of the tensors {name: file} that a checkpoint stores.
+
+    Of a mixture transformers has had three namings: `block_sparse_moe.experts.0.w1.weight` (Mixtral's on disk, ours),
+    `mlp.experts.0.gate_proj.weight` (Qwen3-MoE's), and since version 5 in memory, which mergekit-moe writes, the stacks
+    `mlp.experts.gate_up_proj` (E, 2 F, D) and `mlp.experts.down_proj` (E, D, F).
+    """
+    found, F = {}, config.intermediate_size
+    for name, file in stored.items():
+        if name.endswith("rotary_emb.inv_freq"):  # a constant that old files hold
+            continue
+        ours = name.replace(".mlp.", ".block_sparse_moe.") if config.num_local_experts else name
+        prefix, _, matrix = ours.rpartition(".")
+        for e in range(config.num_local_experts):
+            if ours.endswith(".experts.gate_up_proj"):
+                found[f"{prefix}.{e}.w1.weight"] = Place(file, name, (e, slice(0, F)))
+                found[f"{prefix}.{e}.w3.weight"] = Place(file, name, (e, slice(F, 2 * F)))
+            elif ours.endswith(".experts.down_proj"):
+                found[f"{prefix}.{e}.w2.weight"] = Place(file, name, (e, slice(None)))
+        if matrix in ("weight", "bias") or not config.num_local_experts:
+            parts = [FEED_FORWARD.get(part, part) if ".experts." in ours else part for part in ours.split(".")]
+            found[".".join(parts)] = Place(file, name)
+    return found
+
+
 # ---- writing ----
 
 
-def write_weights(folder, shapes, tensors, dtype=torch.float32):
-    """Write model.safetensors from an iterable of (name, tensor), one tensor in memory at a time.
+def name_on_disk(name, config):
+    """The name under which a tensor is written: ours, which is Llama's or Mixtral's, or Qwen3-MoE's."""
+    if model_type(config) != "qwen3_moe":
+        return name
+    dense = {mixtral: llama for llama, mixtral in FEED_FORWARD.items()}
+    return ".".join(dense.get(part, part) for part in name.replace("block_sparse_moe", "mlp").split("."))
 
-    shapes: {name: shape}, which fixes the file's header before the first tensor is there. The format is
-    8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
+
+def shards(sizes, limit):
+    """Lists of names, in order, of at most `limit` bytes each or of a single tensor. sizes: {name: bytes}."""
+    lists, room = [], -1
+    for name, size in sizes.items():
+        if size > room:
+            lists.append([])
+            room = limit
+        lists[-1].append(name)
+        room -= size
+    return lists
+
+
+def write_weights(folder, config, tensors, dtype=torch.float32):
+    """Write the weights from an iterable of (name, tensor): those of expected_tensors(config), in its order, one
+    tensor in memory at a time."""
+    shapes = expected_tensors(config)
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    lists, tensors = shards(sizes, SHARD_BYTES), iter(tensors)
+    files = [f"model-{i + 1:05d}-of-{len(lists):05d}.safetensors" for i in range(len(lists))]
+    files = files if len(files) > 1 else [WEIGHTS]
+    os.makedirs(folder, exist_ok=True)
+    if len(files) > 1:
+        remove_weights(folder)
+    index = {}
+    for file, names in zip(files, lists, strict=True):
+        on_disk = {name_on_disk(name, config): shapes[name] for name in names}
+        index |= dict.fromkeys(on_disk, file)
+        write_file(os.path.join(folder, file), on_disk, checked(names, tensors, shapes), dtype)
+    assert next(tensors, None) is None, "more tensors than the config has"
+    if len(files) > 1:
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(os.path.join(folder, INDEX), {"metadata": metadata, "weight_map": index}, indent=2)
+    else:
+        remove_weights(folder, keep=WEIGHTS)  # shards of larger weights that were here before
+
+
+def checked(names, tensors, shapes):
+    """The next tensors of an iterator of (name, tensor), which have to be these."""
+    for expected, (name, tensor) in zip(names, islice(tensors, len(names)), strict=True):
+        assert name == expected and tuple(tensor.shape) == tuple(shapes[name]), name
+        yield tensor
+
+
+def write_file(path, shapes, tensors, dtype):
+    """Write one safetensors file. shapes: {name: shape}, which fixes the header before the first tensor is there.
+
+    The format is 8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
     """
     header, end = {}, 0
     for name, shape in shapes.items():
@@ -158,31 +188,37 @@ def write_weights(folder, shapes, tensors, dtype=torch.float32):
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-
-    os.makedirs(folder, exist_ok=True)
-    with atomic_file(os.path.join(folder, WEIGHTS)) as file:
+    with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for expected, (name, tensor) in zip(shapes, tensors, strict=True):
-            assert name == expected and tuple(tensor.shape) == tuple(shapes[name]), name
+        for tensor in tensors:
             file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
 
+def remove_weights(folder, keep=None):
+    """Remove a folder's weights but for the file `keep`; the index first, so that a kill leaves nothing that looks
+    complete."""
+    pattern = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?"
+    names = [name for name in os.listdir(folder) if re.fullmatch(pattern, name) and name != keep]
+    for name in sorted(names, key=lambda name: name != INDEX):
+        os.remove(os.path.join(folder, name))
+
+
 def copy_tokenizer(source, folder):
-    """Copy the tokenizer's files, ours or those of a foreign checkpoint."""
-    for name in sorted(os.listdir(source)):
-        if name.startswith(("tiktoken", "tokenizer", "special_tokens", "vocab", "merges")):
-            with open(os.path.join(source, name), "rb") as file:
-                write_atomically(os.path.join(folder, name), file.read())
+    """Replace the tokenizer's files in `folder` by those of `source`, ours or those of a published checkpoint."""
+    names, old = ({*filter(re.compile(TOKENIZER).fullmatch, os.listdir(where))} for where in (source, folder))
+    for name in old - names:
+        os.remove(os.path.join(folder, name))
+    for name in sorted(names, key=lambda name: (name in ("tiktoken.json", "tokenizer.json"), name)):  # these last
+        with open(os.path.join(source, name), "rb") as file:
+            write_atomically(os.path.join(folder, name), file.read())
 
 
 def same_tokenizer(folders):
     """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
     hashes = {}
     for folder in folders:
-        if os.path.exists(os.path.join(folder, TOKENIZER_FILES[0])):
+        if has_tokenizer(folder):
             hashes[folder] = tokenizer_hash(folder)
-        elif os.path.exists(foreign := os.path.join(folder, "tokenizer.json")):  # Hugging Face's
-            hashes[folder] = fingerprint(foreign)
     for folder, found in hashes.items():
         if found != next(iter(hashes.values())):
             raise UserError(
@@ -198,25 +234,35 @@ class WeightFiles:
     just what a model of this config needs; one tensor with NaN or infinity is refused, too, when it is read."""
 
     def __init__(self, folder, config):
-        self.folder = folder
-        if os.path.exists(os.path.join(folder, INDEX)):
-            self.files = read_json(os.path.join(folder, INDEX), "copy the checkpoint again")["weight_map"]
+        self.folder, self.config = folder, config
+        index = os.path.join(folder, INDEX)
+        if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
+            stored = read_json(index, "copy the checkpoint again")
+            stored = stored.get("weight_map") if isinstance(stored, dict) else None
+            if not isinstance(stored, dict):
+                raise UserError(f"{index} lists no files (it has no weight_map); copy the checkpoint again")
         else:
-            self.files = dict.fromkeys(self._open(WEIGHTS, lambda file: list(file.keys())), WEIGHTS)
+            stored = dict.fromkeys(self._open(WEIGHTS, lambda file: list(file.keys())), WEIGHTS)
+        self.places = places(stored, config)
         expected = expected_tensors(config)
         if config.tie_word_embeddings:
-            self.files.pop("lm_head.weight", None)  # some checkpoints store the tied head all the same
-        missing, foreign = expected.keys() - self.files.keys(), self.files.keys() - expected.keys()
+            self.places.pop("lm_head.weight", None)  # some checkpoints store the tied head all the same
+        missing, foreign = expected.keys() - self.places.keys(), self.places.keys() - expected.keys()
         if missing or foreign:
             what = f"lacks {min(missing)}" if missing else f"has an unknown tensor {min(foreign)}"
             raise UserError(f"{folder} does not fit its config.json: it {what}; use the folder as it was written")
         for name, shape in expected.items():
-            found = self._open(self.files[name], lambda file, name=name: file.get_slice(name))
+            place = self.places[name]
+            if place.part:
+                rows = shape[0] * (2 if place.name.endswith("gate_up_proj") else 1)
+                shape = config.num_local_experts, rows, shape[1]
+            found = self._open(place.file, lambda file, name=place.name: file.get_slice(name))
             if tuple(found.get_shape()) != shape:
-                raise UserError(f"{folder}: {name} has shape {tuple(found.get_shape())}, config.json says {shape}")
+                what = f"{place.name} has shape {tuple(found.get_shape())}"
+                raise UserError(f"{folder}: {what}, config.json says {shape}")
             if found.get_dtype() not in SAFETENSORS_DTYPES.values():
                 kinds = ", ".join(SAFETENSORS_DTYPES.values())
-                raise UserError(f"{folder}: {name} is stored as {found.get_dtype()}; model.py reads {kinds}")
+                raise UserError(f"{folder}: {place.name} is stored as {found.get_dtype()}; model.py reads {kinds}")
 
     def _open(self, name, read):
         path = os.path.join(self.folder, name)
@@ -233,8 +279,10 @@ class WeightFiles:
         return self["model.norm.weight"].dtype
 
     def __getitem__(self, name):
-        tensor = self._open(self.files[name], lambda file: file.get_tensor(name))
-        if not tensor.isfinite().all():
+        file, stored, part = self.places[name]
+        tensor = self._open(file, lambda file: file.get_slice(stored)[part] if part else file.get_tensor(stored))
+        # a sum is finite where all is, but for an overflow: looking at each number takes longer, and memory
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"{self.folder}: {name} holds NaN or infinity; train or copy the checkpoint again")
         return tensor
 
@@ -255,3 +303,15 @@ def content_hash(path):
         while block := file.read(2**24):
             digest.update(block)
     return digest.hexdigest()
+
+
+def weights_hash(folder):
+    """The hash of a folder's weights, whole or in shards; None where they are missing."""
+    if os.path.exists(path := os.path.join(folder, WEIGHTS)):
+        return content_hash(path)
+    try:
+        stored = read_json(os.path.join(folder, INDEX), "")["weight_map"]
+        hashes = [content_hash(os.path.join(folder, name)) for name in sorted(set(stored.values()))]
+    except (UserError, FileNotFoundError):
+        return None
+    return hashlib.sha256(json.dumps([stored, hashes]).encode()).hexdigest()

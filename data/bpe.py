@@ -2,6 +2,7 @@
 
 import base64
 import heapq
+import json
 import os
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -11,7 +12,8 @@ import tiktoken
 
 from common.errors import UserError
 from common.files import write_atomically, write_json
-from common.tokenizer import END_OF_TEXT, content_hash
+from common.tokenizer import content_hash
+from common.tokenizer_json import END_OF_TEXT, FILE, SETTINGS, from_ranks
 
 # What a token may not cross. In this order: a line break with the blank lines and the indentation
 # around it; a word, with the one space, dot or underscore before it; a single digit, so that numbers
@@ -96,7 +98,8 @@ def _gpt2():
 
 
 def save_tokenizer(folder, name, vocab_size, texts):
-    """Write TOKENIZER_FILES: "bpe" is trained on `texts` (strings); "gpt2" ignores texts and vocab_size."""
+    """Write TOKENIZER_FILES, and the same for transformers: "bpe" is trained on `texts` (strings); "gpt2" ignores texts
+    and vocab_size."""
     ranks, pattern = (train_bpe(texts, vocab_size), PATTERN) if name == "bpe" else _gpt2()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     description = {
@@ -107,5 +110,8 @@ def save_tokenizer(folder, name, vocab_size, texts):
     }
     description["hash"] = content_hash(description, "".join(lines))
     write_atomically(os.path.join(folder, "tokenizer.tiktoken"), "".join(lines))
+    tokenizer, settings = from_ranks(ranks, pattern, len(ranks))
+    write_json(os.path.join(folder, SETTINGS), settings, indent=2)
+    write_atomically(os.path.join(folder, FILE), json.dumps(tokenizer, ensure_ascii=False))
     # Last, because its presence means that the tokenizer is complete.
     write_json(os.path.join(folder, "tiktoken.json"), description, indent=2)

@@ -21,8 +21,11 @@ from tqdm import tqdm
 from common.config import key, parse, split_list
 from common.errors import UserError, command
 from common.files import read_json, write_atomically, write_json
+from common.hub import local_folder
 from common.split import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
-from common.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_hash
+from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
+from common.tokenizer_json import END_OF_TEXT
+from common.weights import copy_tokenizer
 from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
@@ -32,6 +35,7 @@ from data.python_text import code_documents, prose_documents, python_sources
 
 BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
 ENDLESS = ("math", "wiki")
+OWN_TOKENIZERS = ("bpe", "gpt2")
 TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
@@ -43,13 +47,20 @@ class DataConfig:
 
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
     domains: str = key("code,math,wiki", "comma list of built-in domains (code, prose, math, wiki) or NAME=PATH")
-    tokenizer: str = key("bpe", "train a small tokenizer here, or use GPT-2's", choices=("bpe", "gpt2"))
+    tokenizer: str = key(
+        "bpe", "bpe trains a small one here, gpt2 is GPT-2's; else that of a checkpoint, a folder or hf:OWNER/NAME"
+    )
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[1, 1000000]")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
     seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
 
     def __post_init__(self):
+        if self.tokenizer not in OWN_TOKENIZERS:
+            self.tokenizer = local_folder(self.tokenizer)
+            if not has_tokenizer(self.tokenizer):
+                known = "give bpe, gpt2, or a folder with a tokenizer.json"
+                raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise UserError(f"vocab_size={self.vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257 or more")
 
@@ -147,13 +158,13 @@ def write_domain(domain, encoding, config):
     """Tokenize a domain and write its folder; meta.json comes last."""
     os.makedirs(domain.folder, exist_ok=True)
     dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
-    end = [encoding.encode_single_token(END_OF_TEXT)]
+    end = [encoding.eot_token]
     digest, counts = hashlib.sha256(), {}
     for split, texts in domain.texts.items():
         parts = []
         digest.update(split.encode() + b"\0")
         for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None):
-            parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), np.array(end, dtype)]
+            parts += [np.array(encoding.encode_ordinary(text), dtype), np.array(end, dtype)]
             digest.update(text.encode() + b"\0")
         tokens = np.concatenate(parts)
         counts[split] = {
@@ -194,19 +205,31 @@ def keeps_tokenizer(config, names):
     """
     finished = finished_domains(config.out_dir)
     others = [name for name in finished if name not in names or not config.overwrite]
-    if not os.path.exists(os.path.join(config.out_dir, "tiktoken.json")):
+    if not has_tokenizer(config.out_dir):
         if others:
             raise UserError(f"{config.out_dir} has lost the tokenizer of {', '.join(others)}; use another --out_dir")
         return False
     if config.overwrite and not others:
         return False
     encoding = load_tokenizer(config.out_dir)
-    wanted = encoding.n_vocab if config.tokenizer == "gpt2" else config.vocab_size
-    if (encoding.name, encoding.n_vocab) != (config.tokenizer, wanted):
+    if config.tokenizer in OWN_TOKENIZERS:
+        wanted = encoding.n_vocab if config.tokenizer == "gpt2" else config.vocab_size
+        same = (encoding.name, encoding.n_vocab) == (config.tokenizer, wanted)
+    else:
+        same = tokenizer_hash(config.out_dir) == tokenizer_hash(config.tokenizer)
+    if not same:
         remedy = f"--overwrite=True, preparing {','.join(finished)} again," if others else "--overwrite=True"
         has = f"{encoding.name}, {encoding.n_vocab} entries"
         raise UserError(f"{config.out_dir} already has another tokenizer ({has}); use {remedy} or another --out_dir")
     return True
+
+
+def make_tokenizer(config, domains):
+    """Put the tokenizer that is asked for into out_dir: train it on the domains' text, or copy it."""
+    if config.tokenizer in OWN_TOKENIZERS:
+        save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(domains))
+    else:
+        copy_tokenizer(config.tokenizer, config.out_dir)
 
 
 def finished_domains(out_dir):
@@ -247,7 +270,7 @@ def main():
             os.remove(meta)  # from here on the domain counts as missing until it is complete again
     if not keep:
         print(f"{config.out_dir}: making the {config.tokenizer} tokenizer")
-        save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(missing))
+        make_tokenizer(config, missing)
     encoding = load_tokenizer(config.out_dir)
     for domain in missing:
         write_domain(domain, encoding, config)

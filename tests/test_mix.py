@@ -166,6 +166,6 @@ def test_foreign_checkpoints_keep_their_tokenizer_and_stop_token(tmp_path):
 
 
 def test_foreign_checkpoints_of_another_tokenizer_are_refused(tmp_path):
-    folders = [foreign(tmp_path / name, 0, tokenizer=f'{{"version": "{name}"}}') for name in "ab"]
+    folders = [foreign(tmp_path / name, 0, tokenizer=f'{{"model": {{"vocab": {{"{name}": 0}}}}}}') for name in "ab"]
     done = run("mix.py", f"--experts={folders[0]},{folders[1]}", f"--out_dir={tmp_path}/mixed")
     assert f"{folders[1]} has another tokenizer" in error_line(done)

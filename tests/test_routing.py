@@ -350,6 +350,9 @@ def test_router_survives_saving_and_transformers_still_reads_topk_and_soft(tmp_p
         if router in ("topk", "soft"):
             theirs = AutoModelForCausalLM.from_pretrained(tmp_path / router).eval()
             assert (theirs(ids).logits - model(ids).logits).abs().max() <= 1e-5
+        else:  # it would compute something else, so it must not load
+            with pytest.raises(ValueError, match="nanobtx"):
+                AutoModelForCausalLM.from_pretrained(tmp_path / router)
         switched = Transformer.from_pretrained(str(tmp_path / router), router="switch")
         assert switched.config.num_experts_per_tok == 1
 
