@@ -20,7 +20,7 @@ from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.device import device_key, pick_device, place, threads_key
 from common.errors import UserError, command
-from common.files import read_json, write_json
+from common.files import write_json
 from common.generate import generate
 from common.hub import local_folder
 from common.split import HELD_OUT
@@ -210,12 +210,7 @@ def read_results(corpus, config):
     path = os.path.join(config.out_dir, "results.json")
     if config.overwrite or not os.path.exists(path):
         return fresh
-    found = read_json(path, "delete it and run again")
-    rows = found.get("rows") if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and {"name", "id", "bpb"} <= row.keys() for row in rows
-    ):
-        raise UserError(f"{path} is no results.json of eval.py; choose another --out_dir or move it away")
+    found = runs.read_results(path)
     if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")):
         raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
     files = [name for name, value in fresh["code"].items() if found.get("code", {}).get(name) != value]

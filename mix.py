@@ -219,7 +219,7 @@ def mixed_config(config, dense, folders):
         raise UserError(f"--split={config.split}: {error}") from None
 
 
-def report(shapes):
+def summarize(shapes):
     """Print how much was averaged, stacked and newly made."""
     kinds = {"averaged": [], "stacked": [], "new": []}
     for name in shapes:
@@ -269,7 +269,7 @@ def main():
         copy_tokenizer(folders[0], config.out_dir)
         history = runs.joint_history(runs.parent_of(folder)[1] for folder in folders)
         runs.finish_run(config.out_dir, {**run, "history": history})
-    report(shapes)
+    summarize(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
 
 

@@ -484,7 +484,7 @@ class Transformer(nn.Module):
         return sum(self._active(*pair) for pair in named), sum(parameter.numel() for _, parameter in named)
 
     def flops_per_token(self, sequence_length):
-        """Training FLOPs a token: 2 each for forward, activation gradient and weight gradient, per active weight in
+        """Training FLOPs per token: 2 each for forward, activation gradient and weight gradient, per active weight in
         a matmul (head and routers included, embedding look-up not; frozen weights need no weight gradient), plus
         12 L H K T for attention, with no discount for the causal mask (Chowdhery et al. 2022, appendix B)."""
         attention_size = self.config.num_attention_heads * self.config.head_dim

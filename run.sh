@@ -4,6 +4,7 @@
 #   bash run.sh          config/cpu: 10.5 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
+#   bash run.sh lesson   the course's size, about 3 minutes: exercises/lesson.sh
 #   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
@@ -78,6 +79,7 @@ $python eval.py $scores --model="$models" ${FLAGS:-}
 $python -m study.btm $scores --experts="$experts,$out/seed" ${FLAGS:-}
 $python -m study.route --model="$out/btx" --data_dir="$data" --domains="$all" --out_dir="$out/report"
 $python -m study.report --report="$out/report"
+if [ "$out" = out/cpu ] && [ "$all" = code,math,wiki ]; then $python -m study.expected "$out"; fi  # as it should be?
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "$task" = ablate ]; then

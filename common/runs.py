@@ -236,6 +236,16 @@ def read_log(folder):
         return [json.loads(line) for line in file]
 
 
+def read_results(path):
+    """results.json, as eval.py wrote it."""
+    found = read_json(path, "make it first: python eval.py --model=DIR,DIR")
+    rows = found.get("rows") if isinstance(found, dict) else None
+    needed = {"name", "id", "bpb", "accuracy", "runs"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise UserError(f"{path} is no results.json of eval.py; choose another folder or move it away")
+    return found
+
+
 # ---- state.pt ----
 
 STATE_TYPES = {"step": int, "seconds": float, "log": str, "sums": dict, "model": dict, "optimizer": dict}

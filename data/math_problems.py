@@ -18,7 +18,7 @@ from common.split import split_of
 from data.task import Task, choices_of, read_answer
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")
-MARKER = "####"  # the final answer is behind it
+MARKER = "####"  # the final answer follows it
 SMALLEST, LARGEST = 2, 999  # no value leaves this range, so plurals are always right
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")

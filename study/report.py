@@ -13,7 +13,7 @@ import re
 from common.config import key, parse
 from common.errors import UserError, command
 from common.files import read_json, write_atomically
-from common.runs import LOG, code_hashes, hash_of, read_log, read_run
+from common.runs import LOG, code_hashes, hash_of, read_log, read_results, read_run
 from study.tables import COUNTS, baseline_lines, claims, routing_table, run_table, score_table, versions_line
 
 
@@ -57,7 +57,7 @@ def is_there(folder, last_line):
 
 def main():
     folder = parse(ReportConfig).report
-    results = read_json(os.path.join(folder, "results.json"), "make it first: python eval.py --model=DIR,DIR")
+    results = read_results(os.path.join(folder, "results.json"))
     rows = results["rows"]
     if not rows:
         raise UserError(f"{folder}/results.json has no rows; evaluate a model first: python eval.py --model=DIR")

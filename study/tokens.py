@@ -2,7 +2,7 @@
 
     python -m study.tokens --model=out/cpu/btx --prompt="Question: Tom has 3 apples" --page=tokens.html
 
-A token is coloured by its *pair*: the two experts with the largest gates, in no order; with one expert a token,
+A token is coloured by its *pair*: the two experts with the largest gates, in no order; with one expert per token,
 that expert alone. The page also has each token's gates, and how well the mixture and every expert alone foresaw it.
 Sizes: L layers, T tokens, E experts, V vocabulary.
 """
@@ -60,7 +60,7 @@ def extract_expert(model, e):
 
 
 def list_pairs(config):
-    """[(0, 1), (0, 2), ...], the pairs that a token can have, or [(0,), (1,), ...] with one expert a token."""
+    """[(0, 1), (0, 2), ...], the pairs that a token can have, or [(0,), (1,), ...] with one expert per token."""
     return list(itertools.combinations(range(config.num_local_experts), min(2, config.num_experts_per_tok)))
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Grades the exercises; the last line is `points: X of Y`.
+#
+#   bash exercises/grade.sh              the copy in student/, which is made when it is not there
+#   bash exercises/grade.sh 3            exercise 3 of it alone, with what pytest says
+#   bash exercises/grade.sh --solution   a fresh copy with the solution filled in
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source setup.sh
+folder=student
+if [ "${1:-}" = --solution ]; then
+    shift
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    folder=$scratch/solution
+    $python -m exercises.strip --solution "$folder" > /dev/null
+elif [ ! -e "$folder" ]; then
+    $python -m exercises.strip "$folder"
+fi
+$python exercises/grade.py "$folder" "$@"

@@ -1,0 +1,64 @@
+"""Two routers that model.py does not have, and the test that tells them apart.
+
+A router is a function (logits (S, E), k, step) -> (gates, experts), each (S, k), and a row of ROUTERS in model.py.
+"""
+
+import torch
+
+from model import Router
+
+
+def sigmoid(logits, k, step):
+    """Gates that do not compete: each logit goes through a sigmoid by itself (DeepSeek-V3, section 2.1.2).
+
+        s_i = 1 / (1 + exp(-(W x)_i))      for every expert
+        g_i = s_i / sum_j s_j              over the k experts of the largest s; the others get nothing
+
+    logits: (S, E). Returns gates (S, k), largest first, and the experts (S, k) that they belong to.
+    """
+    scores, experts = logits.sigmoid().topk(k, dim=-1)  # (S, k)
+    return scores / scores.sum(dim=-1, keepdim=True), experts
+
+
+def expert_choice(logits, k, step):
+    """Experts choose tokens (Zhou et al. 2022): perfect balance, without a balancing loss.
+
+        p = SoftMax(W x)                      (S, E), each token's row by itself
+        c = max(1, 2 S / E), rounded down     how many tokens an expert takes, 2 experts a token on average
+        g_ti = p_ti                           where t is among the c tokens with the largest p_ti; else 0
+
+    logits: (S, E). Here k = E: a token may have any number of experts, so all are listed, in the order 0 .. E - 1.
+    Returns gates (S, E) and experts (S, E).
+    """
+    probs = logits.softmax(dim=-1)  # (S, E)
+    tokens, num_experts = probs.shape
+    best = probs.topk(max(1, 2 * tokens // num_experts), dim=0).indices  # (c, E)
+    chosen = torch.zeros_like(probs).scatter(0, best, 1.0)  # (S, E)
+    return probs * chosen, torch.arange(num_experts).expand(tokens, -1)
+
+
+def rows():
+    """{name: Router}: this file's lines of ROUTERS, under the names "sigmoid" and "expert-choice".
+
+    See Router in model.py: k is None where num_experts_per_tok says how many, and "all" for all of them.
+    """
+    return {"sigmoid": Router(sigmoid), "expert-choice": Router(expert_choice, k="all")}
+
+
+@torch.no_grad()
+def first_leak(model, ids):
+    """The first position whose logits change when the last token does, although it comes before it; None without one.
+
+    A language model predicts position t + 1 from tokens 0 .. t. If the logits at t depend on what follows, then the
+    training loss is a fraud: the model reads the answer, and cannot at generation.
+
+    model: a Transformer. ids: (B, T). Try at least ten other last tokens, in every row. A difference above 1e-4 counts.
+    """
+    vocab_size, leaks = model.config.vocab_size, []
+    logits = model(ids).logits[:, :-1]  # (B, T - 1, V)
+    for shift in range(1, min(20, vocab_size - 1) + 1):
+        changed = ids.clone()
+        changed[:, -1] = (changed[:, -1] + shift) % vocab_size
+        difference = (model(changed).logits[:, :-1] - logits).abs().amax(dim=(0, 2))  # (T - 1,)
+        leaks += (difference > 1e-4).nonzero().flatten().tolist()
+    return min(leaks, default=None)

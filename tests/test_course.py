@@ -1,0 +1,280 @@
+"""The course: exercises that grade as they should, a lecture whose numbers are true, a notebook that runs."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, SHORT, must, read, read_json, read_log, run
+
+import model
+from common.config import parse
+from data.prepare import DataConfig
+from eval import EvalConfig
+from exercises.solution.routers import rows
+from exercises.strip import EXERCISES, OWN, by_file, copied_files, fill, make_copy, open_answers, strip
+from finetune import FinetuneConfig
+from mix import MixConfig
+from study import expected
+from train import TrainConfig
+
+
+def source(path):
+    return read(os.path.join(ROOT, path)).decode()
+
+
+# ---- stripping ----
+
+
+@pytest.mark.parametrize("path", by_file())
+def test_stripped_and_filled_again_is_the_source(path):
+    text = source(path)
+    stub, taken = strip(text, by_file()[path])
+    assert fill(stub, taken) == text
+    assert stub.count('raise NotImplementedError("exercise') == len(taken)
+    for body in taken.values():
+        assert body.strip() and body not in stub
+    compile(stub, path, "exec")
+
+
+def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(tmp_path):
+    make_copy(tmp_path / "solved", solution=True)
+    make_copy(tmp_path / "student")
+    for target, path in copied_files().items():
+        assert read(tmp_path / "solved" / target) == read(os.path.join(ROOT, path)), target
+        same = read(tmp_path / "student" / target) == read(os.path.join(ROOT, path))
+        assert same == (path not in by_file() and path != f"{OWN}predictions.json"), target
+    assert {target for target in copied_files() if target.startswith("exercises")} >= {"exercises/routers.py"}
+
+
+def test_methods_nested_indents_and_docstrings_survive():
+    text = 'def f(x):\n    """Doc."""\n    # why\n    return x\n\n\n'
+    text += 'class A:\n    def g(self):\n        """Two\n        lines."""\n'
+    text += (
+        "        if self:\n            return 1\n        return 2\n\n    y = 1\n\n    def h(\n        self,\n    ):\n"
+    )
+    text += "        # no docstring\n        for _ in self:\n            return 3\n        return 4\n"
+    exercise = next(iter(EXERCISES.values()))._replace(functions={"f": "Do f.", "A.g": "Do g,\nwell.", "A.h": "Do h."})
+    stub, taken = strip(text, {7: exercise})
+    assert "return" not in stub and "        # well.\n" in stub and "\n    y = 1\n" in stub and "for _" not in stub
+    assert stub.endswith('    ):\n        # Exercise 7. Do h.\n        raise NotImplementedError("exercise 7")\n')
+    assert fill(stub, taken) == text
+    with pytest.raises(KeyError, match="missing"):
+        strip(text, {7: exercise._replace(functions={"missing": ""})})
+
+
+def test_no_answer_is_left_open_in_the_students_copy():
+    text = source(f"{OWN}predictions.json")
+    assert json.loads(open_answers(text)) == dict.fromkeys(json.loads(text), "?")
+
+
+# ---- grading ----
+
+
+def grade(*arguments):
+    """The last line of exercises/grade.py and everything before it."""
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "exercises", "grade.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def total():
+    """How many tests there are, counted without grade.py."""
+    folder = os.path.join(ROOT, "exercises", "tests")
+    return sum(source(f"exercises/tests/{name}").count("\ndef test_") for name in os.listdir(folder) if "test_" in name)
+
+
+def test_the_stubs_score_nothing(tmp_path, total):
+    make_copy(tmp_path / "student")
+    assert grade(tmp_path / "student")[-1] == f"points: 0 of {total}"
+
+
+def test_the_solution_scores_everything(total):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", os.path.join(ROOT, "exercises", "grade.sh"), "--solution"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"points: {total} of {total}", done.stdout
+
+
+MISTAKES = [  # (exercise, file, right, wrong)
+    (
+        1,
+        "model.py",
+        "return top_logits.softmax(dim=-1), experts",
+        "return logits.softmax(-1).gather(1, experts), experts",
+    ),
+    (2, "model.py", "usage = gates.mean(dim=0)", "usage = gates.detach().mean(dim=0)"),
+    (3, "model.py", "index_select(0, order.argsort())", "index_select(0, order)"),
+    (4, "mix.py", "sum(tensor.double() / len(tensors) for tensor in tensors)", "sum(tensors) / len(tensors)"),
+    (5, "mix.py", "generator=generator(seed, expert))", "generator=generator(seed, name))"),
+    (6, "study/btm.py", "if self.prefix:", "if not self.prefix:"),
+    (7, "study/btm.py", "scatter(-1, nearest, -math.log(self.k))", "scatter(-1, nearest, 0.0)"),
+    (8, "exercises/compute.py", "shape.num_experts_per_tok / shape.num_local_experts", "1"),
+    (9, "exercises/routers.py", "scores / scores.sum(dim=-1, keepdim=True), experts", "scores, experts"),
+    (10, "exercises/routers.py", "dim=0).indices", "dim=0).indices[:1]"),
+    (11, "exercises/muon.py", "x.norm(dim=(-2, -1), keepdim=True)", "x.norm()"),
+    (12, "exercises/predictions.json", '"btx"', '"dense"'),
+]
+
+
+def test_a_mistake_costs_points_in_its_exercise(tmp_path):
+    """All typical mistakes at once: every exercise loses something, and none of them everything."""
+    make_copy(tmp_path / "copy", solution=True)
+    for _, path, right, wrong in MISTAKES:
+        text = read(tmp_path / "copy" / path).decode()
+        assert right in text, right
+        (tmp_path / "copy" / path).write_text(text.replace(right, wrong))
+    lines = grade(tmp_path / "copy")
+    scores = {int(line.split()[0]): re.search(r"(\d+) of (\d+)", line).groups() for line in lines[:-1]}
+    assert sorted(scores) == [number for number, *_ in MISTAKES]
+    for number, (points, possible) in scores.items():
+        assert 0 < int(points) < int(possible), (number, points)
+
+
+def test_a_copy_that_cannot_be_imported_still_has_a_grade(tmp_path):
+    make_copy(tmp_path / "copy", solution=True)
+    (tmp_path / "copy" / "mix.py").write_text("def mix(:\n")
+    assert grade(tmp_path / "copy", 4)[-1].startswith("points: 0 of ")
+
+
+@pytest.mark.parametrize(("router", "k"), [("sigmoid", 2), ("expert-choice", 3)])
+def test_the_solutions_routers_go_through_finetuning(router, k, data, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "ROUTERS", {**model.ROUTERS, **rows()})
+    flags = f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={tmp_path / 'btx'}", f"--router={router}"
+    must(run("finetune.py", *SHORT, *flags))
+    first, *_, last = read_log(tmp_path / "btx")
+    assert last["bpb"]["avg"] < first["bpb"]["avg"]
+    assert read_json(tmp_path / "btx" / "config.json")["num_experts_per_tok"] == k
+
+
+# ---- documents ----
+
+
+def numbers(text):
+    """(the text with every number replaced, the numbers)"""
+    pattern = r"-?\d+(?:\.\d+)?"
+    return re.sub(pattern, "#", text), [float(number) for number in re.findall(pattern, text)]
+
+
+def test_the_lectures_snippets_print_what_stands_below_them():
+    """To the letter; numbers to a hundredth, or 5 %, since training on another machine rounds otherwise."""
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", source("docs/lecture.md"), re.S)
+    assert len(blocks) >= 10 and source("docs/lecture.md").count("```python") == len(blocks)
+    namespace = {}
+    for code, printed in blocks:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code, namespace)
+        words, found = numbers(out.getvalue())
+        expected_words, expected_numbers = numbers(printed)
+        assert words == expected_words
+        assert found == pytest.approx(expected_numbers, abs=0.011, rel=0.05), out.getvalue()
+
+
+def test_the_notebook_runs_from_top_to_bottom(work, data, seed, experts, mixed, btx, monkeypatch, capsys):
+    notebook = json.loads(source("docs/open_a_mixture.ipynb"))
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    monkeypatch.setenv("MIXTURE", work)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+    out = capsys.readouterr().out
+    assert "stacked True" in out and "stacked False" not in out
+    assert "without expert-math it is" in out and len(namespace["cost"]) == 3
+
+
+def test_the_map_names_lines_that_are_there():
+    rows = re.findall(r"\| \[([\w/.]+)\]\(\.\./([\w/.]+)\) \| `(.+?)` \|", source("docs/paper_map.md"))
+    assert len(rows) >= 25
+    for name, path, line in rows:
+        assert name == path
+        assert line in [text.strip() for text in source(path).splitlines()], f"{path}: {line}"
+
+
+def test_links_of_the_course_lead_somewhere():
+    for page in (
+        "docs/lecture.md",
+        "docs/teaching.md",
+        "docs/paper_map.md",
+        "exercises/README.md",
+        "exercises/predictions.md",
+    ):
+        for link in re.findall(r"\]\(([^)#]+)", source(page)):
+            path = os.path.join(ROOT, os.path.dirname(page), link)
+            assert link.startswith("https://") or os.path.exists(path), f"{page}: {link}"
+
+
+# ---- the lesson ----
+
+
+def table(**changes):
+    return {name: {"bpb": {"avg": value}} for name, value in {"btx": 1.2, "dense": 1.3, **changes}.items()}
+
+
+def test_a_table_is_held_against_what_is_expected():
+    wanted = {"bpb": {"btx": {"avg": [1.21, 0.02]}}, "ahead": [["btx", "dense", "avg", 0.05]]}
+    assert [holds for _, holds in expected.check(table(), wanted)] == [True, True]
+    assert [holds for _, holds in expected.check(table(btx=1.25), wanted)] == [False, True]
+    assert [holds for _, holds in expected.check(table(dense=1.22), wanted)] == [True, False]
+
+
+def test_the_dense_run_of_the_lesson_is_matched_in_data():
+    runs = {
+        stage: parse(TrainConfig, [os.path.join(ROOT, f"config/lesson/{stage}.py")]) for stage in ("expert", "dense")
+    }
+    finetuning = source("config/lesson/finetune.py")
+    steps = 3 * runs["expert"].max_steps + int(re.search(r"max_steps = (\d+)", finetuning)[1])
+    assert runs["dense"].max_steps == steps and runs["dense"].batch_size == runs["expert"].batch_size
+
+
+def test_the_lessons_configs_are_valid():
+    classes = {"data": DataConfig, "seed": TrainConfig, "expert": TrainConfig, "dense": TrainConfig, "mix": MixConfig}
+    for stage, cls in {**classes, "finetune": FinetuneConfig, "eval": EvalConfig}.items():
+        config = parse(cls, [os.path.join(ROOT, "config", "lesson", f"{stage}.py")])
+        assert (
+            config.out_dir.startswith("out/lesson/")
+            and getattr(config, "data_dir", "out/lesson/data") == "out/lesson/data"
+        )
+
+
+def test_expected_results_of_the_lesson_are_complete():
+    wanted = json.loads(source("config/lesson/expected.json"))
+    assert {"seed", "soup", "mixed", "btx", "dense"} <= wanted["bpb"].keys()
+    assert ["btx", "dense"] in [pair[:2] for pair in wanted["ahead"]]
+    assert ["btx", "soup"] in [pair[:2] for pair in wanted["ahead"]]
+
+
+def test_a_copy_is_never_written_over_work(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "exercises.strip", tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "is there already" in done.stderr
+    assert must(run("exercises/strip.py", tmp_path / "student")).out.endswith("functions to write\n")
+
+
+def test_the_measured_predictions_are_the_committed_ones():
+    measured = json.loads(source(f"{OWN}measured.json"))
+    found, crossing = measured["branches"], measured["crossing"]
+    page = source("docs/teaching.md")
+    assert all(f"{value:.3f}" in page for values in crossing["lesson"].values() for value in values)
+    assert all(f"{sum(values) / len(values):.3f}" in page for values in crossing["smoke"].values())
+    for row in found:
+        cells = " | ".join(f"{row[name]:.3f}" for name in ("experts_at_home", "soup", "mixed", "btx"))
+        assert re.search(rf"\| {row['steps']:,} \| [\w -]+ \| {re.escape(cells)} \|", page), cells
+    _, short, long = found
+    change = {name: long[name] - short[name] for name in ("experts_at_home", "soup", "btx")}
+    words = {name: "same" if abs(d) <= 0.02 else "better" if d < 0 else "worse" for name, d in change.items()}
+    answers = json.loads(source(f"{OWN}predictions.json"))
+    for size, scores in crossing.items():
+        assert answers[f"{size}_ahead"] == ("btx" if max(scores["btx"]) < min(scores["dense"]) else "dense")
+    assert {name: answers[name] for name in words} == words
