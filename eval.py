@@ -28,6 +28,8 @@ from common.weights import same_tokenizer
 from data.task import CHOICES, METRICS, mean_score, read_answer
 from model import Transformer
 
+GENERATED_ROWS = 256  # answered together: generation is bound by the number of steps, not by their size
+CHOICE_TOKENS = 128  # of a question and one of its choices
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 # the source that decides a score
@@ -119,8 +121,11 @@ def task_scores(model, corpus, config):
         problems = corpus.problems(domain, config.split, config.task_problems)
         stop = {encoding.eot_token} if task["marker"] else {encoding.eot_token, *line_ends}
         answers = []
-        for start in range(0, len(problems), 100):
-            prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems[start : start + 100]]
+        for start in range(0, len(problems), GENERATED_ROWS):
+            prompts = [
+                encoding.encode_ordinary(problem["prompt"])[-room:]
+                for problem in problems[start : start + GENERATED_ROWS]
+            ]
             texts = map(encoding.decode, generate(model, prompts, new_tokens, stop))
             answers += [read_answer(text, task["marker"]) for text in texts]
         for metric in METRICS.keys() & task["baselines"][config.split].keys():
@@ -132,6 +137,7 @@ def task_scores(model, corpus, config):
 def choice_scores(model, corpus, config, batch_size=32):
     """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte}."""
     encoding, device, scores = corpus.encoding, next(model.parameters()).device, {}
+    length = min(CHOICE_TOKENS, model.max_length)
     for domain, meta in corpus.metas.items():
         if "task" not in meta:
             continue
@@ -140,7 +146,7 @@ def choice_scores(model, corpus, config, batch_size=32):
         nats = []  # of each continuation, per byte
         for start in range(0, len(texts), batch_size):
             pairs = [tuple(map(encoding.encode_ordinary, pair)) for pair in texts[start : start + batch_size]]
-            rows = [(prompt + choice)[-model.max_length - 1 :] for prompt, choice in pairs]
+            rows = [(prompt + choice)[-length - 1 :] for prompt, choice in pairs]
             width = max(map(len, rows))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
             log_p = model(ids[:, :-1]).logits.float().log_softmax(dim=-1)  # (B, T, V)

@@ -238,7 +238,8 @@ def test_the_answer_behind_a_marker(text, answer):
 def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
     """Of four problems: right; right but for a digit more; right with other words around it; no answer."""
     copy = shutil.copytree(data, tmp_path / "data")
-    lines = [{"prompt": f"Question: {n}?\n", "answer": "12"} for n in range(4)]
+    choices = ["12\n", "13\n", "14\n", "15\n"]
+    lines = [{"prompt": f"Question: {n}?\n", "answer": "12", "choices": choices} for n in range(4)]
     (copy / "math" / "task-test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     encoding = load_tokenizer(data)
     texts = ["6 + 6 = 12\n#### 12", "#### 121", "It is a dozen.\n#### 12\n\nQuestion: what", "12"]
