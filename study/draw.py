@@ -242,8 +242,6 @@ def plot_damage(found, path):
         style = {"color": COLOURS[1 - i], "marker": MARKERS[i], "linestyle": "", "label": f"replaced by {words}"}
         axis.plot(values, [y + 0.16 * i for y in range(len(labels))], **style)
     axis.axvline(found["nothing"]["averaged"]["avg"], color="#999999", linewidth=0.8, zorder=0)
-    values = [row[source]["avg"] for row in found.values() for source in ("averaged", "seed")]
-    log_axis(axis.xaxis, 0.97 * min(values), 1.05 * max(values))
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("bits per byte of the experts at home, averaged (the line: nothing replaced)")

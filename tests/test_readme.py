@@ -7,6 +7,7 @@ import os
 import pytest
 
 from study import compare, tables
+from study.damage import damage_table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -31,6 +32,10 @@ def test_the_comparison_comes_from_its_chains():
     assert tables.score_table(found["rows"]) in page and tables.cost_table(found["rows"]) in page
     assert tables.verdict_table(found["rows"], found["chains"]) in page
     assert tables.score_table(found["rows"]) in read("docs", "results.md")
+
+
+def test_the_damage_comes_from_its_groups():
+    assert damage_table(json.loads(read("results", "cpu", "damage.json"))["groups"]) in read("docs", "mixing.md")
 
 
 def test_the_study_comes_from_its_points():

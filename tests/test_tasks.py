@@ -225,7 +225,7 @@ def test_math_baselines_by_counting():
     counts = Counter(text.rsplit("#### ")[-1].strip() for text in texts["train"])
     best = max(counts, key=counts.get)
     right = sum(row["answer"] == best for row in task.rows) / 100
-    assert task.baselines() ["accuracy"] == {"chance": 0.001, "majority": right} and task.marker == "####"
+    assert task.baselines()["accuracy"] == {"chance": 0.001, "majority": right} and task.marker == "####"
 
 
 def test_scores_by_hand():
