@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.device import device_key, pick_device, place, threads_key
+from common.device import device_key, pick_device, place, send, threads_key
 from common.errors import UserError, command
 from common.files import read_json, write_json
 from common.generate import generate
@@ -69,13 +69,13 @@ class Validation:
         device = next(model.parameters()).device
         bpb, load = {}, {}
         for domain, (inputs, targets) in self.windows.items():
-            nats, pairs = 0.0, 0
+            nats, pairs = 0.0, 0  # sums on the device, read once a domain
             for x, y in zip(inputs.split(self.batch_size), targets.split(self.batch_size), strict=True):
-                output = model(x.to(device), y.to(device))
-                nats += output.loss.item() * y.numel()
+                output = model(send(x, device), send(y, device))
+                nats = nats + output.loss.double() * y.numel()
                 if output.gates is not None:
-                    pairs = pairs + (output.gates > 0).sum(dim=(1, 2)).cpu()  # (L, E)
-            bpb[domain] = nats / math.log(2) / int(self.bytes[targets].sum())
+                    pairs = pairs + (output.gates > 0).sum(dim=(1, 2))  # (L, E)
+            bpb[domain] = float(nats) / math.log(2) / int(self.bytes[targets].sum())
             if torch.is_tensor(pairs):
                 shares = pairs / pairs.sum(dim=1, keepdim=True)
                 load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]

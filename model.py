@@ -102,7 +102,7 @@ class Output(NamedTuple):
 
     logits: torch.Tensor | None
     loss: torch.Tensor | None
-    aux_loss: torch.Tensor | float
+    aux_loss: torch.Tensor
     gates: torch.Tensor | None
     stats: dict
 
@@ -401,12 +401,16 @@ class Transformer(nn.Module):
             }
         )
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        cos, sin = rotary_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+        self.set_up()
         self.init_weights()
+
+    def set_up(self):
+        """What no checkpoint holds: the rotary tables, and the head where it is the embedding matrix."""
+        self.cos, self.sin = rotary_table(self.config)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self):
@@ -438,7 +442,7 @@ class Transformer(nn.Module):
             cache.length = end
         x = self.model.norm(x)  # (B, T, D)
 
-        logits, loss, aux_loss, gates, stats = None, None, 0.0, None, {}
+        logits, loss, aux_loss, gates, stats = None, None, torch.zeros((), device=x.device), None, {}
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
         else:
@@ -456,7 +460,9 @@ class Transformer(nn.Module):
         """A checkpoint folder, ours or Hugging Face's, as a model in fp32 on the CPU. changes: values of ModelConfig
         to use instead of the folder's own, such as another router."""
         files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
-        model = cls(ModelConfig.from_pretrained(folder, **changes))
+        with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be read
+            model = cls(ModelConfig.from_pretrained(folder, **changes))
+        model.to_empty(device="cpu").set_up()
         for name, parameter in model.named_parameters():
             prefix, matrix = name.rsplit(".", 1)
             if ".experts." in name:

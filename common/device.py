@@ -11,6 +11,7 @@ from common.errors import UserError
 
 DEVICE = ("auto", "cpu", "cuda")
 DTYPE = ("auto", "float32", "bfloat16")
+COMPILE = ("auto", "on", "off")
 
 
 def device_key():
@@ -19,6 +20,10 @@ def device_key():
 
 def dtype_key():
     return key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPE)
+
+
+def compile_key():
+    return key("auto", "torch.compile; auto is on CUDA, on a CPU it pays for runs of ten minutes and more", COMPILE)
 
 
 def threads_key():
@@ -30,7 +35,10 @@ def pick_device(name, threads=0):
     if threads:
         torch.set_num_threads(threads)
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but torch finds no CUDA GPU; use --device=cpu or --device=auto")
+        built = f"for CUDA {torch.version.cuda}, check the driver's" if torch.version.cuda else "without CUDA"
+        raise UserError(
+            f"--device=cuda, but torch, built {built}, finds no CUDA GPU; use --device=cpu or --device=auto"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -58,6 +66,19 @@ def place(model, device, dtype):
     return model.to(device)
 
 
+def compiled(model, choice, device):
+    """The model as torch.compile makes it where `choice` (see compile_key) says so, else the model itself. A mixture in
+    float32 stays as it is: torch.compile takes grouped_mm in bfloat16 alone."""
+    wanted = choice == "on" or (choice == "auto" and device.type == "cuda")
+    possible = model.compute_dtype == torch.bfloat16 or not model.config.num_local_experts
+    return torch.compile(model) if wanted and possible else model
+
+
+def send(tensor, device):
+    """Copy a CPU tensor to the device; to a GPU from pinned memory, so that nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Processes:
     """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU)."""
 
@@ -81,13 +102,12 @@ class Processes:
         for gradient, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def mean(self, values):
-        """Average a list of floats over all processes."""
+    def mean(self, tensor):
+        """The mean of a tensor over all processes."""
         if self.world == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return tensor
         dist.all_reduce(tensor)
-        return (tensor / self.world).tolist()
+        return tensor / self.world
 
     def barrier(self):
         if self.world > 1:

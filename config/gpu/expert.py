@@ -14,3 +14,5 @@ warmup_steps = 50
 eval_interval = 100
 eval_windows = 64
 save_interval = 250
+
+device = "cuda"  # a wheel that does not fit the driver is an error, not a run on the CPU
