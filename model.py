@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import UserError
+from common.fused import Collect, Dispatch, row_multiple
 from common.weights import WeightFiles, expected_tensors, read_config, to_disk, write_config, write_weights
 
 IGNORE = -100  # a target that does not count, cross_entropy's default
@@ -318,6 +319,23 @@ class Experts(nn.Module):
         return F.grouped_mm(h, w2, offs=ends)  # (rows, D)
 
 
+def lay_out(experts, num_experts, device, dtype):
+    """Rows for (token, expert) pairs so that each expert's lie together: a counting sort, which is stable.
+
+    experts: (S, k). Returns places (S, k), the row of each pair; tokens (R,), the token of each row; and ends (E,),
+    the row behind each expert's last, int32. R is S * k, or more where a pair's experts are padded (with token 0).
+    """
+    pairs, pad = experts.numel(), row_multiple(experts.numel() // num_experts, device, dtype)
+    total = (pairs + (num_experts + 1) * (pad - 1)) // pad * pad  # R: the same at every step, whatever the routing
+    seen = F.one_hot(experts.flatten(), num_experts).cumsum(dim=0)  # (S * k, E): how many pairs came so far
+    ends = ((seen[-1] + pad - 1) // pad * pad).cumsum(dim=0)  # (E,)
+    starts = F.pad(ends[:-1], (1, 0))  # (E,)
+    ends[-1] = total
+    places = (starts + seen - 1).gather(1, experts.view(-1, 1)).squeeze(1)  # (S * k,)
+    ids = torch.arange(pairs, device=device) // experts.size(1)  # (S * k,)
+    return places.view_as(experts), places.new_zeros(total).scatter(0, places, ids), ends.int()
+
+
 class MoE(nn.Module):
     """FF_MoE(x) = sum_i g_i(W x) FF_i(x), with one routing decision per token.
 
@@ -348,12 +366,10 @@ class MoE(nn.Module):
             top_gates = gates.gather(1, top_experts)
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
-        # sort the S * k (token, expert) pairs by expert, run each expert on its run of rows, undo the sort
-        pair_expert = top_experts.flatten()  # (S * k,)
-        order = pair_expert.argsort(stable=True)  # (S * k,)
-        ends = F.one_hot(pair_expert, logits.size(-1)).sum(dim=0).cumsum(dim=0).int()  # (E,)
-        rows = x.index_select(0, order // self.k)  # (S * k, D)
-        rows = self.experts(rows, ends).index_select(0, order.argsort())  # (S * k, D), in token order again
+        # lay the S * k (token, expert) pairs out by expert, run each expert on its run of rows, pick the results up again
+        places, tokens, ends = lay_out(top_experts, logits.size(-1), x.device, x.dtype)
+        rows = self.experts(Dispatch.apply(x, tokens, places), ends)  # (R, D)
+        rows = Collect.apply(rows, places)  # (S * k, D), in token order again
         y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
         return y.view(shape), gates, stats
 
