@@ -29,7 +29,14 @@ from model import Transformer
 
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
-CODE = ("model.py", "eval.py", "common/corpus.py", "common/generate.py", "data/task.py")  # what decides a score
+CODE = (
+    "model.py",
+    "eval.py",
+    "common/fused.py",
+    "common/corpus.py",
+    "common/generate.py",
+    "data/task.py",
+)  # what decides a score
 
 
 @dataclasses.dataclass

@@ -13,17 +13,18 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.fused import Collect, Dispatch, row_multiple
+from common.fused import IGNORE, Collect, Dispatch, Rotate, head_loss, lay_out
 from common.weights import WeightFiles, expected_tensors, read_config, to_disk, write_config, write_weights
 
-IGNORE = -100  # a target that does not count, cross_entropy's default
 BALANCES = ("gates", "tokens")
 ANNEALING_RATE = 1e-4  # sample: how fast the temperature falls, per step
 FINAL_TEMPERATURE = 0.5
@@ -118,16 +119,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (Zhang and Sennrich 2019), its weights cast as Linear's are."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def rotary_table(config):
@@ -135,12 +131,6 @@ def rotary_table(config):
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle. x: (B, heads, T, K); cos, sin: (T, K / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class KVCache:
@@ -175,8 +165,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, layer=None):
         B, T, D = x.shape
         shape = B, T, -1, self.config.head_dim
-        q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, H, T, K)
-        k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, G, T, K)
+        q = Rotate.apply(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, H, T, K)
+        k = Rotate.apply(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, G, T, K)
         v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -233,8 +223,7 @@ def sample(logits, k, step):
     temperature falls, so the gate is 1, and annealing brings training closer to evaluation.
     """
     if step is None:
-        experts = logits.argmax(dim=-1, keepdim=True)  # (S, 1)
-        return torch.ones_like(logits[:, :1]), experts
+        return torch.ones_like(logits[:, :1]), logits.argmax(dim=-1, keepdim=True)  # (S, 1), (S, 1)
     return F.gumbel_softmax(logits, temperature(step)).max(dim=-1, keepdim=True)  # (S, 1), (S, 1)
 
 
@@ -269,8 +258,7 @@ def within_capacity(used, factor):
 
     S counts one forward pass, so it is a micro-batch that must keep the balance, not the whole batch.
     """
-    capacity = int(factor * len(used) / used.size(1))
-    return used.cumsum(dim=0) <= capacity  # (S, E)
+    return used.cumsum(dim=0) <= int(factor * len(used) / used.size(1))  # (S, E)
 
 
 # ---- losses of a router, each a number, computed in fp32 and without its coefficient ----
@@ -319,23 +307,6 @@ class Experts(nn.Module):
         return F.grouped_mm(h, w2, offs=ends)  # (rows, D)
 
 
-def lay_out(experts, num_experts, device, dtype):
-    """Rows for (token, expert) pairs so that each expert's lie together: a counting sort, which is stable.
-
-    experts: (S, k). Returns places (S, k), the row of each pair; tokens (R,), the token of each row; and ends (E,),
-    the row behind each expert's last, int32. R is S * k, or more where a pair's experts are padded (with token 0).
-    """
-    pairs, pad = experts.numel(), row_multiple(experts.numel() // num_experts, device, dtype)
-    total = (pairs + (num_experts + 1) * (pad - 1)) // pad * pad  # R: the same at every step, whatever the routing
-    seen = F.one_hot(experts.flatten(), num_experts).cumsum(dim=0)  # (S * k, E): how many pairs came so far
-    ends = ((seen[-1] + pad - 1) // pad * pad).cumsum(dim=0)  # (E,)
-    starts = F.pad(ends[:-1], (1, 0))  # (E,)
-    ends[-1] = total
-    places = (starts + seen - 1).gather(1, experts.view(-1, 1)).squeeze(1)  # (S * k,)
-    ids = torch.arange(pairs, device=device) // experts.size(1)  # (S * k,)
-    return places.view_as(experts), places.new_zeros(total).scatter(0, places, ids), ends.int()
-
-
 class MoE(nn.Module):
     """FF_MoE(x) = sum_i g_i(W x) FF_i(x), with one routing decision per token.
 
@@ -366,10 +337,9 @@ class MoE(nn.Module):
             top_gates = gates.gather(1, top_experts)
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
-        # lay the S * k (token, expert) pairs out by expert, run each expert on its run of rows, pick the results up again
+        # lay out the S * k (token, expert) pairs by expert, run each expert on its rows, collect the results
         places, tokens, ends = lay_out(top_experts, logits.size(-1), x.device, x.dtype)
-        rows = self.experts(Dispatch.apply(x, tokens, places), ends)  # (R, D)
-        rows = Collect.apply(rows, places)  # (S * k, D), in token order again
+        rows = Collect.apply(self.experts(Dispatch.apply(x, tokens, places), ends), places)  # (S * k, D), by token
         y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
         return y.view(shape), gates, stats
 
@@ -398,12 +368,13 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaForCausalLM or, with experts, MixtralForCausalLM. `compute_dtype` is the activations' dtype."""
+    """LlamaForCausalLM or, with experts, MixtralForCausalLM. `compute_dtype`: the activations' dtype. `recompute`: keep
+    no activations inside a layer, but compute them again in the backward pass."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.recompute = torch.float32, False
         first, other = config, ROUTERS[config.router].first_layer
         if config.num_local_experts and other:
             k = ROUTERS[other].experts_per_token(config.num_experts_per_tok, config.num_local_experts)
@@ -417,8 +388,8 @@ class Transformer(nn.Module):
             }
         )
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.register_buffer("cos", None, persistent=False)
-        self.register_buffer("sin", None, persistent=False)
+        for table in ("cos", "sin"):
+            self.register_buffer(table, None, persistent=False)
         self.set_up()
         self.init_weights()
 
@@ -452,7 +423,8 @@ class Transformer(nn.Module):
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         routed = []
         for i, layer in enumerate(self.model.layers):
-            x, routing = layer(x, cos, sin, cache, i, step)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute else layer
+            x, routing = run(x, cos, sin, cache, i, step)
             routed.append(routing)
         if cache is not None:
             cache.length = end
@@ -462,7 +434,8 @@ class Transformer(nn.Module):
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
         else:
-            loss = self._loss(x.flatten(0, 1), targets.flatten())
+            total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            loss = total / (targets != IGNORE).sum()  # mean negative log-likelihood
         if self.config.num_local_experts:
             gates = torch.stack([gates for gates, _ in routed]).unflatten(1, ids.shape)  # (L, B, T, E)
             stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
@@ -493,13 +466,6 @@ class Transformer(nn.Module):
         tensors, shapes = to_disk(self.state_dict()), expected_tensors(self.config)
         write_weights(folder, shapes, ((name, tensors[name]) for name in shapes))
         write_config(folder, self.config)
-
-    def _loss(self, x, targets):
-        """Mean cross-entropy of x (S, D) and targets (S,). On a CPU in chunks whose logits fit its cache: faster."""
-        rows = max(1, 2**20 // self.config.vocab_size) if x.device.type == "cpu" else len(x)
-        chunks = zip(x.split(rows), targets.split(rows), strict=True)
-        total = sum(F.cross_entropy(self.lm_head(h).float(), t, reduction="sum") for h, t in chunks)
-        return total / (targets != IGNORE).sum()
 
     @property
     def max_length(self):

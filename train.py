@@ -38,6 +38,7 @@ from common.device import (
 )
 from common.errors import UserError, command
 from common.files import write_atomically
+from common.fit import check_sizes, report_memory
 from common.weights import copy_tokenizer, group_of, same_tokenizer
 from eval import Validation
 from model import ModelConfig, Transformer
@@ -93,7 +94,13 @@ class TrainConfig:
 # what a run may be resumed or repeated without: keys that do not shape its result
 NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
 NOT_IN_RECIPE += ("checkpoint_activations", "dry_run")
-CODE = ("model.py", "train.py", "common/corpus.py", "common/weights.py")  # what decides a run's result
+CODE = (
+    "model.py",
+    "train.py",
+    "common/fused.py",
+    "common/corpus.py",
+    "common/weights.py",
+)  # what decides a run's result
 
 
 def make_recipe(config, corpus, mixture, code):
@@ -154,14 +161,6 @@ def learning_rate(config, step):
     return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def micro_batches(config, processes):
-    """The rows of a batch that this process takes: (start, stop) of each forward pass. A process whose share is smaller
-    than the micro-batch takes it at once."""
-    share = config.batch_size // processes.world
-    begin, size = processes.rank * share, min(config.micro_batch_size, share)
-    return [(start, start + size) for start in range(begin, begin + share, size)]
-
-
 def train_step(config, step, model, optimizer, batches, processes, stop):
     """One optimizer step. Returns ({name: mean over the batch}, gradient norm, whether to stop).
 
@@ -169,7 +168,7 @@ def train_step(config, step, model, optimizer, batches, processes, stop):
     the host wants to know is one vector on the device, read once, when everything has been launched. stop: a
     StopSignal; its number is averaged like the rest, so that every process leaves at the same step.
     """
-    device, parts, sums = processes.device, micro_batches(config, processes), {}
+    device, parts, sums = processes.device, processes.micro_batches(config.batch_size, config.micro_batch_size), {}
     number = torch.full((), step, device=device)
     for start, end in parts:
         inputs, targets = (send(part, device) for part in batches(step, start, end))
@@ -272,27 +271,6 @@ class Recorder:
         (runs.finish_run if finished else runs.write_run)(folder, run)
 
 
-def check_sizes(config, corpus, model, processes):
-    """Raise UserError unless sequences and tokens fit the model, and batches the processes."""
-    if config.sequence_length > model.config.max_position_embeddings:
-        raise UserError(
-            f"--sequence_length={config.sequence_length} is longer than the model's "
-            f"max_position_embeddings={model.config.max_position_embeddings}; shorten it"
-        )
-    entries = corpus.encoding.n_vocab
-    if entries > model.config.vocab_size:
-        raise UserError(
-            f"{corpus.folder} has a tokenizer of {entries} entries, the model's vocab_size is only "
-            f"{model.config.vocab_size}; prepare the data with the model's tokenizer"
-        )
-    share, rest = divmod(config.batch_size, processes.world)
-    if rest or share % min(share, config.micro_batch_size):
-        raise UserError(
-            f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
-            f"times {processes.world} process(es)"
-        )
-
-
 def train(config, make_model, code=CODE):
     """Run a config to its end and leave a finished checkpoint in config.out_dir.
 
@@ -317,6 +295,10 @@ def train(config, make_model, code=CODE):
         raw_model = place(make_model(config, corpus), device, config.dtype)
         freeze(raw_model, config.freeze)
         check_sizes(config, corpus, raw_model, processes)
+        raw_model.recompute = config.checkpoint_activations
+        if config.dry_run:
+            report_memory(config, raw_model)
+            return
         batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed)
         optimizer = make_optimizer(config, raw_model)
 

@@ -92,6 +92,13 @@ class Processes:
     def first(self):
         return self.rank == 0
 
+    def micro_batches(self, batch_size, micro_batch_size):
+        """The rows of a batch that this process takes: (start, stop) of each forward pass. A process whose share is
+        smaller than the micro-batch takes it at once."""
+        share = batch_size // self.world
+        begin, size = self.rank * share, min(micro_batch_size, share)
+        return [(start, start + size) for start in range(begin, begin + share, size)]
+
     def average_gradients(self, parameters):
         """Replace each process's gradients by their mean over all processes: what makes data parallelism one run."""
         if self.world == 1:

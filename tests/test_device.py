@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import runs
 from common.config import parse
 from common.device import Processes, compiled, send
+from common.fit import check_sizes
 from finetune import FinetuneConfig
 from model import ROUTERS, Transformer
-from train import Recorder, check_sizes, micro_batches, train_step
+from train import Recorder, train_step
 
 GPU = torch.device("meta")
 CONFIG = parse(FinetuneConfig, [*SHORT, "--router_z_loss_coef=0.1"])
@@ -102,10 +103,9 @@ def test_a_mixture_resumes_on_the_device(router, tmp_path):
 
 def test_a_share_smaller_than_the_micro_batch_is_taken_at_once():
     """config/gpu on eight GPUs: 64 rows, 32 in a micro-batch, 8 for each process."""
-    config = SimpleNamespace(batch_size=64, micro_batch_size=32)
     for world, size in ((1, 32), (2, 32), (4, 16), (8, 8)):
         ranks = [SimpleNamespace(rank=rank, world=world) for rank in range(world)]
-        parts = [part for processes in ranks for part in micro_batches(config, processes)]
+        parts = [part for one in ranks for part in Processes.micro_batches(one, 64, 32)]
         assert parts == [(start, start + size) for start in range(0, 64, size)]
     corpus = SimpleNamespace(encoding=SimpleNamespace(n_vocab=80))
     sizes = SimpleNamespace(sequence_length=32, batch_size=64, micro_batch_size=32)
