@@ -6,6 +6,7 @@
 #   bash run.sh smoke    every stage at toy size, under a minute
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
+#   bash run.sh gpu check     what only a GPU can tell: three parts of at most ten minutes, into results/gpu
 #   bash run.sh cpu regime    BTX minus dense training at several widths and budgets
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. DOMAINS="code poems=~/poems"
@@ -20,12 +21,20 @@ seed=${SEED:-1}
 data=out/$size/data
 chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
 out=$(chain "$seed")
-case ${2:-} in "" | ablate | compare | regime) ;; *) echo "error: '$2' is no task; choose ablate, compare or regime" >&2; exit 2 ;; esac
+case ${2:-} in "" | ablate | compare | regime | check) ;; *) echo "error: '$2' is no task; choose ablate, compare, regime or check" >&2; exit 2 ;; esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 
 # 1. data: text, tokenizer, token files
 $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
+
+# with `check`: no pipeline, but measurements
+if [ "${2:-}" = check ]; then
+    for part in correct fast whole; do
+        $python -m study.gpu_check --part=$part --config="$config" --data_dir="$data" --run_dir="out/$size/check"
+    done
+    exit
+fi
 
 # 2. seed: one small language model for all domains
 $python train.py "$config/seed.py" --seed="$seed" --out_dir="$out/seed"
