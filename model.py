@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.fused import IGNORE, Collect, Dispatch, Rotate, head_loss, lay_out
+from common.fused import IGNORE, collect, dispatch, head_loss, lay_out, rotate
 from common.weights import WeightFiles, expected_tensors, read_config, to_disk, write_config, write_weights
 
 BALANCES = ("gates", "tokens")
@@ -165,8 +165,8 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache=None, layer=None):
         B, T, D = x.shape
         shape = B, T, -1, self.config.head_dim
-        q = Rotate.apply(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, H, T, K)
-        k = Rotate.apply(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, G, T, K)
+        q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, H, T, K)
+        k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # (B, G, T, K)
         v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
@@ -338,8 +338,8 @@ class MoE(nn.Module):
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
         # lay out the S * k (token, expert) pairs by expert, run each expert on its rows, collect the results
-        places, tokens, ends = lay_out(top_experts, logits.size(-1), x.device, x.dtype)
-        rows = Collect.apply(self.experts(Dispatch.apply(x, tokens, places), ends), places)  # (S * k, D), by token
+        places, tokens, ends = lay_out(top_experts, logits.size(-1), x.dtype)
+        rows = collect(self.experts(dispatch(x, tokens, places), ends), places)  # (S * k, D), by token
         y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
         return y.view(shape), gates, stats
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_routing import random_layer
 
 from common import fused
-from common.fused import IGNORE, Collect, Dispatch, Rotate, head_loss, lay_out, row_multiple
+from common.fused import IGNORE, Collect, Dispatch, Rotate, collect, dispatch, head_loss, lay_out, row_multiple
 
 
 def test_rotate_is_a_rotation_of_pairs():
@@ -51,7 +51,7 @@ def test_rows_are_laid_out_by_expert_and_come_back(k, pad, monkeypatch):
     monkeypatch.setattr(fused, "row_multiple", lambda *arguments: pad)
     torch.manual_seed(1)
     experts = torch.stack([torch.randperm(4)[:k] for _ in range(11)]) + 1  # expert 0 stays empty
-    places, tokens, ends = lay_out(experts, 5, torch.device("cpu"), torch.float64)
+    places, tokens, ends = lay_out(experts, 5, torch.float64)
     starts = [0, *ends.tolist()[:-1]]
     assert ends[-1] == len(tokens) and all(end % pad == 0 for end in ends.tolist()) and ends[0] == 0
     assert len(places.unique()) == experts.numel()
@@ -62,7 +62,10 @@ def test_rows_are_laid_out_by_expert_and_come_back(k, pad, monkeypatch):
         mine = places[experts == expert]
         assert mine.equal(mine.sort().values)
     x = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
-    back = Collect.apply(Dispatch.apply(x, tokens, places), places)
+    with torch.no_grad():
+        plain = collect(dispatch(x, tokens, places), places)
+    back = collect(dispatch(x, tokens, places), places)
+    assert plain.equal(back)
     assert back.unflatten(0, (11, k)).equal(x.unsqueeze(1).expand(-1, k, -1))
     assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, tokens, places)[places.flatten()], x)
     rows = torch.randn(len(tokens), 3, dtype=torch.float64, requires_grad=True)
