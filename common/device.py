@@ -35,9 +35,10 @@ def pick_device(name, threads=0):
     if threads:
         torch.set_num_threads(threads)
     if name == "cuda" and not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}, check the driver's" if torch.version.cuda else "without CUDA"
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
         raise UserError(
-            f"--device=cuda, but torch, built {built}, finds no CUDA GPU; use --device=cpu or --device=auto"
+            f"--device=cuda, but torch finds no CUDA GPU: this torch {built}; install one that fits the driver, or use "
+            "--device=cpu or --device=auto"
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -49,15 +50,14 @@ def pick_device(name, threads=0):
 def pick_dtype(name, device, config):
     """The activations' dtype for a config's `dtype`.
 
-    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for dense models wide enough to gain. A mixture's row
-    counts differ at every step and oneDNN compiles a bf16 matmul anew for each shape: several times slower.
+    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for models wide enough to gain: 1.2 times at width 128.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    wide_dense = config.hidden_size >= 128 and not config.num_local_experts
-    return torch.bfloat16 if wide_dense and torch.cpu._is_avx512_bf16_supported() else torch.float32
+    wide = config.hidden_size >= 128
+    return torch.bfloat16 if wide and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def place(model, device, dtype):

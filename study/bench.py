@@ -4,10 +4,10 @@
     python -m study.bench --threads=2 --nanogpt=DIR --nanomoe=DIR     # checkouts of karpathy's and wolfecameron's
     python -m study.bench --threads=1 --clock=cpu                     # on a machine that others use, too
 
-All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A mixture
-has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and the checkouts
-run as their authors run them in bfloat16, under autocast. Subjects take turns step by step, a step's time is compared
-with that of the others in the same turn, and medians of these ratios count.
+All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A
+mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
+the checkouts run as their authors run them in bfloat16, under autocast. Subjects take turns step by step, a step's
+time is compared with that of the others in the same turn, and medians of these ratios count.
 """
 
 import dataclasses

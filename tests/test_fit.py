@@ -5,6 +5,7 @@ import torch
 from helpers import SHAPE, SHORT, must, run, same_bits
 from test_routing import random_model
 
+from common.errors import command
 from common.fit import count_memory, kept_bytes
 from model import ROUTERS
 
@@ -55,3 +56,15 @@ def test_a_run_that_computes_twice_ends_with_the_same_bits(seed, data, tmp_path)
     flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run", "--checkpoint_activations=True"
     must(run("train.py", *flags))
     same_bits(seed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_out_of_memory_names_the_knobs(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as leave:
+        command(main)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
+    assert all(knob in said for knob in ("--micro_batch_size", "--checkpoint_activations=True", "--dry_run=True"))
