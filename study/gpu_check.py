@@ -217,18 +217,30 @@ def fast(config, device):
 # ---- whole ----
 
 
-def script(*arguments, stop_after=None):
-    """Run a script of ours; with stop_after, end it politely after so many seconds. Returns (seconds, exit code)."""
+def lines_in(path):
+    """How many lines a file has; none if it is not there."""
+    if not os.path.exists(path):
+        return 0
+    with open(path, encoding="utf-8") as file:
+        return len(file.readlines())
+
+
+def script(*arguments, stop_at=None):
+    """Run a script of ours and return its seconds. stop_at: a log.jsonl; SIGTERM comes soon after its second line, the
+    first evaluation in training."""
+    if stop_at and os.path.exists(stop_at):
+        os.remove(stop_at)  # of an earlier check
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *arguments])
-    try:
-        process.wait(timeout=stop_after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-    if process.returncode and not stop_after:
+    while stop_at and process.poll() is None:
+        if lines_in(stop_at) > 1:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.05)
+    process.wait()
+    if process.returncode not in (0, 128 + signal.SIGTERM if stop_at else 0):
         raise UserError(f"{' '.join(arguments)} failed; its message stands above")
-    return time.monotonic() - start, process.returncode
+    return time.monotonic() - start
 
 
 def tenth(config, stage):
@@ -246,15 +258,16 @@ def whole(config, device):
         stage: [f"{config.config}/{stage}.py", *common, f"--max_steps={tenth(config, stage)}", "--overwrite=True"]
         for stage in ("seed", "expert", "finetune")
     }
-    found["seed"], _ = script("train.py", *train["seed"], f"--out_dir={folder}/seed")
+    found["seed"] = script("train.py", *train["seed"], f"--out_dir={folder}/seed")
     branch = [f"--init_from={folder}/seed", f"--domain={config.domain}", f"--out_dir={folder}/expert"]
-    found["expert"], _ = script("train.py", *train["expert"], *branch)
+    found["expert"] = script("train.py", *train["expert"], *branch)
     experts = ",".join([f"{folder}/expert", *[f"{folder}/seed"] * (EXPERTS - 1)])
-    found["mix"], _ = script("mix.py", f"--experts={experts}", f"--out_dir={folder}/mixed", "--overwrite=True")
+    found["mix"] = script("mix.py", f"--experts={experts}", f"--out_dir={folder}/mixed", "--overwrite=True")
     finetune = ["finetune.py", *train["finetune"], f"--init_from={folder}/mixed", f"--out_dir={folder}/btx"]
-    found["finetune, until stopped"], _ = script(*finetune, stop_after=20)
+    found["finetune, until stopped"] = script(*finetune, stop_at=f"{folder}/btx/log.jsonl")
+    found["it stopped at step"] = read_json(f"{folder}/btx/run.json", "run the part again")["step"]
     finetune.remove("--overwrite=True")
-    found["finetune, to its end"], _ = script(*finetune)
+    found["finetune, to its end"] = script(*finetune)
     with open(f"{folder}/btx/log.jsonl", encoding="utf-8") as file:
         found["bits per byte"] = [json.loads(line)["bpb"]["avg"] for line in file]
     model = Transformer.from_pretrained(f"{folder}/btx").to(device)
