@@ -18,7 +18,7 @@ from tqdm import tqdm
 from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.device import device_key, pick_device, place, threads_key
+from common.device import device_key, pick_device, place, send, threads_key
 from common.errors import UserError, command
 from common.files import write_json
 from common.generate import generate
@@ -33,7 +33,8 @@ CHOICE_TOKENS = 128  # of a question and one of its choices
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 # the source that decides a score
-CODE = ("model.py", "eval.py", "common/corpus.py", "common/generate.py", "common/rope.py", "data/task.py")
+CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/generate.py")
+CODE += ("data/task.py",)
 
 
 @dataclasses.dataclass
@@ -60,14 +61,14 @@ class EvalConfig:
 def bits_per_byte(model, inputs, targets, token_bytes, batch_size=16):
     """(nats summed over tokens / (ln 2 * bytes summed), which is comparable between tokenizers; how often each layer
     used each expert (L, E), or None for a dense model). inputs, targets: (N, T). token_bytes: (V,)."""
-    device, nats, used = next(model.parameters()).device, 0.0, None
+    device, nats, used = next(model.parameters()).device, 0.0, None  # sums on the device, read once
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        output = model(x.to(device), y.to(device))
-        nats += output.loss.item() * y.numel()
+        output = model(send(x, device), send(y, device))
+        nats = nats + output.loss.double() * y.numel()
         if output.gates is not None:
-            count = (output.gates > 0).sum(dim=(1, 2)).cpu()  # (L, E)
+            count = (output.gates > 0).sum(dim=(1, 2))  # (L, E)
             used = count if used is None else used + count
-    return nats / math.log(2) / int(token_bytes[targets].sum()), used
+    return float(nats) / math.log(2) / int(token_bytes[targets].sum()), used
 
 
 class Validation:

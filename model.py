@@ -13,20 +13,22 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common.device import check_memory
 from common.errors import UserError
+from common.fused import IGNORE, attend, collect, dispatch, head_loss, lay_out, rotate
 from common.generate import KVCache
-from common.rope import rotary_table, rotate
+from common.rope import rotary_table
 from common.shape import read_config, write_config
 from common.weights import WeightFiles, expected_tensors, to_disk, write_weights
 
-IGNORE = -100  # a target that does not count, cross_entropy's default
 BALANCES = ("gates", "tokens")
 ANNEALING_RATE = 1e-4  # sample: how fast the temperature falls, per step
 FINAL_TEMPERATURE = 0.5
@@ -109,7 +111,7 @@ class Output(NamedTuple):
 
     logits: torch.Tensor | None
     loss: torch.Tensor | None
-    aux_loss: torch.Tensor | float
+    aux_loss: torch.Tensor
     gates: torch.Tensor | None
     stats: dict
 
@@ -124,16 +126,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square norm (Zhang and Sennrich 2019), its weights cast as Linear's are."""
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -163,7 +160,7 @@ class Attention(nn.Module):
             k, v = cache.extend(layer, k, v)
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
         # with a cache T is either the whole prompt or one new token, which may see everything
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.size(1) > 1, enable_gqa=grouped)  # (B, H, T, K)
+        y = attend(q, k, v, is_causal=x.size(1) > 1, enable_gqa=grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -214,8 +211,7 @@ def sample(logits, k, step):
     temperature falls, so the gate is 1, and annealing brings training closer to evaluation.
     """
     if step is None:
-        experts = logits.argmax(dim=-1, keepdim=True)  # (S, 1)
-        return torch.ones_like(logits[:, :1]), experts
+        return torch.ones_like(logits[:, :1]), logits.argmax(dim=-1, keepdim=True)  # (S, 1), (S, 1)
     return F.gumbel_softmax(logits, temperature(step)).max(dim=-1, keepdim=True)  # (S, 1), (S, 1)
 
 
@@ -250,8 +246,7 @@ def within_capacity(used, factor):
 
     S counts one forward pass, so it is a micro-batch that must keep the balance, not the whole batch.
     """
-    capacity = int(factor * len(used) / used.size(1))
-    return used.cumsum(dim=0) <= capacity  # (S, E)
+    return used.cumsum(dim=0) <= int(factor * len(used) / used.size(1))  # (S, E)
 
 
 # ---- losses of a router, each a number, computed in fp32 and without its coefficient ----
@@ -330,12 +325,9 @@ class MoE(nn.Module):
             top_gates = gates.gather(1, top_experts)
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
-        # sort the S * k (token, expert) pairs by expert, run each expert on its run of rows, undo the sort
-        pair_expert = top_experts.flatten()  # (S * k,)
-        order = pair_expert.argsort(stable=True)  # (S * k,)
-        ends = F.one_hot(pair_expert, logits.size(-1)).sum(dim=0).cumsum(dim=0).int()  # (E,)
-        rows = x.index_select(0, order // self.k)  # (S * k, D)
-        rows = self.experts(rows, ends).index_select(0, order.argsort())  # (S * k, D), in token order again
+        # lay out the S * k (token, expert) pairs by expert, run each expert on its rows, collect the results
+        places, tokens, ends = lay_out(top_experts, logits.size(-1), x.dtype)
+        rows = collect(self.experts(dispatch(x, tokens, places), ends), places)  # (S * k, D), by token
         y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
         return y.view(shape), gates, stats
 
@@ -364,13 +356,13 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaForCausalLM or, with experts, MixtralForCausalLM; with qk_norm Qwen3's. `compute_dtype` is the activations'
-    dtype."""
+    """LlamaForCausalLM or, with experts, MixtralForCausalLM; with qk_norm Qwen3's. `compute_dtype`: the activations'
+    dtype. `recompute`: keep no activations inside a layer, but compute them again in the backward pass."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.recompute = torch.float32, False
         first, other = config, ROUTERS[config.router].first_layer
         if config.num_local_experts and other:
             k = ROUTERS[other].experts_per_token(config.num_experts_per_tok, config.num_local_experts)
@@ -384,12 +376,16 @@ class Transformer(nn.Module):
             }
         )
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        cos, sin = rotary_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for table in ("cos", "sin"):
+            self.register_buffer(table, None, persistent=False)
+        self.set_up()
         self.init_weights()
+
+    def set_up(self):
+        """What no checkpoint holds: the rotary tables, and the head where it is the embedding matrix."""
+        self.cos, self.sin = rotary_table(self.config)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self):
@@ -415,17 +411,19 @@ class Transformer(nn.Module):
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         routed = []
         for i, layer in enumerate(self.model.layers):
-            x, routing = layer(x, cos, sin, cache, i, step)
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute else layer
+            x, routing = run(x, cos, sin, cache, i, step)
             routed.append(routing)
         if cache is not None:
             cache.length = end
         x = self.model.norm(x)  # (B, T, D)
 
-        logits, loss, aux_loss, gates, stats = None, None, 0.0, None, {}
+        logits, loss, aux_loss, gates, stats = None, None, torch.zeros((), device=x.device), None, {}
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
         else:
-            loss = self._loss(x.flatten(0, 1), targets.flatten())
+            total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            loss = total / (targets != IGNORE).sum()  # mean negative log-likelihood
         if self.config.num_local_experts:
             gates = torch.stack([gates for gates, _ in routed]).unflatten(1, ids.shape)  # (L, B, T, E)
             stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
@@ -440,7 +438,9 @@ class Transformer(nn.Module):
         to use instead of the folder's own, such as another router."""
         files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
         check_memory(folder, 4 * sum(torch.Size(shape).numel() for shape in expected_tensors(files.config).values()))
-        model = cls(ModelConfig.from_pretrained(folder, **changes))
+        with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be read
+            model = cls(ModelConfig.from_pretrained(folder, **changes))
+        model.to_empty(device="cpu").set_up()
         for name, parameter in model.named_parameters():
             prefix, matrix = name.rsplit(".", 1)
             if ".experts." in name:
@@ -455,13 +455,6 @@ class Transformer(nn.Module):
         tensors = to_disk(self.state_dict())
         write_weights(folder, self.config, ((name, tensors[name]) for name in expected_tensors(self.config)))
         write_config(folder, self.config)
-
-    def _loss(self, x, targets):
-        """Mean cross-entropy of x (S, D) and targets (S,). On a CPU in chunks whose logits fit its cache: faster."""
-        rows = max(1, 2**20 // self.config.vocab_size) if x.device.type == "cpu" else len(x)
-        chunks = zip(x.split(rows), targets.split(rows), strict=True)
-        total = sum(F.cross_entropy(self.lm_head(h).float(), t, reduction="sum") for h, t in chunks)
-        return total / (targets != IGNORE).sum()
 
     @property
     def max_length(self):

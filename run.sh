@@ -8,6 +8,7 @@
 #   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
+#   bash run.sh gpu check     what only a GPU can tell: three parts of at most ten minutes, into results/gpu
 #   bash run.sh cpu regime    BTX minus dense training at several widths and budgets
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. What may be set in front of it:
@@ -31,14 +32,22 @@ all=$(printf '%s\n' "${names[@]}" | sort | paste -sd,)  # these domains and no o
 chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
 out=${OUT:-$(chain "$random_seed")}
 case $task in
-    "" | chain | ablate | compare | regime) ;;
-    *) echo "error: '$task' is no task; choose chain, ablate, compare or regime" >&2; exit 2 ;;
+    "" | chain | ablate | compare | regime | check) ;;
+    *) echo "error: '$task' is no task; choose chain, ablate, compare, regime or check" >&2; exit 2 ;;
 esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 
 # 1. data: text, tokenizer, token files
 $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
+
+# with `check`: no pipeline, but measurements
+if [ "$task" = check ]; then
+    for part in correct fast whole; do
+        $python -m study.gpu_check --part=$part --config="$config" --data_dir="$data" --run_dir="out/$size/check"
+    done
+    exit
+fi
 
 # 2. seed: one small language model for all domains
 $python train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$out/seed" \

@@ -6,7 +6,8 @@
 
 `train` is the only training loop in this repository; finetune.py uses it for mixtures of experts.
 A run that was killed goes on from its last checkpoint when the same command is given again, and ends
-with the same weights, to the bit, as one that was never interrupted.
+with the same weights, to the bit, as one that was never interrupted. (On CUDA within rounding: there, gradients of
+embeddings and attention are sums in no fixed order.)
 """
 
 import contextlib
@@ -23,9 +24,21 @@ from tqdm import tqdm
 from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
-from common.device import Processes, StopSignal, device_key, dtype_key, pick_device, place, threads_key
+from common.device import (
+    Processes,
+    StopSignal,
+    compile_key,
+    compiled,
+    device_key,
+    dtype_key,
+    pick_device,
+    place,
+    send,
+    threads_key,
+)
 from common.errors import UserError, command
 from common.files import write_atomically
+from common.fit import check_sizes, report_memory
 from common.hub import local_folder
 from common.weights import copy_tokenizer, group_of, same_tokenizer
 from eval import Validation
@@ -74,15 +87,18 @@ class TrainConfig:
     device: str = device_key()
     dtype: str = dtype_key()
     threads: int = threads_key()
-    compile: bool = key(True, "torch.compile on CUDA; on a CPU it is never used")
+    compile: str = compile_key()
+    checkpoint_activations: bool = key(False, "keep no activations inside a layer, compute them twice: less memory")
+    dry_run: bool = key(False, "print the memory that the run will need, and stop")
     overwrite: bool = key(False, "start anew, discarding the run that --out_dir holds")
     same_code: bool = key(False, "keep a run although the source changed: the change does not touch its result")
 
 
 # what a run may be resumed or repeated without: keys that do not shape its result
 NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
+NOT_IN_RECIPE += ("checkpoint_activations", "dry_run")
 # the source that decides a run's result
-CODE = ("model.py", "train.py", "common/corpus.py", "common/rope.py", "common/weights.py")
+CODE = ("model.py", "train.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/weights.py")
 
 
 def make_recipe(config, corpus, mixture, code):
@@ -148,37 +164,41 @@ def learning_rate(config, step):
     return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def train_step(config, step, model, optimizer, batches, processes):
-    """One optimizer step. Returns ({name: mean over the batch}, gradient norm).
+def train_step(config, step, model, optimizer, batches, processes, stop):
+    """One optimizer step. Returns ({name: mean over the batch}, gradient norm, whether to stop).
 
-    The names are loss, aux_loss and those of the model's own statistics, which are numbers or lists of them.
+    The names are loss, aux_loss and those of the model's own statistics, which are numbers or lists of them. All that
+    the host wants to know is one vector on the device, read once, when everything has been launched. stop: a
+    StopSignal; its number is averaged like the rest, so that every process leaves at the same step.
     """
-    share = config.batch_size // processes.world  # rows of this process
-    begin = processes.rank * share
-    size = min(config.micro_batch_size, share)
-    starts = range(begin, begin + share, size)
-    sums = {}
-    for start in starts:
-        inputs, targets = batches(step, start, start + size)
+    device, parts, sums = processes.device, processes.micro_batches(config.batch_size, config.micro_batch_size), {}
+    number = torch.full((), step, device=device)
+    for start, end in parts:
+        inputs, targets = (send(part, device) for part in batches(step, start, end))
         torch.manual_seed(hash((config.seed, step, start)))  # a model's noise depends on its place in training alone
-        output = model(inputs.to(processes.device), targets.to(processes.device), step=torch.tensor(step))
-        ((output.loss + output.aux_loss) / len(starts)).backward()
+        output = model(inputs, targets, step=number)
+        ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
-            value = torch.as_tensor(value).detach().to("cpu", torch.float64)
-            sums[name] = sums.get(name, 0) + value / len(starts)
+            sums[name] = sums.get(name, 0) + value.detach().double() / len(parts)
     processes.average_gradients(model.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group["scale"]
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    means = {name: processes.mean(value.tolist()) for name, value in sums.items()}
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    stopped = torch.full((1,), float(stop.number), dtype=torch.float64, device=device)
+    vector = processes.mean(torch.cat([*(value.flatten() for value in sums.values()), norm.double().view(1), stopped]))
+    *values, norm, stopped = vector.cpu().tolist()  # the only place where the host waits for the device
+    values, means = iter(values), {}
+    for name, value in sums.items():
+        means[name] = [next(values) for _ in range(len(value))] if value.dim() else next(values)
     if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
         raise UserError(
             f"step {step}: the loss is {means['loss']}, the gradient's norm {norm}; {config.out_dir} keeps its last "
             "good checkpoint; try a lower --learning_rate"
         )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return means, norm
+    return means, norm, stopped > 0
 
 
 class Recorder:
@@ -254,27 +274,6 @@ class Recorder:
         (runs.finish_run if finished else runs.write_run)(folder, run)
 
 
-def check_sizes(config, corpus, model, processes):
-    """Raise UserError unless sequences and tokens fit the model, and batches the processes."""
-    if config.sequence_length > model.config.max_position_embeddings:
-        raise UserError(
-            f"--sequence_length={config.sequence_length} is longer than the model's "
-            f"max_position_embeddings={model.config.max_position_embeddings}; shorten it"
-        )
-    entries = corpus.encoding.n_vocab
-    if entries > model.config.vocab_size:
-        raise UserError(
-            f"{corpus.folder} has a tokenizer of {entries} entries, the model's vocab_size is only "
-            f"{model.config.vocab_size}; prepare the data with the model's tokenizer"
-        )
-    share, rest = divmod(config.batch_size, processes.world)
-    if rest or share % min(share, config.micro_batch_size):
-        raise UserError(
-            f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
-            f"times {processes.world} process(es)"
-        )
-
-
 def train(config, make_model, code=CODE):
     """Run a config to its end and leave a finished checkpoint in config.out_dir.
 
@@ -300,6 +299,10 @@ def train(config, make_model, code=CODE):
         raw_model = place(make_model(config, corpus), device, config.dtype)
         freeze(raw_model, config.freeze)
         check_sizes(config, corpus, raw_model, processes)
+        raw_model.recompute = config.checkpoint_activations
+        if config.dry_run:
+            report_memory(config, raw_model)
+            return
         batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice)
         optimizer = make_optimizer(config, raw_model)
 
@@ -322,13 +325,11 @@ def train(config, make_model, code=CODE):
 def run_steps(config, step, raw_model, optimizer, batches, processes, recorder):
     """The training loop, from `step` to the end or to a signal that stops it. recorder: None in all but the first
     process."""
-    compiled = config.compile and processes.device.type == "cuda"
-    model = torch.compile(raw_model) if compiled else raw_model
+    model = compiled(raw_model, config.compile, processes.device)
     stopped, stop = False, StopSignal()
     while step < config.max_steps and not stopped:
-        means, norm = train_step(config, step, model, optimizer, batches, processes)
+        means, norm, stopped = train_step(config, step, model, optimizer, batches, processes, stop)
         step += 1
-        stopped = any(processes.mean([float(stop.number)]))  # so that every process leaves at the same step
         if recorder:
             recorder.record(step, means, norm)
             if step % config.save_interval == 0:

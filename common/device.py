@@ -12,6 +12,7 @@ from common.errors import UserError
 
 DEVICE = ("auto", "cpu", "cuda")
 DTYPE = ("auto", "float32", "bfloat16")
+COMPILE = ("auto", "on", "off")
 
 
 def device_key():
@@ -20,6 +21,10 @@ def device_key():
 
 def dtype_key():
     return key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPE)
+
+
+def compile_key():
+    return key("auto", "torch.compile; auto is on CUDA, on a CPU it pays for runs of ten minutes and more", COMPILE)
 
 
 def threads_key():
@@ -31,7 +36,11 @@ def pick_device(name, threads=0):
     if threads:
         torch.set_num_threads(threads)
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but torch finds no CUDA GPU; use --device=cpu or --device=auto")
+        built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
+        raise UserError(
+            f"--device=cuda, but torch finds no CUDA GPU: this torch {built}; install one that fits the driver, or use "
+            "--device=cpu or --device=auto"
+        )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -42,15 +51,14 @@ def pick_device(name, threads=0):
 def pick_dtype(name, device, config):
     """The activations' dtype for a config's `dtype`.
 
-    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for dense models wide enough to gain. A mixture's row
-    counts differ at every step and oneDNN compiles a bf16 matmul anew for each shape: several times slower.
+    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for models wide enough to gain: 1.2 times at width 128.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    wide_dense = config.hidden_size >= 128 and not config.num_local_experts
-    return torch.bfloat16 if wide_dense and torch.cpu._is_avx512_bf16_supported() else torch.float32
+    wide = config.hidden_size >= 128
+    return torch.bfloat16 if wide and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 def place(model, device, dtype):
@@ -76,6 +84,19 @@ def check_memory(folder, needed):
         raise UserError(f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine")
 
 
+def compiled(model, choice, device):
+    """The model as torch.compile makes it where `choice` (see compile_key) says so, else the model itself. A mixture in
+    float32 stays as it is: torch.compile takes grouped_mm in bfloat16 alone."""
+    wanted = choice == "on" or (choice == "auto" and device.type == "cuda")
+    possible = model.compute_dtype == torch.bfloat16 or not model.config.num_local_experts
+    return torch.compile(model) if wanted and possible else model
+
+
+def send(tensor, device):
+    """Copy a CPU tensor to the device; to a GPU from pinned memory, so that nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Processes:
     """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU)."""
 
@@ -89,6 +110,13 @@ class Processes:
     def first(self):
         return self.rank == 0
 
+    def micro_batches(self, batch_size, micro_batch_size):
+        """The rows of a batch that this process takes: (start, stop) of each forward pass. A process whose share is
+        smaller than the micro-batch takes it at once."""
+        share = batch_size // self.world
+        begin, size = self.rank * share, min(micro_batch_size, share)
+        return [(start, start + size) for start in range(begin, begin + share, size)]
+
     def average_gradients(self, parameters):
         """Replace each process's gradients by their mean over all processes: what makes data parallelism one run."""
         if self.world == 1:
@@ -99,13 +127,12 @@ class Processes:
         for gradient, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def mean(self, values):
-        """Average a list of floats over all processes."""
+    def mean(self, tensor):
+        """The mean of a tensor over all processes."""
         if self.world == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return tensor
         dist.all_reduce(tensor)
-        return (tensor / self.world).tolist()
+        return tensor / self.world
 
     def barrier(self):
         if self.world > 1:

@@ -43,8 +43,8 @@ def command(main):
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        sizes = "--micro_batch_size, --sequence_length or the model's sizes"
-        _complain(f"error: out of memory; lower {sizes} (whichever this script has), or use a larger machine")
+        sizes = "--micro_batch_size, --sequence_length or the model's sizes, or use --checkpoint_activations=True"
+        _complain(f"error: out of memory; lower {sizes} (whichever this script has); --dry_run=True counts before")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         _complain("stopped; the same command continues")

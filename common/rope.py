@@ -38,9 +38,3 @@ def rotary_table(config):
         frequencies = scale(frequencies, **settings)
     angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
     return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle. x: (B, heads, T, K); cos, sin: (T, K / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,142 +1,342 @@
-"""Measure what routing costs: the step time of a mixture against a dense model, and mix.py's memory.
+"""Measure speed beside the code that others would use: training, evaluation and generation, in one process, in turns.
 
     python -m study.bench --threads=2
+    python -m study.bench --threads=2 --nanogpt=DIR --nanomoe=DIR     # checkouts of karpathy's and wolfecameron's
+    python -m study.bench --threads=1 --clock=cpu                     # on a machine that others use, too
 
-The dense model is as wide in its feed-forward sublayers as the experts that a token visits together, so both
-do the same matmul FLOPs. Both take turns in one process, and the median of their ratios counts.
+All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A
+mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
+the checkouts run as their authors run them in bfloat16, under autocast. Subjects take turns step by step, a step's
+time is compared with that of the others in the same turn, and medians of these ratios count.
 """
 
 import dataclasses
+import importlib.util
 import os
-import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from common.config import key, parse
-from common.device import device_key, dtype_key, pick_device, place, threads_key
+from common.config import key, parse, split_list
+from common.device import compile_key, compiled, device_key, pick_device, threads_key
 from common.errors import UserError, command
-from common.weights import WEIGHTS
+from common.files import write_atomically, write_json
+from common.fused import head_loss
+from common.generate import generate
+from common.runs import versions
 from model import ModelConfig, Transformer
+
+EXPERTS, CHOSEN = 4, 2
+HEAD_SIZE = 32
 
 
 @dataclasses.dataclass
 class BenchConfig:
-    """Time training steps of a mixture and of its dense equal, and weigh mix.py. Defaults: the shape of config/cpu."""
+    """Time our models and their peers. The defaults are the sizes of config/cpu."""
 
-    vocab_size: int = key(1024, "vocabulary", within="[1, inf)")
-    hidden_size: int = key(64, "width of the residual stream", within="[8, inf)")
-    intermediate_size: int = key(176, "width of one expert", within="[8, inf)")
-    num_hidden_layers: int = key(4, "layers", within="[1, inf)")
-    num_attention_heads: int = key(4, "attention heads", within="[1, inf)")
-    num_local_experts: int = key(4, "experts of the mixture", within="[1, inf)")
-    num_experts_per_tok: int = key(2, "experts a token visits", within="[1, inf)")
-    sequence_length: int = key(256, "tokens per sequence", within="[1, inf)")
-    batch_size: int = key(8, "sequences per step", within="[1, inf)")
-    steps: int = key(20, "timed steps of each model", within="[1, inf)")
-    mix_hidden_size: int = key(2048, "width of the models to weigh mix.py on; 0 leaves that out", within="[0, inf)")
-    compile: bool = key(True, "torch.compile on CUDA")
+    out_dir: str = key("results/bench", "where bench.json and bench.md go")
+    widths: str = key("64,128", "widths to measure, separated by commas")
+    dtypes: str = key("float32,bfloat16", "precisions to measure, separated by commas")
+    layers: int = key(4, "layers", within="[1, inf)")
+    vocab_size: int = key(2048, "vocabulary", within="[8, inf)")
+    batch_size: int = key(16, "sequences a step", within="[1, inf)")
+    sequence_length: int = key(256, "tokens a sequence", within="[16, inf)")
+    turns: int = key(8, "timed turns, after two that warm up", within="[1, inf)")
+    new_tokens: int = key(64, "tokens to generate from a prompt of 16; 0 leaves generation out", within="[0, inf)")
+    transformers: bool = key(True, "measure Hugging Face's Llama and Mixtral beside ours")
+    nanogpt: str = key("", "a checkout of nanoGPT; empty leaves it out")
+    nanomoe: str = key("", "a checkout of nanoMoE; empty leaves it out")
+    clock: str = key("wall", "wall, or cpu: the processor's time for this process; use one thread", ("wall", "cpu"))
+    compile: str = compile_key()
     device: str = device_key()
-    dtype: str = dtype_key()
     threads: int = threads_key()
 
 
-def build(config, hidden_size, intermediate_size, experts=0, layers=None):
-    shape = dict(
+class Subject(NamedTuple):
+    """Something to measure. loss: function(inputs, targets) -> a loss to differentiate. generate: function(prompts, n),
+    which makes n greedy tokens for each prompt, or None."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: object
+    generate: object
+
+
+# ---- the subjects ----
+
+
+def shape(config, width, wide=1, experts=0):
+    """Our shape for a width; `wide` times as wide in the feed-forward sublayers."""
+    return ModelConfig(
         vocab_size=config.vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers or config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_attention_heads,
-        max_position_embeddings=config.sequence_length,
+        hidden_size=width,
+        intermediate_size=wide * (-(-width * 8 // 3) + 7) // 8 * 8,
+        num_hidden_layers=config.layers,
+        num_attention_heads=max(1, width // HEAD_SIZE),
+        num_key_value_heads=max(1, width // HEAD_SIZE),
+        max_position_embeddings=max(config.sequence_length, 16 + config.new_tokens),
         tie_word_embeddings=True,
         num_local_experts=experts,
-        num_experts_per_tok=config.num_experts_per_tok,
+        num_experts_per_tok=CHOSEN,
     )
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def ours(config, model_config, device, dtype):
+    model = Transformer(model_config).to(device)
+    model.compute_dtype = dtype
+    run = compiled(model, config.compile, device)
+
+    def loss(inputs, targets):
+        output = run(inputs, targets, step=torch.zeros((), device=device) if model.training else None)
+        return output.loss + output.aux_loss
+
+    return Subject(model, optimizer_of(model), loss, lambda prompts, n: generate(model, prompts, n))
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def hugging_face(config, model_config, device, dtype, experts_implementation=None):
+    """transformers' LlamaForCausalLM, or MixtralForCausalLM with one of its ways to run experts."""
+    import transformers
+
+    keys = {**dataclasses.asdict(model_config), "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
+    kind = "Mixtral" if experts_implementation else "Llama"
+    settings = {"attn_implementation": "sdpa"}
+    if experts_implementation:
+        settings["experts_implementation"] = experts_implementation
+    their_config = getattr(transformers, f"{kind}Config")(**keys)
+    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(their_config, **settings).to(device)
+
+    def loss(inputs, targets):
+        with autocast(device, dtype):
+            logits = model(input_ids=inputs, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def make(prompts, n):
+        ids, precision = torch.tensor(prompts, device=device), autocast(device, dtype)
+        with torch.no_grad(), precision:
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+            )
+
+    return Subject(model, optimizer_of(model), loss, make)
+
+
+def checkout(folder, config, width, device, dtype, **extra):
+    """GPT of a nanoGPT-like checkout's model.py. It generates without a cache, so that is left out."""
+    path = os.path.join(folder, "model.py")
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing; name a checkout of the repository")
+    spec = importlib.util.spec_from_file_location(f"peer_{len(sys.modules)}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, folder)
     try:
-        return Transformer(ModelConfig(**shape))
-    except ValueError as error:
-        raise UserError(f"the model's shape does not fit: {error}") from None
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    sizes = {"block_size": config.sequence_length, "vocab_size": config.vocab_size, "n_layer": config.layers}
+    sizes |= {"n_head": max(1, width // HEAD_SIZE), "n_embd": width, "dropout": 0.0, "bias": False}
+    model = module.GPT(module.GPTConfig(**sizes, **extra)).to(device)
+
+    def loss(inputs, targets):
+        with autocast(device, dtype):
+            return model(inputs, targets)[1]
+
+    return Subject(model, optimizer_of(model), loss, None)
 
 
-def step_times(config, device):
-    """Seconds of forward, backward and AdamW, a list for each model, measured in turn."""
-    width, k = config.intermediate_size, config.num_experts_per_tok
-    models = {
-        "dense": build(config, config.hidden_size, width),
-        f"dense, {k}x wide": build(config, config.hidden_size, k * width),
-        "mixture": build(config, config.hidden_size, width, experts=config.num_local_experts),
-    }
-    steps, times = {}, {name: [] for name in models}
-    for name, model in models.items():
-        place(model, device, config.dtype)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
-        steps[name] = (compiled, optimizer)
-    size = (config.batch_size, config.sequence_length)
-    for i in range(config.steps + 5):  # the first five warm up
-        ids = torch.randint(config.vocab_size, size, device=device)  # new tokens, new loads of the experts
-        for name, (compiled, optimizer) in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            output = compiled(ids, ids)
-            (output.loss + output.aux_loss).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i >= 5:
-                times[name].append(time.perf_counter() - start)
+def subjects(config, width, device, dtype):
+    """{name: Subject} of everything that can be measured here."""
+    dense, mixture = shape(config, width), shape(config, width, experts=EXPERTS)
+    found = {"dense": ours(config, dense, device, dtype)}
+    found[f"dense, {CHOSEN}x wide"] = ours(config, shape(config, width, wide=CHOSEN), device, dtype)
+    found["mixture"] = ours(config, mixture, device, dtype)
+    if config.transformers:
+        found["HF Llama"] = hugging_face(config, dense, device, dtype)
+        for way in ("eager", "grouped_mm"):
+            found[f"HF Mixtral, {way}"] = hugging_face(config, mixture, device, dtype, way)
+    if config.nanogpt:
+        found["nanoGPT"] = checkout(config.nanogpt, config, width, device, dtype)
+    if config.nanomoe:
+        extra = {"n_exp": EXPERTS, "top_k": CHOSEN, "stride": 1, "use_aux_loss": True}
+        found["nanoMoE"] = checkout(config.nanomoe, config, width, device, dtype, **extra)
+    return found
+
+
+# ---- the clock ----
+
+
+def timed(config, device, function):
+    """Seconds that a function takes, the device's work included."""
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def in_turns(config, device, functions, warm=2):
+    """{name: [seconds]} of functions that take turns; the first turns do not count."""
+    times = {name: [] for name in functions}
+    for turn in range(warm + config.turns):
+        for name, function in functions.items():
+            seconds = timed(config, device, function)
+            if turn >= warm:
+                times[name].append(seconds)
     return times
 
 
-def peak_memory(arguments):
-    """Peak bytes of `python mix.py` with these arguments, as Linux counts them for the process itself."""
-    code = """if True:
-        import atexit, runpy, sys
-        sys.argv[0] = "mix.py"
-        atexit.register(lambda: print(open("/proc/self/status").read()))
-        runpy.run_path("mix.py", run_name="__main__")"""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
-    return int(re.search(r"VmHWM:\s*(\d+) kB", done.stdout).group(1)) * 1024
+def measure(config, found, device):
+    """{task: {name: [seconds]}} for the tasks: train, evaluate, generate 1 and generate 32."""
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def train(subject):
+        subject.model.train()
+        subject.loss(inputs, targets).backward()
+        subject.optimizer.step()
+        subject.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(subject):
+        subject.model.eval()
+        subject.loss(inputs, targets)
+
+    def tasks(function, names):
+        return {name: lambda name=name: function(found[name]) for name in names}
+
+    result = {"train": in_turns(config, device, tasks(train, found))}
+    result["evaluate"] = in_turns(config, device, tasks(evaluate, found))
+    speakers = [name for name, subject in found.items() if subject.generate and config.new_tokens]
+    for count in (1, 32) if speakers else ():
+        prompts = torch.randint(config.vocab_size, (count, 16)).tolist()
+        result[f"generate {count}"] = in_turns(
+            config, device, tasks(lambda subject, p=prompts: subject.generate(p, config.new_tokens), speakers), warm=1
+        )
+    return result
 
 
-def mix_memory(config):
-    """Bytes of (the mixed checkpoint of four experts, mix.py's peak memory, the same when it only prints its help)."""
-    with tempfile.TemporaryDirectory() as folder:
-        experts = [os.path.join(folder, f"expert-{e}") for e in range(4)]
-        for expert in experts:
-            model = build(config, config.mix_hidden_size, 3 * config.mix_hidden_size, layers=4)
-            model.save_pretrained(expert)
-        mixed = os.path.join(folder, "mixed")
-        peaks = [
-            peak_memory(arguments)
-            for arguments in (["--help"], [f"--experts={','.join(experts)}", f"--out_dir={mixed}"])
-        ]
-        return os.path.getsize(os.path.join(mixed, WEIGHTS)), peaks[1], peaks[0]
+def shares(config, subject, device):
+    """{part: share of a training step}: forward and backward of each part alone, over the whole step. The rest is
+    norms, embeddings, residual additions and the router's losses."""
+    model, size = subject.model, (config.batch_size, config.sequence_length)
+    layer, count = model.model.layers[-1], config.layers
+    x = torch.randn(*size, model.config.hidden_size, device=device, dtype=model.compute_dtype, requires_grad=True)
+    ids = torch.randint(config.vocab_size, size, device=device)
+    cos, sin = (table[: size[1]].to(x.dtype) for table in (model.cos, model.sin))
+    mixed = model.config.num_local_experts > 0
+
+    def step():
+        subject.loss(ids, ids).backward()
+
+    def back(y):
+        y.backward(torch.ones_like(y))
+
+    def feed_forward():
+        back(layer.block_sparse_moe(x)[0] if mixed else layer.mlp(x))
+
+    def head():
+        head_loss(x.flatten(0, 1), model.lm_head.weight, ids.flatten()).backward()
+
+    functions = {
+        "step": step,
+        "attention": lambda: back(layer.self_attn(x, cos, sin)),
+        "experts, routing and layout" if mixed else "feed-forward": feed_forward,
+        "head and loss": head,
+        "optimizer": subject.optimizer.step,
+    }
+    if mixed:
+        rows = torch.randn(x[..., 0].numel() * CHOSEN, x.size(-1), device=device, dtype=x.dtype, requires_grad=True)
+        ends = torch.arange(1, EXPERTS + 1, device=device, dtype=torch.int32) * (len(rows) // EXPERTS)
+        functions["of these, the experts alone"] = lambda: back(layer.block_sparse_moe.experts(rows, ends))
+    times = {name: statistics.median(values) for name, values in in_turns(config, device, functions).items()}
+    whole = times.pop("step") + times["optimizer"]
+    return {name: (1 if name in ("head and loss", "optimizer") else count) * t / whole for name, t in times.items()}
+
+
+def matmul_rate(config, device, dtype, size=1024):
+    """Measured FLOP/s of a square matmul: the ceiling that MFU refers to."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / statistics.median(in_turns(config, device, {"": lambda: a @ a})[""])
+
+
+# ---- the report ----
+
+
+def ratio(times, name, other):
+    """How many times as fast `name` is as `other`: the median over turns."""
+    return statistics.median(b / a for a, b in zip(times[name], times[other], strict=True))
+
+
+def table(config, row):
+    """One width and dtype as Markdown: speeds, and what they are of the peers'."""
+    tokens = config.batch_size * config.sequence_length
+    lines = [f"\n## Width {row['width']}, {row['dtype']}\n"]
+    lines += ["| | train, tokens/s | over dense | MFU | evaluate | generate 1 | generate 32 |", "|---|" + "---|" * 6]
+    for name, times in row["times"]["train"].items():
+        speed = tokens / statistics.median(times)
+        mfu = f"{speed * row['flops'][name] / row['matmul_flops']:.0%}" if name in row["flops"] else ""
+        cells = [f"{speed:,.0f}", f"{ratio(row['times']['train'], name, 'dense'):.2f}", mfu]
+        cells.append(f"{tokens / statistics.median(row['times']['evaluate'][name]):,.0f}")
+        for count in (1, 32):
+            made = row["times"].get(f"generate {count}", {}).get(name)
+            cells.append(f"{count * config.new_tokens / statistics.median(made):,.0f}" if made else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    train = row["times"]["train"]
+    lines.append(
+        f"\nMixture over dense of equal active FLOPs: {ratio(train, 'mixture', f'dense, {CHOSEN}x wide'):.2f}."
+    )
+    for name, parts in row["shares"].items():
+        lines.append(f"Shares of a step, {name}: " + ", ".join(f"{part} {s:.0%}" for part, s in parts.items()) + ".")
+    return "\n".join(lines)
 
 
 def main():
     config = parse(BenchConfig)
-    device = pick_device(config.device, config.threads)
-    times = step_times(config, device)
-    tokens = config.batch_size * config.sequence_length
-    dense = times[f"dense, {config.num_experts_per_tok}x wide"]
-    print("| model | tokens/s | time of a step, over the dense model of equal active FLOPs |\n| --- | --- | --- |")
-    for name, seconds in times.items():
-        ratio = statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
-        print(f"| {name} | {tokens / statistics.median(seconds):,.0f} | {ratio:.2f} |")
-    if config.mix_hidden_size:
-        size, peak, idle = (number / 2**20 for number in mix_memory(config))
-        print(
-            f"\nmix.py: {size:.0f} MiB written with {peak:.0f} MiB of memory, {idle:.0f} MiB of them Python and torch"
-        )
+    device, rows = pick_device(config.device, config.threads), []
+    setting = {"torch_threads": torch.get_num_threads(), "device": str(device), "versions": versions()}
+    text = (
+        f"# Speed\n\n`python -m study.bench {' '.join(sys.argv[1:])}`: {setting['torch_threads']} thread(s), {device}, "
+    )
+    text += f"torch {setting['versions']['torch']}, {config.clock} clock, medians of {config.turns} turns."
+    for width in map(int, split_list(config.widths)):
+        for dtype in (getattr(torch, name) for name in split_list(config.dtypes)):
+            torch.manual_seed(1)
+            found = subjects(config, width, device, dtype)
+            mine = {name: one for name, one in found.items() if isinstance(one.model, Transformer)}
+            row = {"width": width, "dtype": str(dtype).removeprefix("torch.")}
+            row["times"] = measure(config, found, device)
+            row["flops"] = {name: one.model.flops_per_token(config.sequence_length) for name, one in mine.items()}
+            row["matmul_flops"] = matmul_rate(config, device, dtype)
+            row["shares"] = {name: shares(config, mine[name], device) for name in ("dense", "mixture")}
+            rows.append(row)
+            print(table(config, row), flush=True)
+            text += "\n" + table(config, row)
+            result = {"config": dataclasses.asdict(config), **setting, "rows": rows}
+            os.makedirs(config.out_dir, exist_ok=True)
+            write_json(os.path.join(config.out_dir, "bench.json"), result)
+            write_atomically(os.path.join(config.out_dir, "bench.md"), text + "\n")
 
 
 if __name__ == "__main__":

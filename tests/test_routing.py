@@ -357,7 +357,7 @@ def test_router_survives_saving_and_transformers_still_reads_topk_and_soft(tmp_p
         assert switched.config.num_experts_per_tok == 1
 
 
-@pytest.mark.parametrize("router", ["switch", "sample"])
+@pytest.mark.parametrize("router", [*ROUTERS, "dense"])
 def test_compiles_once_for_all_steps(router):
     counted = []
 
@@ -365,13 +365,13 @@ def test_compiles_once_for_all_steps(router):
         counted.append(graph)
         return graph
 
-    model = random_model(router=router)
+    model = random_model(num_local_experts=0) if router == "dense" else random_model(router=router)
     model.compute_dtype = torch.bfloat16  # the only one in which torch.compile takes grouped_mm
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     ids = torch.randint(80, (2, 30))
     for step in range(4):
         ours, theirs = (one(ids, ids, step=at(step)).loss.item() for one in (compiled, model))
-        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours == pytest.approx(theirs, rel=1e-2)  # a graph's addcmul rounds twice
     assert len(counted) == 1
 
 

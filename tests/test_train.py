@@ -210,7 +210,7 @@ for number, parameter in enumerate(parameters):
 processes.average_gradients([frozen, *parameters])
 assert frozen.grad is None
 assert [parameter.grad.unique().tolist() for parameter in parameters] == [[1.5], [15.0]]
-assert processes.mean([1.0 + processes.rank]) == [1.5]
+assert processes.mean(torch.tensor([1.0 + processes.rank])).tolist() == [1.5]
 processes.barrier()
 processes.close()
 names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]

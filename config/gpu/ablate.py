@@ -1,5 +1,5 @@
 """The variants of mixing, routing and finetuning, each from the experts that the pipeline trained."""
 
-steps = 150
-long_steps = 600
+steps = 325
+long_steps = 1300
 seeds = 2

@@ -5,4 +5,5 @@ data_dir = "out/gpu/data"
 sequence_length = 1024
 eval_windows = 256
 task_problems = 500
+device = "cuda"
 dtype = "bfloat16"

@@ -3,3 +3,4 @@
 experts = "out/gpu/expert-code,out/gpu/expert-math,out/gpu/expert-wiki,out/gpu/seed"
 out_dir = "out/gpu/mixed"
 data_dir = "out/gpu/data"
+router_init = "contrast"  # as config/cpu, for short finetuning

@@ -1,6 +1,6 @@
 """BTX minus dense training at several widths and budgets."""
 
-widths = "256,512,768"
+widths = "192,384"
 scales = "0.25,0.5,1"
-largest = 768.0
-dense_learning_rate = 2e-4
+largest = 192.0  # larger runs take longest
+dense_learning_rate = 5e-4
