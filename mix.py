@@ -97,6 +97,7 @@ def mix(experts, shapes, routers, config):
             yield name, mean([expert[name] for expert in experts])  # averaged
 
 
+@torch.no_grad()
 def mean(tensors):
     """The mean of equally shaped tensors in their own dtype, computed in float64, so exactly that copies average to
     themselves; in pieces that fit a CPU's cache, so that large ones need little time and memory."""

@@ -99,7 +99,7 @@ def head_loss(x, weight, targets):
 
 class Dispatch(Function):
     """x[tokens], whose gradient is a gather and a sum over k where autograd's is an index_add: on a CPU level with it,
-    on a GPU without atomics (issue 11 expects 10 % of a mixture's step; unmeasured).
+    on a GPU without atomics, so in a fixed order (its gain there is unmeasured).
 
     x: (S, D); tokens: (R,); places: (S, k), the rows of each token. Rows that are nobody's place get no gradient.
     """
@@ -162,7 +162,7 @@ def lay_out(experts, num_experts, dtype):
     pairs, device = experts.numel(), experts.device
     pad = row_multiple(pairs // num_experts, device, dtype)
     total = (pairs + (num_experts + 1) * (pad - 1)) // pad * pad  # R: the same at every step, whatever the routing
-    chosen = experts.view(-1, 1)  # (S * k, 1)
+    chosen = experts.reshape(-1, 1)  # (S * k, 1)
     seen = (chosen == torch.arange(num_experts, device=device)).cumsum(dim=0)  # (S * k, E): how many pairs so far
     sizes = seen[-1] if pad == 1 else (seen[-1] + pad - 1) // pad * pad  # (E,)
     ends = sizes.cumsum(dim=0)  # (E,)

@@ -113,7 +113,7 @@ MISTAKES = [  # (exercise, file, right, wrong)
         "return logits.softmax(-1).gather(1, experts), experts",
     ),
     (2, "model.py", "usage = gates.mean(dim=0)", "usage = gates.detach().mean(dim=0)"),
-    (3, "model.py", "index_select(0, order.argsort())", "index_select(0, order)"),
+    (3, "model.py", "collect(self.experts(dispatch(x, tokens, places), ends), places)", "self.experts(dispatch(x, tokens, places), ends)"),
     (4, "mix.py", "sum(tensor.double() / len(tensors) for tensor in tensors)", "sum(tensors) / len(tensors)"),
     (5, "mix.py", "generator=generator(seed, expert))", "generator=generator(seed, name))"),
     (6, "study/btm.py", "if self.prefix:", "if not self.prefix:"),

@@ -43,7 +43,7 @@ class Waits(TorchDispatchMode):
 def on_gpu(config):
     model = Transformer(config).to(GPU)
     model.compute_dtype = torch.bfloat16  # the only one in which a graph may hold grouped_mm
-    return model, torch.optim.AdamW(model.parameters())
+    return model, make_optimizer(CONFIG, model)
 
 
 def step_on_gpu(model, optimizer, step=0):
@@ -87,7 +87,7 @@ def test_a_mixture_resumes_on_the_device(router, tmp_path):
     names = ["loss", "balance_loss"]
     state = {"step": 3, "seconds": 1.0, "log": "", "sums": {"loss": torch.tensor(1.0, dtype=torch.float64)}}
     state["sums"] |= {"balance_loss": torch.ones(3, dtype=torch.float64)}
-    optimizer = torch.optim.AdamW(cpu.parameters())
+    optimizer = make_optimizer(CONFIG, cpu)
     runs.save_state(tmp_path, {**state, "model": cpu.state_dict(), "optimizer": optimizer.state_dict()})
     model, optimizer = on_gpu(shape(router))
     with pytest.warns(UserWarning, match="no-op"):  # weights cannot be copied to a device without numbers

@@ -71,7 +71,7 @@ def test_a_changed_method_is_noticed_at_every_stage(data, tmp_path):
     model, source = tmp_path / "model.py", (tmp_path / "model.py").read_text()
     model.write_text(source + "\n# a comment changes nothing\n")
     assert "nothing to do" in do(*train).stdout
-    model.write_text(source.replace("return total / (targets", "return 0 * total / (targets"))
+    model.write_text(source.replace("loss = total / (targets", "loss = 0 * total / (targets"))
     for command in (train, evaluate):
         done = do(*command)
         assert done.returncode == 2 and done.stderr.startswith("error: model.py changed since"), done.stderr
