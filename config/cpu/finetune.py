@@ -3,7 +3,7 @@
 init_from = "out/cpu/mixed"
 out_dir = "out/cpu/btx"
 data_dir = "out/cpu/data"
-domain = "all"
+domain = "code,math,wiki"
 
 max_steps = 1200
 batch_size = 8

@@ -2,7 +2,7 @@
 
 out_dir = "out/cpu/seed"
 data_dir = "out/cpu/data"
-domain = "all"
+domain = "code,math,wiki"
 
 hidden_size = 64
 intermediate_size = 176  # 8/3 of the width, as in Llama

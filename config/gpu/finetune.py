@@ -3,7 +3,7 @@
 init_from = "out/gpu/mixed"
 out_dir = "out/gpu/btx"
 data_dir = "out/gpu/data"
-domain = "all"
+domain = "code,math,wiki"
 
 max_steps = 1300  # 85 M tokens
 batch_size = 64

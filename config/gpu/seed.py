@@ -5,7 +5,7 @@ A larger card is only faster here: more parameters would want more text than a P
 
 out_dir = "out/gpu/seed"
 data_dir = "out/gpu/data"
-domain = "all"
+domain = "code,math,wiki"
 
 hidden_size = 384
 intermediate_size = 1024

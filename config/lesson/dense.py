@@ -3,7 +3,7 @@
 init_from = "out/lesson/seed"
 out_dir = "out/lesson/dense"
 data_dir = "out/lesson/data"
-domain = "all"
+domain = "code,math,wiki"
 
 max_steps = 2400  # 3 * 600 + 600
 batch_size = 16

@@ -3,7 +3,7 @@
 init_from = "out/lesson/mixed"
 out_dir = "out/lesson/btx"
 data_dir = "out/lesson/data"
-domain = "all"
+domain = "code,math,wiki"
 
 max_steps = 600
 batch_size = 16

@@ -3,7 +3,7 @@
 init_from = "out/smoke/mixed"
 out_dir = "out/smoke/btx"
 data_dir = "out/smoke/data"
-domain = "all"
+domain = "code,math,wiki"
 
 max_steps = 30
 batch_size = 8

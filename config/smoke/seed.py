@@ -2,7 +2,7 @@
 
 out_dir = "out/smoke/seed"
 data_dir = "out/smoke/data"
-domain = "all"
+domain = "code,math,wiki"
 
 hidden_size = 32
 intermediate_size = 96
