@@ -50,7 +50,7 @@ def parts(out):
 def test_the_recipe_of_drop_upcycling(folders, tmp_path):
     names = ",".join(f"{folders}/{name}" for name in NAMES for _ in range(2))
     must(run("mix.py", f"--experts={names}", f"--out_dir={tmp_path}/mixed"))
-    done = must(run("docs/crosscheck.py", f"{tmp_path}/mixed", f"{folders}/theirs"))
+    done = must(run("study/crosscheck.py", f"{tmp_path}/mixed", f"{folders}/theirs"))
     apart = parts(done.out)
     assert apart.pop("feed-forward") == 0 and 1.2 < apart.pop("router") < 1.6
     assert set(apart) == {"embeddings", "head", "attention", "norms"} and all(value < 2**-8 for value in apart.values())
@@ -65,7 +65,7 @@ def test_a_mixture_that_was_trained_on_is_still_recognised(folders, tmp_path):
     theirs.save_pretrained(tmp_path / "trained")
     names = ",".join(f"{folders}/{name}" for name in ("code", "code", *NAMES[:3], *NAMES[:3]))
     must(run("mix.py", f"--experts={names}", f"--out_dir={tmp_path}/mixed"))
-    done = must(run("docs/crosscheck.py", f"{tmp_path}/mixed", f"{tmp_path}/trained"))
+    done = must(run("study/crosscheck.py", f"{tmp_path}/mixed", f"{tmp_path}/trained"))
     assert (
         done.out.endswith("their experts are nearest to ours: 2 2 3 3 4 4 0 0\n")
         and parts(done.out)["feed-forward"] > 0.1
@@ -73,6 +73,6 @@ def test_a_mixture_that_was_trained_on_is_still_recognised(folders, tmp_path):
 
 
 def test_other_shapes_are_refused(folders):
-    message = error_line(run("docs/crosscheck.py", f"{folders}/theirs", f"{folders}/code"))
+    message = error_line(run("study/crosscheck.py", f"{folders}/theirs", f"{folders}/code"))
     assert "are not two mixtures of one shape" in message
-    assert "give two folders" in error_line(run("docs/crosscheck.py"))
+    assert "give two folders" in error_line(run("study/crosscheck.py"))

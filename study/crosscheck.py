@@ -1,9 +1,9 @@
-"""How far apart two mixtures of one shape are, by part: python docs/crosscheck.py OURS THEIRS; see crosscheck.md."""
+"""How far apart two mixtures of one shape are, by part of the model; see docs/crosscheck.md.
 
-import os
+python -m study.crosscheck OURS THEIRS
+"""
+
 import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from common.errors import UserError, command
 from common.hub import local_folder
@@ -12,12 +12,13 @@ from model import ModelConfig
 
 
 def distance(a, b):
+    """|a - b| / |a|, in the Euclidean norm."""
     return ((a.double() - b.double()).norm() / a.double().norm()).item()
 
 
 def main():
     if len(sys.argv) != 3:
-        raise UserError("give two folders: python docs/crosscheck.py OURS THEIRS")
+        raise UserError("give two folders: python -m study.crosscheck OURS THEIRS")
     folders = [local_folder(name) for name in sys.argv[1:]]
     configs = [ModelConfig.from_pretrained(folder) for folder in folders]
     shapes = [expected_tensors(config) for config in configs]
