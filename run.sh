@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline, one plain command a stage; each also works when typed alone.
 #
-#   bash run.sh          config/cpu: 10.5 minutes on 2 CPU cores
+#   bash run.sh          config/cpu: 8.5 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
 #   bash run.sh lesson   the course's size, about 3 minutes: exercises/lesson.sh
