@@ -253,7 +253,7 @@ def tenth(config, stage):
 def whole(config, device):
     """{stage: seconds} of the pipeline at a tenth, finetuning stopped by SIGTERM and resumed, then generation."""
     folder, found = config.run_dir, {}
-    common = [f"--data_dir={config.data_dir}", f"--device={device.type}"]
+    common = [f"--data_dir={config.data_dir}", f"--device={device.type}", "--domain=all"]
     train = {
         stage: [f"{config.config}/{stage}.py", *common, f"--max_steps={tenth(config, stage)}", "--overwrite=True"]
         for stage in ("seed", "expert", "finetune")
