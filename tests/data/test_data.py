@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from helpers import ROOT
 
 from common.errors import UserError
 from common.split import HELD_OUT, SPLITS, in_hash_order, split_of
@@ -25,7 +26,6 @@ from data.math_problems import make_problem, math_documents, math_task, read_tem
 from data.own_text import own_documents
 from data.prepare import main
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 with open(os.path.join(ROOT, "common", "config.py")) as source_file:
     SOURCE = source_file.read()  # some text to train tokenizers on
 DOMAINS = ("code", "prose", "math")
