@@ -4,7 +4,7 @@
 #   bash run.sh          config/cpu: 8.5 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
 #   bash run.sh smoke    every stage at toy size, under a minute
-#   bash run.sh lesson   the course's size, about 3 minutes: exercises/lesson.sh
+#   bash run.sh lesson   the course's size, 2 minutes: exercises/lesson.sh
 #   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The lesson: seed, branches, mixture and finetuning of config/lesson, a dense model beside them, one table.
-# About 3 minutes on 2 CPU cores. Can be stopped and started again, like run.sh.
+# 2 minutes on 2 CPU cores. Can be stopped and started again, like run.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source setup.sh
