@@ -180,6 +180,9 @@ def claims(rows):
         away = [d for d in row["bpb"] if d not in (domain, "avg")]
         ours, theirs = (sum(r["bpb"][d] for d in away) / max(1, len(away)) for r in (row, seed))
         found.append((ours > theirs, f"expert-{domain} loses to the seed away from home", ours, theirs))
+    if seed and "mixed" in named:  # the gate of docs/mixing.md
+        ours, theirs = named["mixed"]["bpb"]["avg"], seed["bpb"]["avg"]
+        found.append((ours <= theirs, "the mixture is no worse than the seed before it is finetuned", ours, theirs))
     for name, row in named.items() if btx else ():
         if name != "btx":
             ours, theirs = btx["bpb"]["avg"], row["bpb"]["avg"]
