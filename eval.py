@@ -220,12 +220,7 @@ def read_results(corpus, config):
     found = runs.read_results(path)
     if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")):
         raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
-    files = [name for name, value in fresh["code"].items() if found.get("code", {}).get(name) != value]
-    if files and not config.same_code:
-        raise UserError(
-            f"{' and '.join(files)} changed since {path} was made; --overwrite=True scores anew, --same_code=True "
-            "keeps it, where the change does not touch scores"
-        )
+    runs.code_changed(path, found.get("code", {}), fresh["code"], config.same_code)
     return {**found, "code": fresh["code"]}
 
 

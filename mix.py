@@ -52,7 +52,13 @@ from common.weights import (
 )
 from model import ModelConfig, Transformer
 
-CODE = ("mix.py", "common/router_start.py", "common/weights.py")  # what decides the result
+CODE = ("mix.py", "common/router_start.py", "common/weights.py")  # what decides the result,
+FORWARD_CODE = (
+    "model.py",
+    "common/fused.py",
+    "common/rope.py",
+    "common/corpus.py",
+)  # and where routers start from text
 
 
 @dataclasses.dataclass
@@ -239,6 +245,7 @@ def make_recipe(config, folders):
     parents = {folder: runs.parent_of(folder)[0] for folder in folders}
     recipe = {"config": settings, "parents": parents, "code": runs.code_hashes(*CODE)}
     if config.router_init in FROM_TEXT:
+        recipe["code"] |= runs.code_hashes(*FORWARD_CODE)
         domains = sorted({domain for folder in folders for domain in runs.trained_on(folder)})
         recipe["data"] = Corpus(config.data_dir).hashes(domains)
         same_tokenizer([*folders, config.data_dir])

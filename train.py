@@ -286,6 +286,7 @@ def train(config, make_model, code=CODE):
     recipe = make_recipe(config, corpus, mixture, code)
     with contextlib.ExitStack() as stack:
         first = int(os.environ.get("RANK", 0)) == 0
+        was_there = os.path.isdir(config.out_dir)
         if first:
             stack.enter_context(runs.locked(config.out_dir))
         run, found = runs.find_run(config.out_dir, recipe, config.overwrite, config.same_code)
@@ -312,7 +313,7 @@ def train(config, make_model, code=CODE):
         processes.barrier()  # all have looked at the folder before the first one changes it
         recorder = None
         if processes.first:
-            if not os.path.isdir(config.out_dir):
+            if not was_there:  # so it is not locked yet, though another process may have made it meanwhile
                 stack.enter_context(runs.locked(config.out_dir, create=True))
             if state["step"] == 0:
                 runs.start_run(config.out_dir, run)

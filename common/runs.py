@@ -68,6 +68,18 @@ def code_hashes(*files):
     return found
 
 
+def code_changed(made, old, new, same_code):
+    """Whether the source differs between `old`, with which the file or folder `made` was made, and `new`, both from
+    code_hashes. UserError when it does, unless `same_code`."""
+    files = [name for name, value in new.items() if old.get(name) != value]
+    if files and not same_code:
+        raise UserError(
+            f"{' and '.join(files)} changed since {made} was made; --overwrite=True makes it anew, --same_code=True "
+            "keeps it, where the change does not touch its result"
+        )
+    return bool(files)
+
+
 def versions():
     """{name: version} of what decides a run's digits."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
@@ -160,17 +172,9 @@ def find_run(folder, recipe, overwrite=False, same_code=False):
         return fresh, False
     if overwrite:
         return fresh, False
-    old, code = {**run["recipe"]}, run["recipe"].get("code", {})
-    old["code"] = recipe["code"]
-    if difference := _changed(old, recipe):
+    if difference := _changed({**run["recipe"], "code": recipe["code"]}, recipe):
         raise UserError(f"{folder} holds another run ({difference}); use --overwrite=True or another --out_dir")
-    files = [name for name, value in recipe["code"].items() if code.get(name) != value]
-    if files and not same_code:
-        raise UserError(
-            f"{' and '.join(files)} changed since {folder} was made; --overwrite=True makes it anew, --same_code=True "
-            "keeps it, where the change does not touch its result"
-        )
-    if files:
+    if code_changed(folder, run["recipe"].get("code", {}), recipe["code"], same_code):
         run["recipe"]["code"] = recipe["code"]
         write_run(folder, run)
     if run["finished"] and not is_intact(folder, run):

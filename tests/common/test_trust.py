@@ -13,6 +13,9 @@ from helpers import ROOT, SHAPE, SHORT, error_line, must, read, read_json, run, 
 from safetensors.torch import load_file, save_file
 
 from common import runs
+from common.config import parse
+from common.errors import UserError
+from train import TrainConfig, build_model, train
 
 
 @pytest.fixture
@@ -154,6 +157,38 @@ def test_two_processes_in_one_folder(flags, copy, mixed, seed, experts):
         assert sorted(os.listdir(folder)) == before
         os.close(other)  # as when its process ends, however it ends
     must(run("train.py", *flags, f"--out_dir={copy}"))
+
+
+def test_two_fresh_starts_into_one_folder(data, tmp_path):
+    """The second finds no folder, and the first has made and locked it before the second begins to write."""
+    config = parse(TrainConfig, [*SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run"])
+    taken = []
+
+    def build_while_another_starts(*arguments):
+        os.mkdir(tmp_path / "run")
+        taken.append(os.open(tmp_path / "run", os.O_RDONLY))
+        fcntl.flock(taken[0], fcntl.LOCK_EX)
+        return build_model(*arguments)
+
+    with pytest.raises(UserError, match="another process is writing into"):
+        train(config, build_while_another_starts)
+    assert os.listdir(tmp_path / "run") == []
+    os.close(taken[0])
+
+
+def test_routers_from_text_depend_on_the_forward_pass(seed, experts, data, tmp_path):
+    """They are computed with the model, so a mixture with them is stale when the model's source changes."""
+    for start, stale in (("normal", False), ("contrast", True)):
+        flags = f"--experts={experts[0]},{seed}", f"--router_init={start}", f"--data_dir={data}"
+        must(run("mix.py", *flags, f"--out_dir={tmp_path}/{start}"))
+        path = tmp_path / start / "run.json"
+        found = read_json(path)
+        assert ("model.py" in found["recipe"]["code"]) == stale
+        if stale:
+            found["recipe"]["code"]["model.py"] = "another hash"
+            path.write_text(json.dumps(found))
+            message = error_line(run("mix.py", *flags, f"--out_dir={tmp_path}/{start}"))
+            assert f"model.py changed since {tmp_path}/{start} was made" in message
 
 
 # ---- state.pt and log.jsonl ----
