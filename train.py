@@ -269,8 +269,7 @@ class Recorder:
         runs.save_state(folder, state)
         self.model.save_pretrained(folder)
         copy_tokenizer(self.corpus.folder, folder)
-        before = runs.parent_of(self.config.init_from)[1] if self.config.init_from else {}
-        run = {**self.run, "step": step, "history": {**before, folder: cost}}
+        run = {**self.run, "step": step, "history": {**runs.history_of(self.config.init_from), folder: cost}}
         (runs.finish_run if finished else runs.write_run)(folder, run)
 
 
@@ -304,7 +303,8 @@ def train(config, make_model, code=CODE):
         if config.dry_run:
             report_memory(config, raw_model)
             return
-        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice)
+        stage = {"splice": config.splice, "stage": len(runs.history_of(config.init_from))}
+        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, **stage)
         optimizer = make_optimizer(config, raw_model)
 
         state = {"step": 0, "seconds": 0.0, "log": "", "sums": {}}

@@ -131,17 +131,19 @@ class Batches:
     """Random training windows from a weighted mixture of domains: {domain: share}.
 
     splice: the share of windows whose second part, from a random place on, is from another draw of domain and place:
-    text that changes its subject, as the text of an ordinary corpus does.
+    text that changes its subject, as the text of an ordinary corpus does. stage: how many runs came before this one,
+    so that a branch does not see the seed model's windows again.
     """
 
-    def __init__(self, corpus, mixture, length, batch_size, seed, splice=0.0):
+    def __init__(self, corpus, mixture, length, batch_size, seed, splice=0.0, stage=0):
         self.tokens = [corpus.tokens(name, "train", length) for name in mixture]
         self.weights = list(mixture.values())
-        self.length, self.batch_size, self.seed, self.splice = length, batch_size, seed, splice
+        self.length, self.batch_size, self.splice = length, batch_size, splice
+        self.seed = [seed, stage]
 
     def __call__(self, step, start, stop):
         """Rows start..stop of the batch of `step`: inputs and targets, each (stop - start, T)."""
-        random, size = np.random.default_rng([self.seed, step]), self.batch_size
+        random, size = np.random.default_rng([*self.seed, step]), self.batch_size
         draws = [random.choice(len(self.tokens), size=size, p=self.weights), random.random(size)]
         draws += [random.choice(len(self.tokens), size=size, p=self.weights), random.random(size)]
         joints = np.where(random.random(size) < self.splice, random.integers(1, self.length + 1, size), self.length + 1)

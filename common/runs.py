@@ -216,6 +216,12 @@ def parent_of(folder):
     return run["id"], run["history"]
 
 
+def history_of(folder):
+    """The runs behind a checkpoint, {folder: cost}; none behind a foreign one, or where no folder is named."""
+    run = read_run(folder) if folder else None
+    return run["history"] if run else {}
+
+
 def trained_on(folder):
     """{domain: share} that a checkpoint's own run was trained on."""
     recipe = (read_run(folder) or {}).get("recipe", {})

@@ -3,4 +3,4 @@
 experts = "out/cpu/expert-code,out/cpu/expert-math,out/cpu/expert-wiki,out/cpu/seed"
 out_dir = "out/cpu/mixed"
 data_dir = "out/cpu/data"
-router_init = "contrast"  # better here than the paper's random start, for short finetuning (LOG.md)
+router_init = "ridge"  # the paper's random start needs a longer finetuning than these branches leave (LOG.md)
