@@ -89,7 +89,13 @@ def compiled(model, choice, device):
     float32 stays as it is: torch.compile takes grouped_mm in bfloat16 alone."""
     wanted = choice == "on" or (choice == "auto" and device.type == "cuda")
     possible = model.compute_dtype == torch.bfloat16 or not model.config.num_local_experts
-    return torch.compile(model) if wanted and possible else model
+    if not (wanted and possible):
+        return model
+    if isinstance(model, FSDPModule):  # weights are gathered between the layers, where no graph may reach
+        for layer in model.model.layers:
+            layer.forward = torch.compile(layer.forward)
+        return model
+    return torch.compile(model)
 
 
 def send(tensor, device):

@@ -1,9 +1,10 @@
 """Training on several processes: `torchrun --nproc_per_node=8 train.py ...`, on one machine or many.
 
-PyTorch's own engine does it: fully_shard (FSDP2; the idea is ZeRO, Rajbhandari et al. 2020) keeps weights, gradients and
-optimizer in pieces, gathers each layer's weights just before it runs and frees them after, and averages gradients while
-the backward pass goes on. --shard_size says how many processes share one copy: 1 is plain data parallelism, a copy for
-each; all of them is the least memory; in between, copies lie within a machine and only gradients pass between machines.
+PyTorch's own engine does it: fully_shard (FSDP2; the idea is ZeRO, Rajbhandari et al. 2020) keeps weights, gradients
+and optimizer in pieces, gathers each layer's weights just before it runs and frees them after, and averages gradients
+while the backward pass goes on. --shard_size says how many processes share one copy: 1 is plain data parallelism, a
+copy for each; all of them is the least memory; in between, copies lie within a machine and only gradients pass between
+machines.
 """
 
 import os

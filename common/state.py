@@ -3,8 +3,9 @@
     state.pt    position, log and sums; and weights and optimizer, where one process trains
     shards.0    weights and optimizer, where several do, each writing its own part (torch.distributed.checkpoint)
 
-state.pt alone decides where a run resumes, and it is replaced in one move. It names the folder of shards that belongs to
-it, and the next save writes into the other one of shards.0 and shards.1. Either kind is read by any number of processes.
+state.pt alone decides where a run resumes, and it is replaced in one move. It names the folder of shards that belongs
+to it, and the next save writes into the other one of shards.0 and shards.1. Either kind is read by any number of
+processes.
 """
 
 import os
