@@ -12,6 +12,7 @@ METRICS = {  # of a row of results.json, in the order of the tables
     "spliced": "spliced bits per byte",
     "accuracy": "task accuracy",
     "choice": "choice accuracy",
+    "switched": "choice accuracy after other text",
     "edit_similarity": "edit similarity",
 }
 BITS = ("bpb", "spliced")  # lower is better; of the others higher
