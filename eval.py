@@ -137,7 +137,8 @@ def task_scores(model, corpus, config):
 
 @torch.no_grad()
 def choice_scores(model, corpus, config, passage=0, batch_size=32):
-    """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte}.
+    """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte, "avg":
+    their mean}.
 
     passage: how many tokens of another domain's held-out text stand before each question, so that text and question
     need two experts.
@@ -163,7 +164,7 @@ def choice_scores(model, corpus, config, passage=0, batch_size=32):
                 nats.append(-line[len(row) - 1 - len(choice) : len(row) - 1].sum().item() / len(text.encode()))
         right = [min(nats[i : i + CHOICES]) == nats[i] for i in range(0, len(nats), CHOICES)]
         scores[domain] = sum(right) / len(right)
-    return scores
+    return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
 
 
 def passages(corpus, domain, split, length, count):
