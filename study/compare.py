@@ -286,7 +286,9 @@ def write_report(folder, found):
     """Write compare.json, compare.md and compare.png."""
     rows, chains = found["rows"], found["chains"]
     write_json(os.path.join(folder, "compare.json"), found)
-    shown = {words: (metric, "avg") for metric, words in tables.METRICS.items() if "avg" in rows[0].get(metric, {})}
+    pictured = {"avg": ("bpb", "spliced", "choice"), "wiki": ("accuracy",)}
+    main = [(metric, name) for metric, name in tables.main_columns(rows) if metric in pictured.get(name, ())]
+    shown = {f"{tables.METRICS[metric]}, {name.replace('avg', 'average')}": (metric, name) for metric, name in main}
     plot_differences(chains, shown, os.path.join(folder, "compare.png"))
     text = ["# BTX and other ways to spend the same compute\n", tables.score_table(rows)]
     text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]

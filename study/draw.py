@@ -1,5 +1,6 @@
 """Every picture, and the only place that sets matplotlib up. Numbers come in ready; nothing is measured here."""
 
+import math
 import os
 
 import matplotlib
@@ -163,10 +164,11 @@ def plot_differences(chains, columns, path):
     95 % interval. chains: a list of rows for each; columns: {label: (metric, name)}. Rows that are too far behind to be
     of interest (single experts, what is not finetuned) are left out."""
     names = [row["name"] for row in chains[0] if kind(row) not in ("btx", "expert", "soup", "mixed")]
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=(3.4 * len(columns) + 2.4, 0.34 * len(names) + 1.2), sharey=True
-    )
-    for axis, (label, (metric, column)) in zip(axes, columns.items(), strict=True):
+    rows = math.ceil(len(columns) / 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9, rows * (0.26 * len(names) + 1)), sharey=True, squeeze=False)
+    for axis in axes.flat[len(columns) :]:
+        axis.set_visible(False)
+    for axis, (label, (metric, column)) in zip(axes.flat, columns.items(), strict=False):
         for y, name in enumerate(names):
             ahead, half = difference(chains, name, metric, column)
             colour = "#777777" if abs(ahead) <= half else COLOURS[0] if ahead > 0 else COLOURS[1]
@@ -175,8 +177,8 @@ def plot_differences(chains, columns, path):
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("BTX worse  ←  →  BTX better", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [in_words(name) for name in names])
-    axes[0].invert_yaxis()
+    axes[0, 0].set_yticks(range(len(names)), [in_words(name) for name in names])  # of all: they share the axis
+    axes[0, 0].invert_yaxis()
     figure.tight_layout()
     save(figure, path)
 
