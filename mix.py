@@ -140,8 +140,8 @@ def generator(seed, name):
 
 
 def redraw(name, tensor, share, seed):
-    """Draw max(1, round(share * units)) of an expert's hidden units anew (Drop-Upcycling, section 3): their weights in
-    the matrix `name`, all from one normal with the mean and std of what they are in place of.
+    """Draw max(1, round(share * units)) of an expert's hidden units anew (Drop-Upcycling, section 3): each matrix's new
+    weights from one normal, with the mean and std of all the weights that it drops.
 
     A unit is a row of w1 and w3 and the same column of w2. name: "...experts.3.w1.weight".
     """
