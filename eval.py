@@ -34,8 +34,8 @@ PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, a
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 # the source that decides a score
-CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/generate.py")
-CODE += ("data/task.py",)
+CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py")
+CODE += ("common/generate.py", "common/decode.py", "data/task.py")
 
 
 @dataclasses.dataclass
