@@ -3,7 +3,7 @@
 #
 #   bash run.sh          config/cpu: 8.5 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
-#   bash run.sh smoke    every stage at toy size, under a minute
+#   bash run.sh smoke    every stage at toy size, half a minute
 #   bash run.sh lesson   the course's size, 2 minutes: exercises/lesson.sh
 #   bash run.sh smollm   from a published model: config/smollm, config/llama2-7b (a README.md in each)
 #   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
@@ -31,7 +31,7 @@ published="" generalist="" mixture=""
 if [ -e "$config/published.sh" ]; then source "$config/published.sh"; fi  # sets these three and $domains
 names=()
 for domain in $domains; do names+=("${domain%%=*}"); done
-all=$(printf '%s\n' "${names[@]}" | sort | paste -sd,)  # these domains and no others that the data folder may hold
+all=$(printf '%s\n' "${names[@]}" | sort | paste -sd, -)  # these domains and no others that the data folder may hold
 chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
 out=${OUT:-$(chain "$random_seed")}
 seed=${published:-$out/seed}
@@ -103,7 +103,7 @@ ensemble=$experts,$seed
 $python -m study.btm $scores --experts="$ensemble" ${FLAGS:-}
 $python -m study.route --model="$out/btx" --data_dir="$data" --domains="$all" --out_dir="$out/report"
 $python -m study.report --report="$out/report"
-if [ "$out" = out/cpu ] && [ "$all" = code,math,wiki ]; then $python -m study.expected "$out"; fi  # as it should be?
+if [ "$out" = out/cpu ] && [ "$all" = code,math,wiki ]; then $python -m study.expected "$out"; fi  # as expected.json says?
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "$task" = ablate ]; then
