@@ -5,7 +5,7 @@
 
 The loop is train.py's. What is added here is how tokens are routed, and the losses that keep routers in shape.
 log.jsonl shows, per evaluation, each expert's share of the tokens in every layer and domain ("load"), and per layer
-the routers' losses and, with --router=switch, the share of tokens dropped.
+the routers' losses and, with --router=switch, the share of (token, expert) pairs that were dropped.
 """
 
 import dataclasses
