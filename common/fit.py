@@ -28,6 +28,8 @@ def check_sizes(config, corpus, model, processes):
             f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
             f"times {processes.world} process(es)"
         )
+    if config.shard_size and processes.world % config.shard_size:
+        raise UserError(f"--shard_size={config.shard_size} does not divide torchrun's {processes.world} process(es)")
 
 
 # ---- memory ----
