@@ -32,7 +32,10 @@ def test_parts_by_hand():
     model = random_model(num_local_experts=0)
     total = sum(parameter.numel() for parameter in model.parameters())
     parts = list(count_memory(model, 2, 30).values())
-    assert parts[:3] == [4 * total, 4 * total, 8 * total] and parts[4] == 2 * 30 * 80 * 12
+    assert parts[:4] == [4 * total, 4 * total, 8 * total, 0] and parts[5] == 2 * 30 * 80 * 12
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
+    spread = list(count_memory(model, 2, 30, shards=4).values())  # three layers, of which two are there at a time
+    assert spread[:4] == [total, total, 2 * total, 4 * (total - layers[0])] and spread[4:] == parts[4:]
     model.lm_head.weight.requires_grad = False
     assert list(count_memory(model, 2, 30).values())[1] == 4 * (total - 80 * 16)
 
