@@ -30,12 +30,12 @@ from model import Transformer
 
 GENERATED_ROWS = 256  # answered together: generation is bound by the number of steps, not by their size
 CHOICE_TOKENS = 128  # of a question and one of its choices
-PASSAGE_TOKENS = 64  # of other text before a question
+PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, and how many questions are asked so
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 # the source that decides a score
-CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/generate.py")
-CODE += ("data/task.py",)
+CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py")
+CODE += ("common/generate.py", "common/decode.py", "data/task.py")
 
 
 @dataclasses.dataclass
@@ -148,7 +148,8 @@ def choice_scores(model, corpus, config, passage=0, batch_size=32):
     for domain, meta in corpus.metas.items():
         if "task" not in meta:
             continue
-        problems = corpus.problems(domain, config.split, config.task_problems)
+        count = min(config.task_problems, PASSAGE_PROBLEMS) if passage else config.task_problems
+        problems = corpus.problems(domain, config.split, count)
         before = passages(corpus, domain, config.split, passage, len(problems))
         texts = [(problem["prompt"], choice) for problem in problems for choice in problem["choices"]]
         nats_per_byte = []  # of each continuation

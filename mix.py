@@ -109,7 +109,7 @@ def mean(tensors):
     """The mean of equally shaped tensors in their own dtype, computed in float64, so precisely that the mean of N
     copies is the copy; in pieces that fit a CPU's cache, so that large ones need little time and memory."""
     result = torch.empty(tensors[0].shape, dtype=functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
-    for piece, *parts in zip(*(tensor.flatten().split(2**17) for tensor in (result, *tensors)), strict=True):
+    for piece, *parts in zip(*(tensor.flatten().split(2**15) for tensor in (result, *tensors)), strict=True):
         total = torch.zeros(piece.shape, dtype=torch.float64)
         for part in parts:
             total += part.to(torch.float64, copy=True).div_(len(tensors))  # a copy: parts may be float64 already
@@ -275,11 +275,11 @@ def main():
     routers = new_routers(config, shapes, folders, experts, configs[0])
     with runs.locked(config.out_dir, create=True):
         runs.start_run(config.out_dir, run)
-        write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
+        weights = write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
         write_config(config.out_dir, result, dtype)
         copy_tokenizer(folders[0], config.out_dir)
         history = runs.joint_history(runs.parent_of(folder)[1] for folder in folders)
-        runs.finish_run(config.out_dir, {**run, "history": history})
+        runs.finish_run(config.out_dir, {**run, "history": history}, weights)
     summarize(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
 

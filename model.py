@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.decode import Decoder
 from common.device import check_memory
 from common.errors import UserError
 from common.fused import IGNORE, attend, collect, dispatch, head_loss, lay_out, rotate
-from common.generate import KVCache
 from common.rope import rotary_table
 from common.shape import read_config, write_config
 from common.weights import WeightFiles, expected_tensors, to_disk, write_weights
@@ -160,8 +160,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(index, k, v)
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
-        # with a cache T is either the whole prompt or one new token, which may see everything
-        y = attend(q, k, v, is_causal=x.size(1) > 1, enable_gqa=grouped)  # (B, H, T, K)
+        y = attend(q, k, v, is_causal=True, enable_gqa=grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -406,12 +405,15 @@ class Transformer(nn.Module):
         """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back.
 
         step: in training, the number of the step, a 0-dimensional tensor; a router's noise and capacity exist only
-        then. The noise is drawn from torch's global generator.
+        then. The noise is drawn from torch's global generator. cache: from `new_cache`; a first call with the whole
+        prompt, then one token a call (common/decode.py), which gives logits alone and no gradient.
         """
         start = cache.length if cache is not None else 0
         end = start + ids.size(1)
         if end > self.max_length:
             raise ValueError(f"{end} tokens, but the model knows {self.max_length} positions")
+        if cache is not None and ids.size(1) == 1:
+            return Output(cache.step(ids.squeeze(1)).unsqueeze(1), None, torch.zeros(()), None, {})
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         routed = []
@@ -467,7 +469,7 @@ class Transformer(nn.Module):
         return self.config.max_position_embeddings
 
     def new_cache(self, batch_size, length):
-        return KVCache(self.config, batch_size, length, self.cos.device, self.compute_dtype)
+        return Decoder(self, batch_size, length)
 
     def _active(self, name, parameter):
         """How many of a parameter's weights one token uses: k of E experts, all of everything else."""
