@@ -53,6 +53,15 @@ def critical_seconds(runs):
     return max(finish.values(), default=0.0)
 
 
+def ring_bytes(parameters, workers):
+    """Bytes that all workers of a ring all-reduce send together, an equal share each.
+
+    A ring passes the parameters / workers gradients of a part on workers - 1 times to sum them and workers - 1 times to
+    spread the sums, and does so for all parts at once.
+    """
+    return 2 * (workers - 1) * parameters * GRADIENT_BYTES
+
+
 def bytes_sent(runs, workers=WORKERS):
     """Bytes that data-parallel training on `workers` machines would have sent, all of them together.
 
@@ -64,5 +73,5 @@ def bytes_sent(runs, workers=WORKERS):
     total = 0
     for folder, run in trained.items():
         beside = [f for f, other in trained.items() if f not in run.before and folder not in other.before]
-        total += run.steps * 2 * max(0, workers / len(beside) - 1) * run.parameters * GRADIENT_BYTES
+        total += run.steps * ring_bytes(run.parameters, max(1, workers / len(beside)))
     return total
