@@ -2,12 +2,11 @@
 
 widths = "16,32"
 scales = "0.2"
-seeds = "1,2"
+seeds = "1"
 sets = "code+math+wiki,code+math"
 shares = "0.5"
 axis_width = 16
 axis_scale = 0.2
-repeated = 3.2  # the wider model gets one random seed
 btx_rates = "2e-3"
 upcycle_rates = "2e-3"
-dense_rates = "1e-3,2e-3"
+dense_rates = "2e-3"
