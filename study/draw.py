@@ -218,7 +218,7 @@ def plot_regime(lines, path):
             panel.axhline(0, color="black", linewidth=0.8)
             panel.grid(alpha=0.3)
     handles, names = panels[0][axes.index("budget")].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=2, frameon=False)
+    figure.legend(handles, names, loc="lower center", ncols=2, handlelength=3, frameon=False)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     save(figure, path)
 
