@@ -30,6 +30,7 @@ from model import Transformer
 
 GENERATED_ROWS = 256  # answered together: generation is bound by the number of steps, not by their size
 CHOICE_TOKENS = 128  # of a question and one of its choices
+PASSAGE_TOKENS = 64  # of other text before a question
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 # the source that decides a score
@@ -135,18 +136,25 @@ def task_scores(model, corpus, config):
 
 
 @torch.no_grad()
-def choice_scores(model, corpus, config, batch_size=32):
-    """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte}."""
+def choice_scores(model, corpus, config, passage=0, batch_size=32):
+    """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte, "avg":
+    their mean}.
+
+    passage: how many tokens of another domain's held-out text stand before each question, so that text and question
+    need two experts.
+    """
     encoding, device, scores = corpus.encoding, next(model.parameters()).device, {}
-    length = min(CHOICE_TOKENS, model.max_length)
+    length = min(passage + CHOICE_TOKENS, model.max_length)
     for domain, meta in corpus.metas.items():
         if "task" not in meta:
             continue
         problems = corpus.problems(domain, config.split, config.task_problems)
+        before = passages(corpus, domain, config.split, passage, len(problems))
         texts = [(problem["prompt"], choice) for problem in problems for choice in problem["choices"]]
         nats = []  # of each continuation, per byte
         for start in range(0, len(texts), batch_size):
             pairs = [tuple(map(encoding.encode_ordinary, pair)) for pair in texts[start : start + batch_size]]
+            pairs = [(before[(start + i) // CHOICES] + prompt, choice) for i, (prompt, choice) in enumerate(pairs)]
             rows = [(prompt + choice)[-length - 1 :] for prompt, choice in pairs]
             width = max(map(len, rows))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
@@ -156,7 +164,18 @@ def choice_scores(model, corpus, config, batch_size=32):
                 nats.append(-line[len(row) - 1 - len(choice) : len(row) - 1].sum().item() / len(text.encode()))
         right = [min(nats[i : i + CHOICES]) == nats[i] for i in range(0, len(nats), CHOICES)]
         scores[domain] = sum(right) / len(right)
-    return scores
+    return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
+
+
+def passages(corpus, domain, split, length, count):
+    """`count` lists of `length` tokens of held-out text, from the other domains in turn; empty ones where there are
+    none."""
+    others = [name for name in corpus.domains if name != domain]
+    if not length or not others:
+        return [[]] * count
+    turns = math.ceil(count / len(others))
+    windows = [corpus.windows(name, split, length, turns)[0].tolist() for name in others]
+    return [windows[i % len(others)][i // len(others) % len(windows[i % len(others)])] for i in range(count)]
 
 
 class Entry(NamedTuple):
@@ -196,6 +215,7 @@ def score(entry, model, validation, corpus, config):
         "spliced": spliced_scores(model, corpus, config),
         **task_scores(model, corpus, config),
         "choice": choice_scores(model, corpus, config),
+        "switched": choice_scores(model, corpus, config, passage=PASSAGE_TOKENS),
     }
 
 

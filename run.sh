@@ -99,7 +99,7 @@ if [ "$out" = out/cpu ] && [ "$all" = code,math,wiki ]; then $python -m study.ex
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "$task" = ablate ]; then
     $python -m study.ablate --size="$size" --experts="$experts,$out/seed"
-    $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/no-balancing-seed1" --data_dir="$data" \
+    $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --data_dir="$data" \
         --domains="$all" --out_dir="$out/report/balancing"
 fi
 

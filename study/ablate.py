@@ -2,8 +2,9 @@
 
     bash run.sh cpu ablate        # or, after the main pipeline: python -m study.ablate --size=cpu
 
-Each row is a mix.py and a finetune.py command, run for several random seeds and evaluated like the main table.
-It can be stopped and continued like every other stage. Writes ablations.json, ablations.md and ablations.png.
+Each row is a mix.py and a finetune.py command with the configs of the pipeline and the row's own flags, run for several
+random seeds and evaluated like the main table. It can be stopped and continued like every other stage. Writes
+ablations.json, ablations.md and ablations.png.
 """
 
 import dataclasses
@@ -42,33 +43,36 @@ class Variant(NamedTuple):
     from_seed: bool = False  # copies of the seed instead of the trained experts
 
 
+BALANCED = "--router_aux_loss_coef=0.01"
+
 VARIANTS = [
     # the paper's routing table: two budgets
     Variant(BASE, paper=34.6),
-    Variant("switch", finetune="--router=switch", paper=24.7),
+    Variant("switch", finetune=f"--router=switch {BALANCED}", paper=24.7),
     Variant("sample top-1", finetune="--router=sample", paper=33.0),
     Variant("soft", finetune="--router=soft", paper=35.8),
     Variant("top-2, longer", paper=35.9, long=True),
-    Variant("switch, longer", finetune="--router=switch", long=True),
+    Variant("switch, longer", finetune=f"--router=switch {BALANCED}", long=True),
     Variant("sample top-1, longer", finetune="--router=sample", paper=35.3, long=True),
     Variant("soft, longer", finetune="--router=soft", paper=37.3, long=True),
     # the paper's strategy table
-    Variant("no balancing", finetune="--router_aux_loss_coef=0.0", paper=34.6),
-    Variant("no balancing, experts frozen", finetune="--router_aux_loss_coef=0.0 --freeze=experts", paper=34.7),
-    Variant("blend", mix="--blend=True", paper=22.2),
+    Variant("balancing", finetune=BALANCED, paper=34.6),
+    Variant("experts frozen", finetune="--router_aux_loss_coef=0.0 --freeze=experts", paper=34.7),
+    Variant("blend", mix="--blend=True --router_init=normal", paper=22.2),
     Variant("split, top-2 of 2N", mix="--split=2", paper=28.0),
     Variant("split, top-4 of 2N", mix="--split=2", finetune="--num_experts_per_tok=4", paper=34.5),
     # what the paper does not ask
     Variant("split, top-4 of 2N, rescaled", mix="--split=2 --rescale=True", finetune="--num_experts_per_tok=4"),
+    Variant("router starts at random", mix="--router_init=normal"),
     Variant("router starts at zero", mix="--router_init=zero"),
     Variant("router starts at domains", mix="--router_init=domain"),
     Variant("router starts at contrasts", mix="--router_init=contrast"),
-    Variant("balancing counts tokens", finetune="--balance=tokens"),
+    Variant("balancing counts tokens", finetune=f"{BALANCED} --balance=tokens"),
     Variant("attention frozen", finetune="--freeze=attention"),
     Variant("only routers trained", finetune="--freeze=all-but-router"),
     Variant("seed left out", leave_out_seed=True),
-    Variant("sparse upcycling", from_seed=True),
-    Variant("Drop-Upcycling, r = 0.5", mix="--drop=0.5", from_seed=True),
+    Variant("sparse upcycling", mix="--router_init=normal", from_seed=True),
+    Variant("Drop-Upcycling, r = 0.5", mix="--router_init=normal --drop=0.5", from_seed=True),
 ]
 
 
@@ -85,6 +89,7 @@ def run_variant(config, experts, variant, number):
     finetuned = os.path.join(folder, slug(f"{variant.name} seed{number}"))
     run(
         "mix.py",
+        config.stage("mix"),
         f"--experts={','.join(chosen)}",
         f"--out_dir={mixed}",
         f"--seed={number}",

@@ -10,12 +10,14 @@ each, this trains what the paper compares with, from the same seed model:
     dense-cm      the same for as many training FLOPs as BTX took (compute-matched): its tokens are cheaper, so more
     upcycle-dm    copies of the seed model as the experts, then finetuning, the same tokens as BTX
     upcycle-cm    the same for BTX's FLOPs: all its tokens go through the mixture, so fewer
-    btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning
+    btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning, nothing frozen
     btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
     btx-sample    BTX with the sample top-1 router
 
-(Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine. Writes compare.json, compare.md and pictures.
---sweep=True trains on the first chain only, with all of --rates, and writes what validation data says of them.
+(Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine, with the stage's config (expert.py for what is
+dense, finetune.py for what is mixed) and this row's own flags: each method has the settings that are best for it.
+Writes compare.json, compare.md and a picture. --sweep=dense-cm,btx trains these rows of the first chain with all of
+--rates instead, and writes what validation text says of them.
 """
 
 import dataclasses
@@ -33,6 +35,7 @@ from study.draw import plot_differences
 from study.stages import StudyConfig, parse_study, run
 
 BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-paper", "btx-sample"
+SWEPT = "dense-cm", "upcycle-cm", "btx-paper", "btx"
 COUNTS = "active_params", "total_params", "train_tokens", "train_flops", "seconds", "critical_seconds", "bytes_sent"
 
 
@@ -41,10 +44,18 @@ class CompareConfig(StudyConfig):
     """Train the baselines beside one or more chains, evaluate them, and compare."""
 
     chains: str = key("", "folders with a finished pipeline each, separated by commas; empty is out_dir alone")
-    dense_learning_rate: float = key(6e-3, "peak learning rate of the dense runs", within="(0, inf)")
-    upcycle_learning_rate: float = key(6e-3, "peak learning rate of the upcycled runs", within="(0, inf)")
-    sweep: bool = key(False, "try --rates on the first chain instead, and stop")
-    rates: str = key("3e-3,6e-3,1.2e-2", "the learning rates of --sweep, the same for every method")
+    dense_flags: str = key("", "flags of the dense rows, on top of expert.py")
+    upcycle_flags: str = key("", "flags of the upcycled rows, on top of finetune.py")
+    branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py")
+    paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py")
+    sweep: str = key("", f"rows to train with all of --rates instead, from {', '.join(SWEPT)}")
+    rates: str = key("1e-3,3e-3,6e-3", "the learning rates of --sweep, the same for every row")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for row in split_list(self.sweep):
+            if row not in SWEPT:
+                raise UserError(f"--sweep={self.sweep}: {row} is no row to sweep; choose from {', '.join(SWEPT)}")
 
 
 class Chain:
@@ -52,13 +63,13 @@ class Chain:
 
     def __init__(self, folder):
         self.folder = folder
-        before, self.btx = self.recorded("seed")["history"], self.recorded("btx")
+        self.seed, self.btx = self.recorded("seed"), self.recorded("btx")
         mixed = self.recorded("mixed")["recipe"]
         experts = split_list(mixed["config"]["experts"])
         self.experts_per_token = mixed["config"]["num_experts_per_tok"]
         self.experts = [os.path.basename(expert) for expert in experts]
         self.branch = self.recorded(next(name for name in self.experts if name != "seed"))
-        spent = {name: cost for name, cost in self.btx["history"].items() if name not in before}
+        spent = {name: cost for name, cost in self.btx["history"].items() if name not in self.seed["history"]}
         self.tokens = sum(cost["tokens"] for cost in spent.values())
         self.flops = sum(cost["flops"] for cost in spent.values())
         tokens = {}  # of each domain
@@ -89,28 +100,31 @@ def own(recorded):
 # ---- training the baselines ----
 
 
-def steps_for(model, tokens=None, flops=None):
-    """How many steps of a run like `model` (a run.json) take so many tokens, or else so many training FLOPs."""
-    cost, settings = own(model)
+def steps_for(run, like, tokens=None, flops=None):
+    """How many steps with the batches of `run` take so many tokens, or else so many training FLOPs, where a token costs
+    what it did in `like`. (Both a run.json.)"""
+    cost, settings = own(like)[0], own(run)[1]
     tokens = tokens or flops / (cost["flops"] / cost["tokens"])
     return round(tokens / (settings["batch_size"] * settings["sequence_length"]))
 
 
-def train_dense(config, chain, name, learning_rate, **budget):
-    """Go on from the seed model, dense, with the data that BTX saw."""
+def train_dense(config, chain, name, *flags, **budget):
+    """Go on from the seed model, dense, with the data that BTX saw; all tensors train."""
     run(
         "train.py",
         config.stage("expert"),
         f"--init_from={chain.path('seed')}",
         f"--out_dir={chain.path(name)}",
         f"--domain={chain.mixture}",
-        f"--max_steps={steps_for(chain.branch, **budget)}",
-        f"--learning_rate={learning_rate}",
+        f"--max_steps={steps_for(chain.branch, chain.seed, **budget)}",
         f"--seed={chain.random_seed}",
+        "--freeze=none",
+        *config.dense_flags.split(),
+        *flags,
     )
 
 
-def train_upcycled(config, chain, name, learning_rate, **budget):
+def train_upcycled(config, chain, name, *flags, **budget):
     """Go on from copies of the seed model as the experts, with the data that BTX saw."""
     copies = chain.path("compare/upcycled")
     run(
@@ -126,14 +140,15 @@ def train_upcycled(config, chain, name, learning_rate, **budget):
         f"--init_from={copies}",
         f"--out_dir={chain.path(name)}",
         f"--domain={chain.mixture}",
-        f"--max_steps={steps_for(chain.btx, **budget)}",
-        f"--learning_rate={learning_rate}",
+        f"--max_steps={steps_for(chain.btx, chain.btx, **budget)}",
         f"--seed={chain.random_seed}",
+        *config.upcycle_flags.split(),
+        *flags,
     )
 
 
-def train_branches(config, chain, folder, steps, *changes):
-    """The chain's branches once more, with another number of steps and changes; returns their folders."""
+def train_branches(config, chain, folder, steps):
+    """The chain's branches once more, all tensors trained, with another number of steps; returns their folders."""
     branches = []
     for name in chain.experts:
         if name == "seed":
@@ -148,27 +163,22 @@ def train_branches(config, chain, folder, steps, *changes):
             f"--domain={domain}",
             f"--max_steps={steps}",
             f"--seed={chain.random_seed}",
-            *changes,
+            "--freeze=none",
+            *config.branch_flags.split(),
         )
     return branches
 
 
 def train_longer_branches(config, chain):
-    """Branches that share the FLOPs of BTX's finetuning among them, for ensembles; returns all experts' folders."""
-    finetuning, branch = own(chain.btx)[0]["flops"], own(chain.branch)[0]["flops"]
+    """Branches that share all FLOPs that BTX spends after the seed, for ensembles; returns all experts' folders."""
     count = len(chain.experts) - ("seed" in chain.experts)
-    steps = steps_for(chain.branch, flops=branch + finetuning / count)
+    steps = steps_for(chain.branch, chain.seed, flops=chain.flops / count)
     return [*train_branches(config, chain, "longer", steps), chain.path("seed")]
 
 
 def mix_as_printed(config, chain):
     """The paper's own mixture: of branches in which all tensors train, with random routers; returns its folder."""
-    settings = own(chain.branch)[1]
-    if settings["freeze"] == "none":
-        experts = [chain.path(name) for name in chain.experts]
-    else:
-        branches = train_branches(config, chain, "paper", settings["max_steps"], "--freeze=none")
-        experts = [*branches, chain.path("seed")]
+    experts = [*train_branches(config, chain, "paper", own(chain.branch)[1]["max_steps"]), chain.path("seed")]
     mixed = chain.path("compare/paper/mixed")
     run(
         "mix.py",
@@ -180,8 +190,8 @@ def mix_as_printed(config, chain):
     return mixed
 
 
-def train_btx(config, chain, name, *changes, mixed=None):
-    """Finetune the chain's mixture once more, or another one, with changes."""
+def train_btx(config, chain, name, *flags, mixed=None):
+    """Finetune the chain's mixture once more, or another one, with flags."""
     run(
         "finetune.py",
         config.stage("finetune"),
@@ -189,42 +199,44 @@ def train_btx(config, chain, name, *changes, mixed=None):
         f"--out_dir={chain.path(name)}",
         f"--max_steps={own(chain.btx)[1]['max_steps']}",
         f"--seed={chain.random_seed}",
-        *changes,
+        *flags,
     )
+
+
+def train_paper(config, chain, name, *flags):
+    """BTX as printed."""
+    train_btx(config, chain, name, *config.paper_flags.split(), *flags, mixed=mix_as_printed(config, chain))
 
 
 def train_baselines(config, chain):
     """Train all baselines of one chain; returns their folders."""
-    dense, upcycle = config.dense_learning_rate, config.upcycle_learning_rate
-    train_dense(config, chain, "compare/dense-dm", dense, tokens=chain.tokens)
-    train_dense(config, chain, "compare/dense-cm", dense, flops=chain.flops)
-    train_upcycled(config, chain, "compare/upcycle-dm", upcycle, tokens=chain.tokens)
-    train_upcycled(config, chain, "compare/upcycle-cm", upcycle, flops=chain.flops)
-    train_btx(config, chain, "compare/btx-paper", mixed=mix_as_printed(config, chain))
+    train_dense(config, chain, "compare/dense-dm", tokens=chain.tokens)
+    train_dense(config, chain, "compare/dense-cm", flops=chain.flops)
+    train_upcycled(config, chain, "compare/upcycle-dm", tokens=chain.tokens)
+    train_upcycled(config, chain, "compare/upcycle-cm", flops=chain.flops)
+    train_paper(config, chain, "compare/btx-paper")
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
     return [chain.path(f"compare/{name}") for name in BASELINES]
 
 
 def sweep(config, chain):
-    """Train the data-matched rows and BTX's finetuning with each of --rates; {row: {rate: validation bpb, averaged}}.
+    """Train the rows of --sweep with each of --rates; {row: {rate: validation bpb, averaged}}.
 
-    Every method gets the same rates, and the score is the one that training logs: validation text, not test text. The
-    run with the rate that is configured now is the comparison's own.
+    Every method gets the same rates, and the score is the one that training logs: validation text, not test text.
     """
-    now = {"dense-dm": config.dense_learning_rate, "upcycle-dm": config.upcycle_learning_rate}
-    now["btx"] = own(chain.btx)[1]["learning_rate"]
-    found = {name: {} for name in now}
-    for rate in split_list(config.rates):
-        for name in found:
-            final = "btx" if name == "btx" else f"compare/{name}"
-            folder = final if float(rate) == now[name] else f"compare/sweep/{name}-{rate}"
-            if name == "dense-dm":
-                train_dense(config, chain, folder, rate, tokens=chain.tokens)
-            elif name == "upcycle-dm":
-                train_upcycled(config, chain, folder, rate, tokens=chain.tokens)
+    found = {}
+    for name in split_list(config.sweep):
+        for rate in split_list(config.rates):
+            folder, flag = f"compare/sweep/{name}-{rate}", f"--learning_rate={rate}"
+            if name == "dense-cm":
+                train_dense(config, chain, folder, flag, flops=chain.flops)
+            elif name == "upcycle-cm":
+                train_upcycled(config, chain, folder, flag, flops=chain.flops)
+            elif name == "btx-paper":
+                train_paper(config, chain, folder, flag)
             else:
-                train_btx(config, chain, folder, f"--learning_rate={rate}")
-            found[name][rate] = read_log(chain.path(folder))[-1]["bpb"]["avg"]
+                train_btx(config, chain, folder, flag)
+            found.setdefault(name, {})[rate] = read_log(chain.path(folder))[-1]["bpb"]["avg"]
             print(f"{name} at {rate}: {found[name][rate]:.4f} bits per byte on validation text")
     return found
 
@@ -256,8 +268,7 @@ def evaluate(config, chain, folders, longer):
         ensemble = longer if row["name"].endswith("-cm") else split_list(experts)
         chain_runs = lineage(behind or ensemble)
         row["critical_seconds"], row["bytes_sent"] = critical_seconds(chain_runs), bytes_sent(chain_runs)
-        for metric in ("accuracy", "choice"):
-            row[metric]["avg"] = sum(row[metric].values()) / max(1, len(row[metric]))
+        row["accuracy"]["avg"] = sum(row["accuracy"].values()) / max(1, len(row["accuracy"]))
     return results
 
 
@@ -275,7 +286,9 @@ def write_report(folder, found):
     """Write compare.json, compare.md and compare.png."""
     rows, chains = found["rows"], found["chains"]
     write_json(os.path.join(folder, "compare.json"), found)
-    shown = {words: (metric, "avg") for metric, words in tables.METRICS.items() if "avg" in rows[0].get(metric, {})}
+    pictured = {"avg": ("bpb", "spliced", "choice"), "wiki": ("accuracy",)}
+    main = [(metric, name) for metric, name in tables.main_columns(rows) if metric in pictured.get(name, ())]
+    shown = {f"{tables.METRICS[metric]}, {name.replace('avg', 'average')}": (metric, name) for metric, name in main}
     plot_differences(chains, shown, os.path.join(folder, "compare.png"))
     text = ["# BTX and other ways to spend the same compute\n", tables.score_table(rows)]
     text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]
@@ -297,8 +310,9 @@ def main():
     report = config.path("report")
     os.makedirs(report, exist_ok=True)
     if config.sweep:
-        found = {"rates": sweep(config, chains[0]), "config": dataclasses.asdict(config)}
-        write_json(os.path.join(report, "sweep.json"), found)
+        path = os.path.join(report, "sweep.json")
+        before = read_json(path, "remove it")["rates"] if os.path.exists(path) else {}
+        write_json(path, {"rates": before | sweep(config, chains[0]), "config": dataclasses.asdict(config)})
         return
     results = []
     for chain in chains:

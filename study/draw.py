@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 
 import matplotlib
 
@@ -47,6 +48,12 @@ def in_words(name):
 def save(figure, path):
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def note_at_edge(axis, x, y, text):
+    """The value of a point that lies beyond the edge, left of the arrow that stands for it."""
+    place = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
+    axis.annotate(text, (x, y), fontsize=8, **place)
 
 
 def log_axis(axis, low, high):
@@ -162,22 +169,28 @@ def plot_heatmaps(models, rows_of, title, path):
 def plot_differences(chains, columns, path):
     """How far each row is behind BTX (to the right) or ahead of it, within each chain: the mean over the chains and its
     95 % interval. chains: a list of rows for each; columns: {label: (metric, name)}. Rows that are too far behind to be
-    of interest (single experts, what is not finetuned) are left out."""
+    of interest (single experts, what is not finetuned) are left out, others stand at the edge, as an arrow."""
     names = [row["name"] for row in chains[0] if kind(row) not in ("btx", "expert", "soup", "mixed")]
-    figure, axes = plt.subplots(
-        1, len(columns), figsize=(3.4 * len(columns) + 2.4, 0.34 * len(names) + 1.2), sharey=True
-    )
-    for axis, (label, (metric, column)) in zip(axes, columns.items(), strict=True):
-        for y, name in enumerate(names):
-            ahead, half = difference(chains, name, metric, column)
+    rows = math.ceil(len(columns) / 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(9, rows * (0.26 * len(names) + 1)), sharey=True, squeeze=False)
+    for axis in axes.flat[len(columns) :]:
+        axis.set_visible(False)
+    for axis, (label, (metric, column)) in zip(axes.flat, columns.items(), strict=False):
+        found = [difference(chains, name, metric, column) for name in names]
+        edge = 5 * statistics.median(abs(ahead) for ahead, _ in found)
+        for y, (ahead, half) in enumerate(found):
             colour = "#777777" if abs(ahead) <= half else COLOURS[0] if ahead > 0 else COLOURS[1]
-            axis.errorbar(ahead, y, xerr=half, color=colour, marker="o", capsize=3)
+            if ahead <= edge:
+                axis.errorbar(ahead, y, xerr=half, color=colour, marker="o", capsize=3)
+            else:
+                axis.plot(edge, y, color=colour, marker=">")
+                note_at_edge(axis, edge, y, f"{ahead:.2f}")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("BTX worse  ←  →  BTX better", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), [in_words(name) for name in names])
-    axes[0].invert_yaxis()
+    axes[0, 0].set_yticks(range(len(names)), [in_words(name) for name in names])  # of all: they share the axis
+    axes[0, 0].invert_yaxis()
     figure.tight_layout()
     save(figure, path)
 
@@ -275,8 +288,7 @@ def plot_ablations(rows, path):
                 style = {"color": colour, "marker": marker if inside else ">", "capsize": 3}
                 axis.errorbar(min(row["bpb"]["avg"], edge), y, xerr=spread, **style)
                 if not inside:
-                    place = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
-                    axis.annotate(f"{row['bpb']['avg']:.3f}", (edge, y), fontsize=8, **place)
+                    note_at_edge(axis, edge, y, f"{row['bpb']['avg']:.3f}")
     for row in rows:
         if row["name"] in (BASE, f"{BASE}, longer"):
             colour, _, line, _ = kinds[row["long"]]

@@ -12,8 +12,10 @@ METRICS = {  # of a row of results.json, in the order of the tables
     "spliced": "spliced bits per byte",
     "accuracy": "task accuracy",
     "choice": "choice accuracy",
+    "switched": "choice accuracy after other text",
     "edit_similarity": "edit similarity",
 }
+SHORT = {"switched": "choice after other text"}  # in tables
 BITS = ("bpb", "spliced")  # lower is better; of the others higher
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, 1 to 9 degrees of freedom
 COUNTS = {
@@ -115,15 +117,21 @@ def columns_of(rows):
     return [(metric, name) for metric in METRICS for name in rows[0].get(metric, {})]
 
 
-def score_table(rows, counts=(), metrics=METRICS):
+def main_columns(rows):
+    """The scores that a page shows: bits per byte by domain, averages of the rest, and the facts recalled."""
+    main = [(metric, "avg") for metric in ("spliced", "choice", "switched")] + [("accuracy", "wiki")]
+    return [column for column in columns_of(rows) if column[0] == "bpb" or column in main]
+
+
+def score_table(rows, counts=(), columns=None):
     """A row per model, the best of each score column in bold; then the given columns of COUNTS."""
-    columns = [column for column in columns_of(rows) if column[0] in metrics]
+    columns = columns or columns_of(rows)
     best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
     body = []
     for row in rows:
         cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
         body.append([row["name"], *cells, *(short(row[name]) for name in counts)])
-    names = [f"{n} {m.replace('_', ' ')}" for m, n in columns]
+    names = [f"{n} {SHORT.get(m, m.replace('_', ' '))}" for m, n in columns]
     return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body)
 
 
@@ -134,14 +142,21 @@ def headline_table(rows):
         "seed": "seed model",
         "dense-cm": "dense training, cm",
         "upcycle-cm": "sparse upcycling, cm",
-        "btm-posterior-prefix": "Branch-Train-Merge, best ensemble",
+        "btm-posterior-prefix-cm": "Branch-Train-Merge, best ensemble, cm",
         "btx": "**Branch-Train-MiX**",
     }
-    header = ["", "bpb", "tasks", "facts recalled", "parameters (used per token)"]
+    columns = {
+        ("bpb", "avg"): "bpb",
+        ("spliced", "avg"): "bpb where the subject changes",
+        ("choice", "avg"): "choices right",
+        ("switched", "avg"): "after other text",
+        ("accuracy", "wiki"): "facts recalled",
+    }
+    header = ["", *columns.values(), "parameters (used per token)"]
     body = []
     for name, words in shown.items():
         row = named[name]
-        scores = [plus_minus(row, *column) for column in (("bpb", "avg"), ("accuracy", "avg"), ("accuracy", "wiki"))]
+        scores = [plus_minus(row, *column) for column in columns]
         body.append([words, *scores, f"{short(row['total_params'])} ({short(row['active_params'])})"])
     return markdown_table(header, body)
 
@@ -256,8 +271,8 @@ def verdict(chains, name, metric, column):
 
 
 def verdict_table(rows, chains):
-    """BTX against every other row that may hold all domains: on the averages and domain by domain."""
-    columns = [column for column in columns_of(rows) if column[0] != "edit_similarity"]
+    """BTX against every other row that may hold all domains: on the averages first."""
+    columns = main_columns(rows)
     columns.sort(key=lambda column: column[1] != "avg")
     others = [row["name"] for row in rows if kind(row) not in ("btx", "expert")]
     body = [[name, *(verdict(chains, name, *column) for column in columns)] for name in others]

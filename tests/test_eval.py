@@ -199,23 +199,27 @@ def test_spliced_scores_equal_an_independent_sum(rows, seed, data):
     assert rows["seed"]["spliced"] == {"math + rain": pytest.approx(expected, rel=1e-5), "avg": pytest.approx(expected)}
 
 
-def test_choices_are_ranked_by_likelihood_per_byte(rows, seed, btx, data):
-    """Again, one continuation at a time, with transformers' model."""
+@pytest.mark.parametrize(("metric", "passage"), [("choice", 0), ("switched", 64)])
+def test_choices_are_ranked_by_likelihood_per_byte(metric, passage, rows, seed, btx, data):
+    """Again, one continuation at a time, with transformers' model; alone, and after text of the other domain."""
     encoding = load_tokenizer(data)
+    other = np.fromfile(os.path.join(data, "rain", "test.bin"), dtype=np.uint16).tolist()
+    places = [0, (len(other) - passage - 1) // 2, len(other) - passage - 1]  # spread evenly
     problems = [json.loads(line) for line in read(os.path.join(data, "math", "task-test.jsonl")).splitlines()]
     for name, folder in (("seed", seed), ("btx", btx)):
         model, right = AutoModelForCausalLM.from_pretrained(folder).eval(), 0
-        for problem in problems[:3]:
+        for place, problem in zip(places, problems[:3], strict=True):
             per_byte = []
             for choice in problem["choices"]:
                 prompt, ids = encoding.encode_ordinary(problem["prompt"]), encoding.encode_ordinary(choice)
-                row = torch.tensor([prompt + ids])[:, -129:]
+                row = other[place : place + passage] + prompt + ids
+                row = torch.tensor([row])[:, -min(passage + 128, model.config.max_position_embeddings) - 1 :]
                 with torch.no_grad():
                     log_p = model(row[:, :-1]).logits[0].double().log_softmax(dim=-1)
                 log_p = log_p.gather(1, row[0, 1:, None])[-len(ids) :]
                 per_byte.append(log_p.sum().item() / len(choice.encode()))
             right += max(per_byte) == per_byte[0]
-        assert rows[name]["choice"] == {"math": right / 3}
+        assert rows[name][metric] == {"math": right / 3, "avg": right / 3}
 
 
 @pytest.mark.parametrize(

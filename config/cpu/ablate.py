@@ -1,5 +1,5 @@
 """The variants of mixing, routing and finetuning, each from the experts that the pipeline trained."""
 
-steps = 300
-long_steps = 1200
+steps = 140
+long_steps = 420
 seeds = 2

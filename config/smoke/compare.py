@@ -1,4 +1,4 @@
 """BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
 
-dense_learning_rate = 2e-3
-upcycle_learning_rate = 2e-3
+dense_flags = "--learning_rate=2e-3"
+upcycle_flags = "--learning_rate=2e-3"

@@ -69,7 +69,7 @@ def chain(work, seed, experts, mixed, btx):
 
 @pytest.fixture(scope="module")
 def config(work, configs):
-    rates = {"rates": "1e-3,3e-3", "dense_learning_rate": 3e-3, "upcycle_learning_rate": 3e-3}
+    rates = {"rates": "1e-3,3e-3", "sweep": ",".join(compare.SWEPT)}
     return CompareConfig(configs=configs, out_dir=work, **rates)
 
 
@@ -121,7 +121,8 @@ def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
 
 def test_the_row_as_printed_has_random_routers(baselines, work, seed, experts):
     recipe = read_json(f"{work}/compare/paper/mixed/run.json")["recipe"]
-    assert recipe["config"]["router_init"] == "normal" and list(recipe["parents"]) == [*experts, seed]
+    branches = [f"{work}/compare/paper/{os.path.basename(expert)}" for expert in experts]
+    assert recipe["config"]["router_init"] == "normal" and list(recipe["parents"]) == [*branches, seed]
     assert list(read_json(f"{baselines['btx-paper']}/run.json")["recipe"]["parents"]) == [f"{work}/compare/paper/mixed"]
 
 
@@ -156,10 +157,10 @@ def test_report_of_a_chain(config, chain, baselines, longer, experts):
 
 def test_the_sweep_scores_on_validation_text(config, chain, baselines):
     found = sweep(config, chain)
-    assert found.keys() == {"dense-dm", "upcycle-dm", "btx"}
+    assert list(found) == list(compare.SWEPT)
     for name, scores in found.items():
-        own = chain.path("btx") if name == "btx" else baselines[name]
-        for rate, folder in (("1e-3", chain.path(f"compare/sweep/{name}-1e-3")), ("3e-3", own)):  # 3e-3 is configured
+        for rate in ("1e-3", "3e-3"):
+            folder = chain.path(f"compare/sweep/{name}-{rate}")
             assert scores[rate] == read_log(folder)[-1]["bpb"]["avg"]
             assert read_json(f"{folder}/run.json")["recipe"]["config"]["learning_rate"] == float(rate)
         assert scores["1e-3"] != scores["3e-3"]
