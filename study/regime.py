@@ -20,6 +20,7 @@ from common.errors import UserError, command
 from common.files import read_json, write_json
 from common.runs import read_log, read_run, versions
 from finetune import FinetuneConfig
+from study.compare import CompareConfig
 from study.draw import plot_regime
 from study.regime_tables import all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
@@ -139,6 +140,7 @@ class Trainer:
         self.folder = config.path(f"regime/width-{point.width}/{names}/scale-{point.scale:g}/seed{number}")
         self.seed = f"{self.folder}/seed"
         self.data = f"--data_dir={data_folder(config)}"
+        self.rivals = parse(CompareConfig, [config.stage("compare")])  # its rows' flags, but for the rates
 
     def start(self, script, stage, out_dir, *flags):
         """Run a script with a stage's config (none if empty) into a folder; returns the folder."""
@@ -154,7 +156,7 @@ class Trainer:
     def each_rate(self, rates, script, stage, out_dir, steps, *flags):
         """Train once with each of the rates; returns the folders."""
         return [
-            self.train(script, stage, f"{out_dir}-{rate}", steps, f"--learning_rate={rate}", *flags)
+            self.train(script, stage, f"{out_dir}-{rate}", steps, *flags, f"--learning_rate={rate}")
             for rate in split_list(rates)
         ]
 
@@ -194,16 +196,14 @@ class Trainer:
         copies = f"--experts={','.join([self.seed] * (len(self.point.domains) + 1))}"
         mixed = self.start("mix.py", "", f"{self.folder}/upcycled", copies)
         steps = steps_for(self.config, "finetune", flops / per_token)
-        # copies have to part first: routers at the common rate, evened out, as papers on upcycling have it
-        flags = f"--init_from={mixed}", "--router_learning_rate=1.0", "--router_aux_loss_coef=0.01"
+        flags = f"--init_from={mixed}", *self.rivals.upcycle_flags.split()
         path = f"{self.folder}/upcycle-cm"
         return self.each_rate(self.config.upcycle_rates, "finetune.py", "finetune", path, steps, *flags)
 
     def train_dense(self, flops):
         """The seed model goes on with all domains, all tensors trained: for as many FLOPs."""
         steps = steps_for(self.config, "expert", flops / flops_per_token(self.seed))
-        splice = settings_of(self.config, "finetune").splice
-        flags = f"--init_from={self.seed}", "--freeze=none", f"--splice={splice}"
+        flags = f"--init_from={self.seed}", "--freeze=none", *self.rivals.dense_flags.split()
         path = f"{self.folder}/dense-cm"
         return self.each_rate(self.config.dense_rates, "train.py", "expert", path, steps, *flags)
 

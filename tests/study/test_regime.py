@@ -36,6 +36,8 @@ def config(configs, data, tmp_path_factory):
         file.write("freeze = 'embeddings,attention,norms'\n")
     with open(f"{folder}/configs/mix.py", "w") as file:
         file.write("router_init = 'ridge'\n")
+    with open(f"{folder}/configs/compare.py", "w") as file:
+        file.write("dense_flags = '--splice=0.5 --learning_rate=0.1'\nupcycle_flags = '--router_aux_loss_coef=0.02'\n")
     shutil.copytree(data, f"{folder}/regime/data")
     return RegimeConfig(configs=f"{folder}/configs", out_dir=folder, shares="0.3", axis_width=16, axis_scale=0.5, **SET)
 
@@ -97,7 +99,8 @@ def test_settings_of_the_rivals(config, measured):
     )
     assert (dense["freeze"], upcycled["freeze"], branch["freeze"]) == ("none", "none", "embeddings,attention,norms")
     assert dense["domain"] == upcycled["domain"] == "math,rain" and branch["domain"] == "rain"
-    assert (upcycled["router_learning_rate"], upcycled["router_aux_loss_coef"]) == (1.0, 0.01)
+    assert (dense["splice"], upcycled["router_aux_loss_coef"]) == (0.5, 0.02)  # the comparison's, but for the rates
+    assert dense["learning_rate"] == upcycled["learning_rate"] == 3e-3
     assert mixed["experts"] == ",".join([f"{folder}/seed"] * 3) and mixed["router_init"] == "normal"
 
 
