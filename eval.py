@@ -30,12 +30,12 @@ from model import Transformer
 
 GENERATED_ROWS = 256  # answered together: generation is bound by the number of steps, not by their size
 CHOICE_TOKENS = 128  # of a question and one of its choices
-PASSAGE_TOKENS = 64  # of other text before a question
+PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, and how many questions are asked so
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 # the source that decides a score
-CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/generate.py")
-CODE += ("data/task.py",)
+CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py")
+CODE += ("common/generate.py", "common/decode.py", "data/task.py")
 
 
 @dataclasses.dataclass
@@ -148,21 +148,26 @@ def choice_scores(model, corpus, config, passage=0, batch_size=32):
     for domain, meta in corpus.metas.items():
         if "task" not in meta:
             continue
-        problems = corpus.problems(domain, config.split, config.task_problems)
+        count = min(config.task_problems, PASSAGE_PROBLEMS) if passage else config.task_problems
+        problems = corpus.problems(domain, config.split, count)
         before = passages(corpus, domain, config.split, passage, len(problems))
         texts = [(problem["prompt"], choice) for problem in problems for choice in problem["choices"]]
-        nats = []  # of each continuation, per byte
+        nats_per_byte = []  # of each continuation
         for start in range(0, len(texts), batch_size):
-            pairs = [tuple(map(encoding.encode_ordinary, pair)) for pair in texts[start : start + batch_size]]
-            pairs = [(before[(start + i) // CHOICES] + prompt, choice) for i, (prompt, choice) in enumerate(pairs)]
-            rows = [(prompt + choice)[-length - 1 :] for prompt, choice in pairs]
+            batch = texts[start : start + batch_size]
+            pairs = [tuple(map(encoding.encode_ordinary, pair)) for pair in batch]
+            pairs = [(before[(start + i) // CHOICES] + p, c) for i, (p, c) in enumerate(pairs)]  # token ids, as below
+            rows = [(prompt_ids + choice_ids)[-length - 1 :] for prompt_ids, choice_ids in pairs]
             width = max(map(len, rows))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
             log_p = model(ids[:, :-1]).logits.float().log_softmax(dim=-1)  # (B, T, V)
             log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T)
-            for row, (_, choice), (_, text), line in zip(rows, pairs, texts[start:], log_p, strict=False):
-                nats.append(-line[len(row) - 1 - len(choice) : len(row) - 1].sum().item() / len(text.encode()))
-        right = [min(nats[i : i + CHOICES]) == nats[i] for i in range(0, len(nats), CHOICES)]
+            for (_, choice), (_, choice_ids), row, row_log_p in zip(batch, pairs, rows, log_p, strict=True):
+                # the choice's own tokens, without prompt and padding
+                own = row_log_p[len(row) - 1 - len(choice_ids) : len(row) - 1]
+                nats_per_byte.append(-own.sum().item() / len(choice.encode()))
+        questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
+        right = [min(choices) == choices[0] for choices in questions]  # the first is the right one
         scores[domain] = sum(right) / len(right)
     return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
 

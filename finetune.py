@@ -1,11 +1,11 @@
 """Finetune a mixed model on all domains, so that its routers learn which expert to ask (MoE-finetuning).
 
     python finetune.py config/cpu/finetune.py --init_from=out/cpu/mixed --out_dir=out/cpu/btx
-    python finetune.py config/cpu/finetune.py --router=switch --balance=tokens --out_dir=out/cpu/btx-switch
+    python finetune.py config/cpu/finetune.py --router=switch --router_aux_loss_coef=0.01 --out_dir=out/cpu/btx-switch
 
 The loop is train.py's. What is added here is how tokens are routed, and the losses that keep routers in shape.
 log.jsonl shows, per evaluation, each expert's share of the tokens in every layer and domain ("load"), and per layer
-the routers' losses and, with --router=switch, the share of tokens dropped.
+the routers' losses and, with --router=switch, the share of (token, expert) pairs that were dropped.
 """
 
 import dataclasses

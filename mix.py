@@ -18,8 +18,9 @@ Around it, the paper's variants and special cases:
     --blend=True    cuts each into N chunks and makes expert n from chunk n of everyone: N experts of full size
 
 A feed-forward network is a sum over its hidden units, so the chunks of a domain, each with gate 1, add up to that
-domain's network. Gates that sum to 1 over k C chunks instead of k experts make that sum C times too small. Weights stay
-as they are all the same, since the paper describes no correction; --rescale=True multiplies each chunk's output by C.
+domain's network. With --split=C give --num_experts_per_tok=k C to keep the active size; its gates then share 1 among C
+times as many terms, so what they add up to is C times too small. Weights stay as they are all the same, since the paper
+describes no correction; --rescale=True multiplies each chunk's output by C.
 
 Tensors are streamed from the experts' files to the new one, so memory stays at one tensor of each expert. Only
 --router_init=domain, contrast and ridge hold a model in memory (common/router_start.py).
@@ -77,10 +78,10 @@ class MixConfig:
     keep: str = key("none", "parts that the last expert, the seed, gives instead of an average, such as embeddings")
     drop: float = key(0.0, "fraction of each expert's hidden units to draw anew", within="[0, 1]")
     router_init: str = key(
-        "normal", "how routers start: at random, at zero, or in three ways from each one's text", STARTS
+        "normal", "normal, zero, or from each expert's text: domain, contrast, ridge (common/router_start.py)", STARTS
     )
     router_std: float = key(0.02, "standard deviation of the new routers' weights", within="[0, inf)")
-    data_dir: str = key("out/cpu/data", "where --router_init=domain and contrast find the training text")
+    data_dir: str = key("out/cpu/data", "where --router_init=domain, contrast and ridge find the training text")
     seed: int = key(1, "random seed of routers and redrawn units", within="[0, inf)")
     overwrite: bool = key(False, "mix anew, discarding the checkpoint that --out_dir holds")
     same_code: bool = key(False, "keep a mixture although the source changed: the change does not touch its result")
@@ -105,14 +106,14 @@ def mix(experts, shapes, routers, config):
 
 @torch.no_grad()
 def mean(tensors):
-    """The mean of equally shaped tensors in their own dtype, computed in float64, so exactly that copies average to
-    themselves; in pieces that fit a CPU's cache, so that large ones need little time and memory."""
+    """The mean of equally shaped tensors in their own dtype, computed in float64, so precisely that the mean of N
+    copies is the copy; in pieces that fit a CPU's cache, so that large ones need little time and memory."""
     result = torch.empty(tensors[0].shape, dtype=functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
-    for mean, *parts in zip(*(tensor.flatten().split(2**17) for tensor in (result, *tensors)), strict=True):
-        total = torch.zeros(mean.shape, dtype=torch.float64)
+    for piece, *parts in zip(*(tensor.flatten().split(2**15) for tensor in (result, *tensors)), strict=True):
+        total = torch.zeros(piece.shape, dtype=torch.float64)
         for part in parts:
-            total += part.double().div_(len(tensors))
-        mean.copy_(total)
+            total += part.to(torch.float64, copy=True).div_(len(tensors))  # a copy: parts may be float64 already
+        piece.copy_(total)
     return result
 
 
@@ -124,6 +125,7 @@ def feed_forward(name, experts, config):
     source = next(f"{layer}.mlp.{dense}.weight" for dense, ours in FEED_FORWARD.items() if ours == matrix)
     dim, n = hidden_dim(name), len(experts)
     if config.blend:
+        # chunk `number` of everyone, joined along the hidden units
         return torch.cat([expert[source].chunk(n, dim)[number] for expert in experts], dim)
     expert, chunk = divmod(number, config.split)
     tensor = experts[expert][source].chunk(config.split, dim)[chunk]
@@ -138,9 +140,10 @@ def generator(seed, name):
 
 
 def redraw(name, tensor, share, seed):
-    """Draw a share of an expert's hidden units anew, from a normal with the mean and std of the weights they had.
+    """Draw max(1, round(share * units)) of an expert's hidden units anew (Drop-Upcycling, section 3): each matrix's new
+    weights from one normal, with the mean and std of all the weights that it drops.
 
-    A unit is a row of w1 and w3 and the same column of w2 (Drop-Upcycling, section 3). name: "...experts.3.w1.weight".
+    A unit is a row of w1 and w3 and the same column of w2. name: "...experts.3.w1.weight".
     """
     dim, expert = hidden_dim(name), name.rsplit(".", 2)[0]
     units = tensor.size(dim)
@@ -272,11 +275,11 @@ def main():
     routers = new_routers(config, shapes, folders, experts, configs[0])
     with runs.locked(config.out_dir, create=True):
         runs.start_run(config.out_dir, run)
-        write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
+        weights = write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
         write_config(config.out_dir, result, dtype)
         copy_tokenizer(folders[0], config.out_dir)
         history = runs.joint_history(runs.parent_of(folder)[1] for folder in folders)
-        runs.finish_run(config.out_dir, {**run, "history": history})
+        runs.finish_run(config.out_dir, {**run, "history": history}, weights)
     summarize(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
 

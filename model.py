@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.decode import Decoder
 from common.device import check_memory
 from common.errors import UserError
 from common.fused import IGNORE, attend, collect, dispatch, head_loss, lay_out, rotate
-from common.generate import KVCache
 from common.rope import rotary_table
 from common.shape import read_config, write_config
 from common.weights import WeightFiles, expected_tensors, to_disk, write_weights
@@ -147,7 +147,8 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x, cos, sin, cache=None, layer=None):
+    def forward(self, x, cos, sin, cache=None, index=None):
+        """x: (B, T, D); cos, sin: (T, K / 2); index: the layer's number, which finds its part of the cache."""
         shape = *x.shape[:2], -1, self.config.head_dim
         q = self.q_proj(x).view(shape)  # (B, T, H, K)
         k = self.k_proj(x).view(shape)  # (B, T, G, K)
@@ -157,10 +158,9 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), cos, sin)  # (B, G, T, K)
         v = self.v_proj(x).view(shape).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(index, k, v)
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
-        # with a cache T is either the whole prompt or one new token, which may see everything
-        y = attend(q, k, v, is_causal=x.size(1) > 1, enable_gqa=grouped)  # (B, H, T, K)
+        y = attend(q, k, v, is_causal=True, enable_gqa=grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -242,7 +242,8 @@ ROUTERS = {
 
 
 def within_capacity(used, factor):
-    """used: (S, E) bool, who goes where. True for the first factor S / E tokens of each expert, False for later ones.
+    """used: (S, E) bool, who goes where. Returns (S, E) bool: True for the first floor(factor S / E) of each expert's
+    tokens, False for later ones; what it says where `used` is False does not matter.
 
     S counts one forward pass, so it is a micro-batch that must keep the balance, not the whole batch.
     """
@@ -253,14 +254,15 @@ def within_capacity(used, factor):
 
 
 def load_balancing_loss(gates, probs, balance="gates"):
-    """N * sum_i u_i * p_i, which is least when tokens spread evenly over the N experts.
+    """N * sum_i u_i * p_i: 1 when both are even over the N experts, and N when one expert has everything. It can fall
+    below 1 where the two disagree, so it is a push, not a measure.
 
         p_i = 1/S sum_x SoftMax_i(W x)                      the mean probability of expert i
-        u_i = 1/S sum_x g_i(W x)                            "gates": its mean gate weight (BTX, section 3.2)
+        u_i = 1/S sum_x g_i(W x)                            "gates": its mean gate weight (BTX, section 3.3)
         u_i = 1/S sum_x [expert i is chosen for x] / k      "tokens": its share of choices (Switch, eqs. 4 to 6)
 
-    gates, probs: (S, E). With "gates" the gradient flows through both factors; counts have none. At perfect balance
-    the loss is 1 where gates sum to 1; a router whose gates sum to less (switch, sample) has a smaller u_i.
+    gates, probs: (S, E). k: how many gates of a token are above zero; count them. With "gates" the gradient flows
+    through both factors; counts have none. Where gates sum to less than 1 (switch, sample) so do the u_i.
     """
     if balance == "tokens":
         choices = (gates > 0).sum(dim=0)  # (E,)
@@ -289,10 +291,11 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(E, F_, D))
 
     def forward(self, x, ends):
-        """x: (rows, D) sorted by expert; expert e owns the rows before ends[e] (int32) that e - 1 does not."""
+        """x: (R, D), sorted by expert. ends: (E,) int32; expert e owns rows ends[e - 1] to ends[e], and grouped_mm
+        multiplies each such block by its own matrix. Returns (R, D)."""
         w1, w2, w3 = (w.to(x.dtype).transpose(1, 2) for w in (self.w1, self.w2, self.w3))
-        h = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)  # (rows, F)
-        return F.grouped_mm(h, w2, offs=ends)  # (rows, D)
+        h = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)  # (R, F)
+        return F.grouped_mm(h, w2, offs=ends)  # (R, D)
 
 
 class MoE(nn.Module):
@@ -311,7 +314,8 @@ class MoE(nn.Module):
         """x: (B, T, D). step: the training step as a tensor; None elsewhere: no noise, no capacity.
 
         Returns y (B, T, D), gates (S, E) in fp32, zero where an expert was not used, and a dict of numbers: the
-        router's losses and, in training with a limited capacity, the share of tokens that were dropped.
+        router's losses and, in training with a limited capacity, the share of (token, expert) pairs that were dropped.
+        The balancing loss is of the gates before anything is dropped.
         """
         shape, x = x.shape, x.flatten(0, 1)  # (S, D)
         logits = self.gate(x.to(self.gate.weight.dtype))  # (S, E), in fp32: near-ties must not flip with rounding
@@ -326,7 +330,7 @@ class MoE(nn.Module):
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
         # lay out the S * k (token, expert) pairs by expert, run each expert on its rows, collect the results
-        places, tokens, ends = lay_out(top_experts, logits.size(-1), x.dtype)
+        places, tokens, ends = lay_out(top_experts, logits.size(-1), x.dtype)  # (S, k), (R,), (E,)
         rows = collect(self.experts(dispatch(x, tokens, places), ends), places)  # (S * k, D), by token
         y = (rows.unflatten(0, (-1, self.k)) * top_gates.unsqueeze(-1).to(x.dtype)).sum(dim=1)  # (S, D)
         return y.view(shape), gates, stats
@@ -345,9 +349,9 @@ class Layer(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, cache=None, layer=None, step=None):
+    def forward(self, x, cos, sin, cache=None, index=None, step=None):
         """x: (B, T, D). Returns the new x and the router's (gates, stats), or None where there is no router."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, index)
         h = self.post_attention_layernorm(x)
         if hasattr(self, "mlp"):
             return x + self.mlp(h), None
@@ -363,7 +367,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype, self.recompute = torch.float32, False
-        first, other = config, ROUTERS[config.router].first_layer
+        first, other = config, ROUTERS[config.router].first_layer  # sample wants a soft first layer (BTX, section 3.3)
         if config.num_local_experts and other:
             k = ROUTERS[other].experts_per_token(config.num_experts_per_tok, config.num_local_experts)
             first = dataclasses.replace(config, router=other, num_experts_per_tok=k)
@@ -401,12 +405,15 @@ class Transformer(nn.Module):
         """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back.
 
         step: in training, the number of the step, a 0-dimensional tensor; a router's noise and capacity exist only
-        then. The noise is drawn from torch's global generator.
+        then. The noise is drawn from torch's global generator. cache: from `new_cache`; a first call with the whole
+        prompt, then one token a call (common/decode.py), which gives logits alone and no gradient.
         """
         start = cache.length if cache is not None else 0
         end = start + ids.size(1)
         if end > self.max_length:
             raise ValueError(f"{end} tokens, but the model knows {self.max_length} positions")
+        if cache is not None and ids.size(1) == 1:
+            return Output(cache.step(ids.squeeze(1)).unsqueeze(1), None, torch.zeros(()), None, {})
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         routed = []
@@ -462,7 +469,7 @@ class Transformer(nn.Module):
         return self.config.max_position_embeddings
 
     def new_cache(self, batch_size, length):
-        return KVCache(self.config, batch_size, length, self.cos.device, self.compute_dtype)
+        return Decoder(self, batch_size, length)
 
     def _active(self, name, parameter):
         """How many of a parameter's weights one token uses: k of E experts, all of everything else."""

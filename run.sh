@@ -3,8 +3,9 @@
 #
 #   bash run.sh          config/cpu: 8.5 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU
-#   bash run.sh smoke    every stage at toy size, under a minute
+#   bash run.sh smoke    every stage at toy size, half a minute
 #   bash run.sh lesson   the course's size, 2 minutes: exercises/lesson.sh
+#   bash run.sh smollm   from a published model: config/smollm, config/llama2-7b (a README.md in each)
 #   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
@@ -26,11 +27,14 @@ domains=${DOMAINS:-code math wiki}
 config=config/$size
 random_seed=${SEED:-1}
 data=out/$size/data
+published="" generalist="" mixture=""
+if [ -e "$config/published.sh" ]; then source "$config/published.sh"; fi  # sets these three and $domains
 names=()
 for domain in $domains; do names+=("${domain%%=*}"); done
-all=$(printf '%s\n' "${names[@]}" | sort | paste -sd,)  # these domains and no others that the data folder may hold
+all=$(printf '%s\n' "${names[@]}" | sort | paste -sd, -)  # these domains and no others that the data folder may hold
 chain() { if [ "$1" = 1 ]; then echo "out/$size"; else echo "out/$size/seed$1"; fi; }  # the folder of a random seed
 out=${OUT:-$(chain "$random_seed")}
+seed=${published:-$out/seed}
 case $task in
     "" | chain | ablate | compare | regime | check) ;;
     *) echo "error: '$task' is no task; choose chain, ablate, compare, regime or check" >&2; exit 2 ;;
@@ -45,7 +49,13 @@ if [ "$task" = regime ]; then
 fi
 
 # 1. data: text, tokenizer, token files
-$python -m data.prepare "$config/data.py" --domains="${domains// /,}"
+if [ -n "$published" ]; then
+    for domain in $domains; do
+        $python -m data.public "$config/data.py" --source="${domain#*=}" --domain="${domain%%=*}" --tokenizer="$seed"
+    done
+else
+    $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
+fi
 
 # with `check`: no pipeline, but measurements
 if [ "$task" = check ]; then
@@ -55,17 +65,20 @@ if [ "$task" = check ]; then
     exit
 fi
 
-# 2. seed: one small language model for all domains
-$python train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$out/seed" \
+# 2. seed: one small language model for all domains, unless someone has trained it
+[ -n "$published" ] || $python train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$seed" \
     ${SEED_FLAGS:-} ${FLAGS:-}
 
-# 3. branch: one expert a domain, processes that share nothing; side by side where each has a GPU of its own
+# 3. branch: one expert a domain (but for that of the seed's own text), processes that share nothing; side by side where
+#    each has a GPU of its own
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
 experts=() jobs=() failed=()
 for i in "${!names[@]}"; do
-    expert=$out/expert-${names[i]}
+    [ "${names[i]}" != "$generalist" ] || continue
+    expert=$out/expert-${names[i]} settings=$config/expert-${names[i]}.py
+    [ -e "$settings" ] || settings=$config/expert.py
     experts+=("$expert")
-    branch="$python train.py $config/expert.py --domain=${names[i]} --init_from=$out/seed --out_dir=$expert"
+    branch="$python train.py $settings --domain=${names[i]} --init_from=$seed --out_dir=$expert"
     branch+=" --seed=$random_seed ${EXPERT_FLAGS:-} ${FLAGS:-}"
     if [ "$gpus" -gt 1 ]; then
         CUDA_VISIBLE_DEVICES=$((i % gpus)) $branch & jobs+=($!)
@@ -78,27 +91,29 @@ for i in "${!jobs[@]}"; do wait "${jobs[i]}" || failed+=("${experts[i]}"); done
 experts=$(IFS=,; echo "${experts[*]}")
 
 # 4. mix: feed-forward sublayers become a mixture of experts, the rest is averaged; soup averages everything
-$python mix.py "$config/mix.py" --experts="$experts,$out/seed" --out_dir="$out/mixed" --data_dir="$data" \
+$python mix.py "$config/mix.py" --experts="$experts,$seed" --out_dir="$out/mixed" --data_dir="$data" \
     --seed="$random_seed" ${FLAGS:-}
-$python mix.py --experts="$experts,$out/seed" --out_dir="$out/soup" --method=soup ${FLAGS:-}
+$python mix.py --experts="$experts,$seed" --out_dir="$out/soup" --method=soup ${FLAGS:-}
 
 # 5. finetune: all domains together, so that the routers learn
-$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --domain="$all" \
+$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --domain="${mixture:-$all}" \
     --seed="$random_seed" ${FINETUNE_FLAGS:-} ${FLAGS:-}
 [ "$task" != chain ] || exit 0
 
 # 6. evaluate every model on the same windows and problems, look at the routing, then draw
-models=$out/seed,$experts,$out/soup,$out/mixed,$out/btx
+models=$seed,$experts,$out/soup,$out/mixed,$out/btx
 scores="$config/eval.py --domains=$all --out_dir=$out/report"
 $python eval.py $scores --model="$models" ${FLAGS:-}
-$python -m study.btm $scores --experts="$experts,$out/seed" ${FLAGS:-}
+ensemble=$experts,$seed
+[ -z "$published" ] || ensemble=$experts  # an ensemble asks who has read what; of a published seed nobody knows
+$python -m study.btm $scores --experts="$ensemble" ${FLAGS:-}
 $python -m study.route --model="$out/btx" --data_dir="$data" --domains="$all" --out_dir="$out/report"
 $python -m study.report --report="$out/report"
-if [ "$out" = out/cpu ] && [ "$all" = code,math,wiki ]; then $python -m study.expected "$out"; fi  # as it should be?
+if [ "$out" = out/cpu ] && [ "$all" = code,math,wiki ]; then $python -m study.expected "$out"; fi  # as expected.json says?
 
 # 7. ablate, when asked to: the paper's questions about routing and mixing, a row each
 if [ "$task" = ablate ]; then
-    $python -m study.ablate --size="$size" --experts="$experts,$out/seed"
+    $python -m study.ablate --size="$size" --experts="$experts,$seed"
     $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --data_dir="$data" \
         --domains="$all" --out_dir="$out/report/balancing"
 fi

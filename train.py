@@ -175,7 +175,7 @@ def train_step(config, step, model, optimizer, batches, processes, stop):
     number = torch.full((), step, device=device)
     for start, end in parts:
         inputs, targets = (send(part, device) for part in batches(step, start, end))
-        torch.manual_seed(hash((config.seed, step, start)))  # a model's noise depends on its place in training alone
+        torch.manual_seed(hash((config.seed, step, start)))  # noise by place: a tuple of ints hashes alike everywhere
         output = model(inputs, targets, step=number)
         ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
@@ -303,8 +303,8 @@ def train(config, make_model, code=CODE):
         if config.dry_run:
             report_memory(config, raw_model)
             return
-        stage = {"splice": config.splice, "stage": len(runs.history_of(config.init_from))}
-        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, **stage)
+        stage = len(runs.history_of(config.init_from))  # how many runs came before: a branch draws other windows
+        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice, stage)
         optimizer = make_optimizer(config, raw_model)
 
         state = {"step": 0, "seconds": 0.0, "log": "", "sums": {}}

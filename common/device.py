@@ -81,7 +81,10 @@ def check_memory(folder, needed):
     """UserError when weights of `needed` bytes do not fit: the system would kill the process without a word."""
     if needed > (free := free_memory()):
         needs = f"{needed / 1e9:.1f} GB of memory in float32"
-        raise UserError(f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine")
+        raise UserError(
+            f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine, or score "
+            "it one layer at a time: python -m study.by_layer"
+        )
 
 
 def compiled(model, choice, device):

@@ -119,10 +119,11 @@ def write_run(folder, run):
     write_json(os.path.join(folder, "run.json"), run, indent=2)
 
 
-def finish_run(folder, run):
-    """Write the model card and run.json of a run whose weights are complete, with their hash."""
+def finish_run(folder, run, weights=None):
+    """Write the model card and run.json of a run whose weights are complete, with their hash: `weights` where the
+    caller knows it, since large ones take long to read."""
     write_card(folder, run, read_config(folder))
-    write_run(folder, {**run, "finished": True, "weights": weights_hash(folder)})
+    write_run(folder, {**run, "finished": True, "weights": weights or weights_hash(folder)})
 
 
 def is_intact(folder, run):

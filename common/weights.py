@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import re
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -148,7 +149,7 @@ def shards(sizes, limit):
 
 def write_weights(folder, config, tensors, dtype=torch.float32):
     """Write the weights from an iterable of (name, tensor): those of expected_tensors(config), in its order, one
-    tensor in memory at a time."""
+    tensor in memory at a time. Returns their weights_hash, so that nobody has to read them again for it."""
     shapes = expected_tensors(config)
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     lists, tensors = shards(sizes, SHARD_BYTES), iter(tensors)
@@ -157,17 +158,18 @@ def write_weights(folder, config, tensors, dtype=torch.float32):
     os.makedirs(folder, exist_ok=True)
     if len(files) > 1:
         remove_weights(folder)
-    index = {}
+    index, hashes = {}, []
     for file, names in zip(files, lists, strict=True):
         on_disk = {name_on_disk(name, config): shapes[name] for name in names}
         index |= dict.fromkeys(on_disk, file)
-        write_file(os.path.join(folder, file), on_disk, checked(names, tensors, shapes), dtype)
+        hashes.append(write_file(os.path.join(folder, file), on_disk, checked(names, tensors, shapes), dtype))
     assert next(tensors, None) is None, "more tensors than the config has"
     if len(files) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(os.path.join(folder, INDEX), {"metadata": metadata, "weight_map": index}, indent=2)
     else:
         remove_weights(folder, keep=WEIGHTS)  # shards of larger weights that were here before
+    return joint_hash(index, hashes)
 
 
 def checked(names, tensors, shapes):
@@ -178,7 +180,8 @@ def checked(names, tensors, shapes):
 
 
 def write_file(path, shapes, tensors, dtype):
-    """Write one safetensors file. shapes: {name: shape}, which fixes the header before the first tensor is there.
+    """Write one safetensors file and return its content_hash. shapes: {name: shape}, which fixes the header before the
+    first tensor is there.
 
     The format is 8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
     """
@@ -188,10 +191,14 @@ def write_file(path, shapes, tensors, dtype):
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
+    arrays = (tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors)
+    digest = hashlib.sha256()
+    with atomic_file(path) as file, ThreadPoolExecutor(1) as beside:
+        for part in chain([len(text).to_bytes(8, "little") + text], arrays):
+            hashed = beside.submit(digest.update, part)  # takes about as long as the writing
+            file.write(part)
+            hashed.result()
+    return digest.hexdigest()
 
 
 def remove_weights(folder, keep=None):
@@ -251,18 +258,21 @@ class WeightFiles:
         if missing or foreign:
             what = f"lacks {min(missing)}" if missing else f"has an unknown tensor {min(foreign)}"
             raise UserError(f"{folder} does not fit its config.json: it {what}; use the folder as it was written")
+        stored_as = {}  # {file: {name: (shape, dtype)}}, each file opened once
+        for file in {place.file for place in self.places.values()}:
+            names = [place.name for place in self.places.values() if place.file == file]
+            stored_as[file] = self._open(file, lambda opened, names=names: describe(opened, names))
         for name, shape in expected.items():
             place = self.places[name]
             if place.part:
                 rows = shape[0] * (2 if place.name.endswith("gate_up_proj") else 1)
                 shape = config.num_local_experts, rows, shape[1]
-            found = self._open(place.file, lambda file, name=place.name: file.get_slice(name))
-            if tuple(found.get_shape()) != shape:
-                what = f"{place.name} has shape {tuple(found.get_shape())}"
-                raise UserError(f"{folder}: {what}, config.json says {shape}")
-            if found.get_dtype() not in SAFETENSORS_DTYPES.values():
+            found, dtype = stored_as[place.file][place.name]
+            if found != shape:
+                raise UserError(f"{folder}: {place.name} has shape {found}, config.json says {shape}")
+            if dtype not in SAFETENSORS_DTYPES.values():
                 kinds = ", ".join(SAFETENSORS_DTYPES.values())
-                raise UserError(f"{folder}: {place.name} is stored as {found.get_dtype()}; model.py reads {kinds}")
+                raise UserError(f"{folder}: {place.name} is stored as {dtype}; model.py reads {kinds}")
 
     def _open(self, name, read):
         path = os.path.join(self.folder, name)
@@ -285,6 +295,12 @@ class WeightFiles:
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"{self.folder}: {name} holds NaN or infinity; train or copy the checkpoint again")
         return tensor
+
+
+def describe(file, names):
+    """{name: (shape, dtype)} of some tensors of an open safetensors file."""
+    slices = {name: file.get_slice(name) for name in names}
+    return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
 
 
 def fingerprint(path, ends=2**20):
@@ -314,4 +330,9 @@ def weights_hash(folder):
         hashes = [content_hash(os.path.join(folder, name)) for name in sorted(set(stored.values()))]
     except (UserError, FileNotFoundError):
         return None
-    return hashlib.sha256(json.dumps([stored, hashes]).encode()).hexdigest()
+    return joint_hash(stored, hashes)
+
+
+def joint_hash(stored, hashes):
+    """The hash of weights from those of their files, in order. stored: {name on disk: file}."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps([stored, hashes]).encode()).hexdigest()

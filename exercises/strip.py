@@ -16,8 +16,10 @@ import sys
 from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# the student's copy has files with these names, and those in OWN moved to exercises/
 COPIED = ("*.py", "pyproject.toml", "common/*.py", "data/*", "study/*.py", "config/*/*.py", "exercises/__init__.py")
-OWN = "exercises/solution/"  # files from here are in exercises/ of the student's copy
+OWN = "exercises/solution/"
+HANDED_OUT = ("*.py", "predictions.json")  # the rest of it is for staff
 
 
 class Exercise(NamedTuple):
@@ -49,8 +51,9 @@ EXERCISES = {
             "within_capacity": "First come, first served: count along the tokens.",
             "MoE.forward": """Start with the loop over experts in docs/lecture.md, step 3; the tests pass with it.
 Then sort the S * k pairs by expert, call self.experts once on all of them with the place where each
-expert's rows end, and undo the sort. The last result: balance_loss, z_loss, and in training with a
-limited capacity `dropped`, the share of (token, expert) pairs that were turned away.""",
+expert's rows end (int32), and undo the sort. Write the sort yourself, argsort and its inverse: lay_out,
+dispatch and collect, which this file imports, are the finished answer.
+The last result: balance_loss, z_loss, and in training with a limited capacity `dropped`.""",
         },
     ),
     4: Exercise(
@@ -76,7 +79,7 @@ the choice of units depends on the expert alone, the new values on the matrix as
         {
             "PosteriorEnsemble.log_weights": """The posterior after each token, as logarithms. Ensemble.log_weights
 says what the arguments are; cache.add(evidence) adds (B, T, N) up along the text, over several calls.
-Long texts: keep sums small.""",
+Entry t of the result is log w_e,t+1, so token t itself counts. Long texts: keep sums small.""",
         },
     ),
     7: Exercise(
@@ -193,8 +196,8 @@ def copied_files():
     """All files of the student's copy as {its path: the path in this repository}."""
     paths = [path for pattern in COPIED for path in sorted(glob.glob(pattern, root_dir=ROOT))]
     files = {path: path for path in paths if os.path.isfile(os.path.join(ROOT, path))}
-    own = glob.glob(f"{OWN}*", root_dir=ROOT)
-    return files | {path.replace(OWN, "exercises/"): path for path in own if os.path.isfile(os.path.join(ROOT, path))}
+    own = [path for pattern in HANDED_OUT for path in glob.glob(OWN + pattern, root_dir=ROOT)]
+    return files | {path.replace(OWN, "exercises/"): path for path in own}
 
 
 def make_copy(folder, solution=False):

@@ -1,6 +1,6 @@
 """What the routers learned: where each domain's tokens go, and how much that says about the domain.
 
-    python -m study.route --model=out/cpu/btx,out/cpu/btx-nobalance --data_dir=out/cpu/data --out_dir=out/cpu/report
+    python -m study.route --model=out/cpu/btx,out/cpu/btx-balanced --data_dir=out/cpu/data --out_dir=out/cpu/report
 
 Writes routing.json, the pictures routing.png (experts) and pairs.png (pairs of experts), and for the first model
 tokens-<domain>.html, a page with each token's experts. Nothing is sampled: a second run gives the same numbers.

@@ -119,7 +119,7 @@ MISTAKES = [  # (exercise, file, right, wrong)
         "collect(self.experts(dispatch(x, tokens, places), ends), places)",
         "self.experts(dispatch(x, tokens, places), ends)",
     ),
-    (4, "mix.py", "total = torch.zeros(mean.shape, dtype=torch.float64)", "total = torch.zeros(mean.shape)"),
+    (4, "mix.py", "total = torch.zeros(piece.shape, dtype=torch.float64)", "total = torch.zeros(piece.shape)"),
     (5, "mix.py", "generator=generator(seed, expert))", "generator=generator(seed, name))"),
     (6, "study/btm.py", "if self.prefix:", "if not self.prefix:"),
     (7, "study/btm.py", "scatter(-1, nearest, -math.log(self.k))", "scatter(-1, nearest, 0.0)"),

@@ -1,4 +1,4 @@
-"""Three domains for a model of a quarter of a million parameters on a CPU."""
+"""Three domains for a model of 427 thousand parameters on a CPU."""
 
 out_dir = "out/cpu/data"
 vocab_size = 1024

@@ -52,13 +52,14 @@ def first_leak(model, ids):
     A language model predicts position t + 1 from tokens 0 .. t. If the logits at t depend on what follows, then the
     training loss is a fraud: the model reads the answer, and cannot at generation.
 
-    model: a Transformer. ids: (B, T). Try at least ten other last tokens, in every row. A difference above 1e-4 counts.
+    model: a Transformer. ids: (B, T). For each token v of the vocabulary: put v at the end of every row and run once.
+    Returns the smallest position before the last that any v has moved, in any row, by more than 1e-4.
     """
-    vocab_size, leaks = model.config.vocab_size, []
+    leaks = []
     logits = model(ids).logits[:, :-1]  # (B, T - 1, V)
-    for shift in range(1, min(20, vocab_size - 1) + 1):
+    for token in range(model.config.vocab_size):
         changed = ids.clone()
-        changed[:, -1] = (changed[:, -1] + shift) % vocab_size
+        changed[:, -1] = token
         difference = (model(changed).logits[:, :-1] - logits).abs().amax(dim=(0, 2))  # (T - 1,)
         leaks += (difference > 1e-4).nonzero().flatten().tolist()
     return min(leaks, default=None)

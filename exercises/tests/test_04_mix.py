@@ -68,6 +68,18 @@ def test_copies_average_to_themselves_to_the_bit():
         assert mean([tensor] * copies).to(tensor.dtype).equal(tensor), f"{copies} copies"
 
 
+def test_what_is_averaged_stays_as_it_is():
+    """In float64, where a step without a copy would write into the models themselves, too."""
+    from mix import mean
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        tensors = [torch.randn(7, 5).to(dtype) for _ in range(3)]
+        before = [tensor.clone() for tensor in tensors]
+        torch.testing.assert_close(mean(tensors).to(dtype), (sum(t.double() for t in before) / 3).to(dtype))
+        assert all(tensor.equal(old) for tensor, old in zip(tensors, before, strict=True)), dtype
+
+
 def test_the_soup_is_a_dense_model():
     from common.weights import expected_tensors
     from mix import MixConfig, mix

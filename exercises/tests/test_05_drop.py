@@ -44,7 +44,7 @@ def test_a_redrawn_unit_is_new_in_every_weight():
 
 
 def test_new_weights_are_like_the_old_ones():
-    """Mean and deviation are those of what was dropped: w2 has mean 3 and w3 deviation 5."""
+    """Each matrix has its own mean and deviation, those of what it dropped: w2 has mean 3 and w3 deviation 5."""
     old, new = redrawn(units=400, width=64)
     for matrix, mean, std in (("w1", 0, 1), ("w2", 3, 1), ("w3", 0, 5)):
         drawn = new[matrix][new[matrix] != old[matrix]]

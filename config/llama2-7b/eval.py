@@ -1,0 +1,8 @@
+"""Evaluation on 256 windows a domain; `python -m study.benchmarks` asks the questions."""
+
+out_dir = "out/llama2-7b/report"
+data_dir = "out/llama2-7b/data"
+sequence_length = 4096
+eval_windows = 256
+device = "cuda"
+dtype = "bfloat16"

@@ -1,0 +1,8 @@
+"""Evaluation on 256 windows a domain; `python -m study.benchmarks` asks the questions."""
+
+out_dir = "out/smollm/report"
+data_dir = "out/smollm/data"
+sequence_length = 2048
+eval_windows = 256
+device = "cuda"
+dtype = "bfloat16"

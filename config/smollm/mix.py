@@ -1,0 +1,5 @@
+"""The mixture of the three branches and the seed, with the paper's random routers."""
+
+experts = "out/smollm/expert-code,out/smollm/expert-finemath,out/smollm/expert-wikipedia,hf:HuggingFaceTB/SmolLM2-135M"
+out_dir = "out/smollm/mixed"
+data_dir = "out/smollm/data"
