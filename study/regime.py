@@ -22,7 +22,7 @@ from common.runs import read_log, read_run, versions
 from finetune import FinetuneConfig
 from study.compare import CompareConfig
 from study.draw import plot_regime
-from study.regime_tables import all_tables, lines_of
+from study.regime_tables import ROWS, all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
 from study.tables import BITS
 
@@ -42,6 +42,7 @@ class RegimeConfig(StudyConfig):
     btx_rates: str = key("7e-4", "peak learning rates of BTX's finetuning; the best on validation text counts")
     upcycle_rates: str = key("3e-3", "those of upcycling")
     dense_rates: str = key("3e-3", "those of dense training")
+    comparison: str = key("", "a compare.json to take one point more from: the configs as they are")
 
 
 class Point(NamedTuple):
@@ -241,29 +242,48 @@ def measure(config, point, number):
         "--max_new_tokens=1",
     )
     scored = {row["name"]: row for row in read_json(f"{folder}/scores/results.json", "run again")["rows"]}
-    return [row_of(name, path, scored[os.path.basename(path)], own_cost(trainer.seed)) for name, path in best.items()]
+    found = []
+    for name, path in best.items():
+        rate = float(os.path.basename(path).removeprefix(f"{name}-"))
+        row = row_of(name, scored[os.path.basename(path)], own_cost(trainer.seed))
+        found.append({**row, "rate": rate, "last_run_tokens": own_cost(path)["tokens"]})
+    return found
 
 
-def row_of(name, path, scored, seed):
+def row_of(name, scored, seed):
     """A row of regime.json from one of results.json; tokens and FLOPs are those after the seed model's own (`seed`)."""
-    btx_only = {"finetuning": own_cost(path)["tokens"]} if name == "btx" else {}
     return {
         "name": name,
-        "rate": float(os.path.basename(path).removeprefix(f"{name}-")),
         **{metric: scored[metric] for metric in BITS},
         "tokens": scored["train_tokens"] - seed["tokens"],
         "flops": scored["train_flops"] - seed["flops"],
         "parameters": scored["total_params"],
         "seed_tokens": seed["tokens"],
-        **btx_only,
     }
+
+
+def from_comparison(config):
+    """(point, chains) of a compare.json: the configs as they are."""
+    remedy = "make it again: bash run.sh cpu compare"
+    chains = read_json(config.comparison, remedy)["chains"]
+    if "spliced" not in chains[0][0]:
+        raise UserError(f"--comparison={config.comparison} has no scores on spliced windows; {remedy}")
+    finetuning = settings_of(config, "finetune")
+    last = finetuning.max_steps * finetuning.batch_size * finetuning.sequence_length
+    found = {}
+    for number, rows in enumerate(chains, start=1):
+        named = {row["name"]: row for row in rows}
+        seed = {"tokens": named["seed"]["train_tokens"], "flops": named["seed"]["train_flops"]}
+        found[number] = [{**row_of(name, named[name], seed), "last_run_tokens": last} for name in ROWS]
+    domains = tuple(name for name in chains[0][0]["bpb"] if name != "avg")
+    return Point("budget", settings_of(config, "seed").hidden_size, 1.0, domains), found
 
 
 def summarize(point, chains):
     """A point of regime.json. chains: {random seed: rows of `measure`}."""
     rows = next(iter(chains.values()))
     btx, dense = (next(row for row in rows if row["name"] == name) for name in ("btx", "dense-cm"))
-    found = {**point._asdict(), "share": 1 - btx["finetuning"] / btx["tokens"], "parameters": dense["parameters"]}
+    found = {**point._asdict(), "share": 1 - btx["last_run_tokens"] / btx["tokens"], "parameters": dense["parameters"]}
     found["tokens_per_parameter"] = (btx["seed_tokens"] + btx["tokens"]) / dense["parameters"]
     return {**found, "seeds": list(chains), "chains": list(chains.values())}
 
@@ -276,6 +296,8 @@ def main():
     report = config.path("report")
     os.makedirs(report, exist_ok=True)
     chains = {point: {} for point in points}
+    if config.comparison:
+        chains |= dict([from_comparison(config)])
     for point in sorted(points, key=lambda point: point.width * point.scale):
         for number in numbers:
             if number == numbers[0] or point.width * point.scale <= config.repeated:

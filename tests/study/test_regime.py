@@ -1,5 +1,7 @@
 """The study of width and budget: its chains' settings, one small point by its real commands, numbers by hand."""
 
+import dataclasses
+import json
 import math
 import os
 import shutil
@@ -14,6 +16,7 @@ from study.regime import (
     RegimeConfig,
     Trainer,
     best_of,
+    from_comparison,
     length_flags,
     measure,
     points_of,
@@ -119,7 +122,7 @@ def test_the_best_rate_on_validation_text_counts(config, measured):
 
 def rows(btx, upcycled, dense):
     found = {"btx": btx, "upcycle-cm": upcycled, "dense-cm": dense}
-    costs = {"tokens": 100, "seed_tokens": 300, "parameters": 50, "finetuning": 20}
+    costs = {"tokens": 100, "seed_tokens": 300, "parameters": 50, "last_run_tokens": 20}
     return [{"name": n, "bpb": {"avg": v}, "spliced": {"avg": v + 1}, **costs} for n, v in found.items()]
 
 
@@ -165,6 +168,29 @@ def test_the_published_law():
     dense = math.exp(math.log(8.83) - 0.088 * after) + math.exp(math.log(12.3) - 0.116 * size)
     assert law_dense(1e9, 1e8) == pytest.approx(dense + 0.165, rel=1e-5)
     assert "| -75.0% |" in law_table([summarize(POINT, CHAINS)])  # upcycling's 0.7 beside 0.4
+
+
+def test_a_comparison_is_one_point_more(config, tmp_path):
+    """Two chains with a seed model of 300 tokens and 1,000 FLOPs; SHORT's finetuning takes 12 x 8 x 32 tokens."""
+
+    def row(name, value, tokens, flops):
+        scores = {"bpb": {"a": value, "b": value, "avg": value}, "spliced": {"avg": value + 1}}
+        return {"name": name, **scores, "train_tokens": tokens, "train_flops": flops, "total_params": 50}
+
+    chain = [row("seed", 0.9, 300, 1000), row("btx", 0.5, 9300, 5000), row("soup", 0.8, 0, 0)]
+    chain += [row("upcycle-cm", 0.6, 7300, 5010), row("dense-cm", 0.4, 9900, 4990)]
+    path = tmp_path / "compare.json"
+    path.write_text(json.dumps({"chains": [chain, chain]}))
+    point, chains = from_comparison(dataclasses.replace(config, comparison=str(path)))
+    assert point == Point("budget", 64, 1.0, ("a", "b")) and list(chains) == [1, 2]
+    found = summarize(point, chains)
+    assert found["tokens_per_parameter"] == 9300 / 50 and found["share"] == 1 - 12 * 8 * 32 / 9000
+    assert [one["flops"] for one in found["chains"][0]] == [4000, 4010, 3990]
+    assert "| +0.100 ± 0.000" in regime_table([found], "budget").replace("**", "")
+    del chain[0]["spliced"]
+    path.write_text(json.dumps({"chains": [chain]}))
+    with pytest.raises(UserError, match="no scores on spliced windows"):
+        from_comparison(dataclasses.replace(config, comparison=str(path)))
 
 
 # ---- what is asked for ----
