@@ -1,5 +1,7 @@
-"""BTX, upcycling and dense training at equal FLOPs, over widths, budgets, shares of the branches and domains: an hour and
-a half of one core that has nothing else to do, small chains first."""
+"""BTX, upcycling and dense training at equal FLOPs, over widths, budgets, shares of the branches and domains.
+
+About an hour and a half of one core that has nothing else to do, small chains first.
+"""
 
 widths = "32,64"
 scales = "0.125,0.25,0.5"  # config/cpu itself is width 64 at scale 1: --comparison=results/cpu/compare.json
