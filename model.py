@@ -432,7 +432,7 @@ class Transformer(nn.Module):
             total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
             loss = total / (targets != IGNORE).sum()  # mean negative log-likelihood
         if self.config.num_local_experts:
-            gates = torch.stack([gates for gates, _ in routed]).unflatten(1, ids.shape)  # (L, B, T, E)
+            gates = torch.stack([gates.unflatten(0, ids.shape) for gates, _ in routed])  # (L, B, T, E)
             stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
             aux_loss = self.config.router_aux_loss_coef * stats["balance_loss"].sum()
             if self.config.router_z_loss_coef:  # else it is for the log alone, and needs no backward pass
@@ -457,9 +457,10 @@ class Transformer(nn.Module):
             parameter.data.copy_(value)
         return model
 
-    def save_pretrained(self, folder):
-        """Write model.safetensors and config.json, which `from_pretrained` of transformers loads, too."""
-        tensors = to_disk(self.state_dict())
+    def save_pretrained(self, folder, weights=None):
+        """Write model.safetensors and config.json, which `from_pretrained` of transformers loads, too. weights: what
+        state_dict() would give, where this process holds only a part of it."""
+        tensors = to_disk(weights or self.state_dict())
         write_weights(folder, self.config, ((name, tensors[name]) for name in expected_tensors(self.config)))
         write_config(folder, self.config)
 

@@ -2,7 +2,7 @@
 # The whole pipeline, one plain command a stage; each also works when typed alone.
 #
 #   bash run.sh          config/cpu: 8.5 minutes on 2 CPU cores
-#   bash run.sh gpu      config/gpu: one CUDA GPU
+#   bash run.sh gpu      config/gpu: one CUDA GPU; gpu80 for a card of 80 GB and text of your own
 #   bash run.sh smoke    every stage at toy size, half a minute
 #   bash run.sh lesson   the course's size, 2 minutes: exercises/lesson.sh
 #   bash run.sh smollm   from a published model: config/smollm, config/llama2-7b (a README.md in each)
@@ -19,6 +19,7 @@
 #   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
 #   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"
 #   FLAGS="--same_code=True"        more flags for every stage that trains, mixes or evaluates
+#   LAUNCH="torchrun --nproc_per_node=8"    what starts train.py and finetune.py
 #   PYTHON=python3                  an environment of your own instead of .venv
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -41,6 +42,7 @@ case $task in
 esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
+launch=${LAUNCH:-$python}
 
 # with `regime`: no pipeline, but smaller chains of their own, on data of their own
 if [ "$task" = regime ]; then
@@ -66,19 +68,20 @@ if [ "$task" = check ]; then
 fi
 
 # 2. seed: one small language model for all domains, unless someone has trained it
-[ -n "$published" ] || $python train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$seed" \
+[ -n "$published" ] || $launch train.py "$config/seed.py" --domain="$all" --seed="$random_seed" --out_dir="$seed" \
     ${SEED_FLAGS:-} ${FLAGS:-}
 
 # 3. branch: one expert a domain (but for that of the seed's own text), processes that share nothing; side by side where
 #    each has a GPU of its own
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+[ -z "${LAUNCH:-}" ] || gpus=1  # a branch takes all of them
 experts=() jobs=() failed=()
 for i in "${!names[@]}"; do
     [ "${names[i]}" != "$generalist" ] || continue
     expert=$out/expert-${names[i]} settings=$config/expert-${names[i]}.py
     [ -e "$settings" ] || settings=$config/expert.py
     experts+=("$expert")
-    branch="$python train.py $settings --domain=${names[i]} --init_from=$seed --out_dir=$expert"
+    branch="$launch train.py $settings --domain=${names[i]} --init_from=$seed --out_dir=$expert"
     branch+=" --seed=$random_seed ${EXPERT_FLAGS:-} ${FLAGS:-}"
     if [ "$gpus" -gt 1 ]; then
         CUDA_VISIBLE_DEVICES=$((i % gpus)) $branch & jobs+=($!)
@@ -96,7 +99,7 @@ $python mix.py "$config/mix.py" --experts="$experts,$seed" --out_dir="$out/mixed
 $python mix.py --experts="$experts,$seed" --out_dir="$out/soup" --method=soup ${FLAGS:-}
 
 # 5. finetune: all domains together, so that the routers learn
-$python finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --domain="${mixture:-$all}" \
+$launch finetune.py "$config/finetune.py" --init_from="$out/mixed" --out_dir="$out/btx" --domain="${mixture:-$all}" \
     --seed="$random_seed" ${FINETUNE_FLAGS:-} ${FLAGS:-}
 [ "$task" != chain ] || exit 0
 

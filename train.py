@@ -25,14 +25,13 @@ from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
 from common.device import (
-    Processes,
     StopSignal,
     compile_key,
     compiled,
     device_key,
     dtype_key,
     pick_device,
-    place,
+    pick_dtype,
     send,
     threads_key,
 )
@@ -40,6 +39,8 @@ from common.errors import UserError, command
 from common.files import write_atomically
 from common.fit import check_sizes, report_memory
 from common.hub import local_folder
+from common.parallel import Processes
+from common.state import load_state, new_state, save_state
 from common.weights import copy_tokenizer, group_of, same_tokenizer
 from eval import Validation
 from model import ModelConfig, Transformer
@@ -88,6 +89,7 @@ class TrainConfig:
     dtype: str = dtype_key()
     threads: int = threads_key()
     compile: str = compile_key()
+    shard_size: int = key(1, "torchrun's processes that share one copy of the weights; 0 is all", within="[0, inf)")
     checkpoint_activations: bool = key(False, "keep no activations inside a layer, compute them twice: less memory")
     dry_run: bool = key(False, "print the memory that the run will need, and stop")
     overwrite: bool = key(False, "start anew, discarding the run that --out_dir holds")
@@ -96,9 +98,10 @@ class TrainConfig:
 
 # what a run may be resumed or repeated without: keys that do not shape its result
 NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
-NOT_IN_RECIPE += ("checkpoint_activations", "dry_run")
+NOT_IN_RECIPE += ("shard_size", "checkpoint_activations", "dry_run")
 # the source that decides a run's result
 CODE = ("model.py", "train.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/weights.py")
+CODE += ("common/device.py", "common/parallel.py")
 
 
 def make_recipe(config, corpus, mixture, code):
@@ -174,14 +177,14 @@ def train_step(config, step, model, optimizer, batches, processes, stop):
     device, parts, sums = processes.device, processes.micro_batches(config.batch_size, config.micro_batch_size), {}
     number = torch.full((), step, device=device)
     for start, end in parts:
+        processes.expect(model, last=end == parts[-1][1])
         inputs, targets = (send(part, device) for part in batches(step, start, end))
         torch.manual_seed(hash((config.seed, step, start)))  # noise by place: a tuple of ints hashes alike everywhere
         output = model(inputs, targets, step=number)
         ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
             sums[name] = sums.get(name, 0) + value.detach().double() / len(parts)
-    processes.average_gradients(model.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    norm = processes.clip_gradients(model, config.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group["scale"]
     optimizer.step()
@@ -202,22 +205,23 @@ def train_step(config, step, model, optimizer, batches, processes, stop):
 
 
 class Recorder:
-    """What the first process does besides training: progress bar, evaluations, log.jsonl and checkpoints.
+    """What is done besides training: progress bar, evaluations, log.jsonl and checkpoints.
 
-    log.jsonl holds nothing that differs between two runs of one recipe; times go to run.json.
+    All processes take part, since each may hold but a piece of the weights; the first one prints and writes. log.jsonl
+    holds nothing that differs between two runs of one recipe; times go to run.json.
     """
 
-    def __init__(self, config, run, corpus, model, optimizer, state):
+    def __init__(self, config, run, corpus, model, optimizer, processes, state):
         self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
+        self.processes = processes
         self.validation = Validation(corpus, config.sequence_length, config.eval_windows)
         self.tokens_per_step = config.batch_size * config.sequence_length
         self.flops_per_token = model.flops_per_token(config.sequence_length)
         self.started = time.monotonic() - state["seconds"]
         self.sums = state["sums"]  # of what train_step returns, over the steps since the last evaluation
-        self.log = state["log"]  # the text of log.jsonl
-        self.bar = tqdm(
-            total=config.max_steps, initial=state["step"], desc=config.out_dir, unit="step", dynamic_ncols=True
-        )
+        self.log, self.shards = state["log"], state["shards"]  # the text of log.jsonl; see common/state.py
+        shown = {"desc": config.out_dir, "unit": "step", "dynamic_ncols": True, "disable": not processes.first}
+        self.bar = tqdm(total=config.max_steps, initial=state["step"], **shown)
 
     def begin(self, step):
         """Score and save the weights that a fresh run starts from; bring log.jsonl to where a resumed one goes on."""
@@ -259,15 +263,18 @@ class Recorder:
         self.bar.write(f"step {step:6d}  {loss}bits per byte: {bpb}")
 
     def write_log(self):
-        write_atomically(os.path.join(self.config.out_dir, runs.LOG), self.log)
+        if self.processes.first:
+            write_atomically(os.path.join(self.config.out_dir, runs.LOG), self.log)
 
     def save(self, step, finished=False):
-        """Write a checkpoint. state.pt alone decides where a killed run resumes, and it is replaced in one move."""
+        """Write a checkpoint: the training state, which decides where a killed run resumes, then the model."""
         folder, cost = self.config.out_dir, self.cost(step)
-        state = {"step": step, "seconds": cost["seconds"], "log": self.log, "sums": self.sums}
-        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        runs.save_state(folder, state)
-        self.model.save_pretrained(folder)
+        state = {"step": step, "seconds": cost["seconds"], "log": self.log, "sums": self.sums, "shards": self.shards}
+        self.shards = save_state(folder, state, self.model, self.optimizer, self.processes)
+        weights = self.processes.whole_weights(self.model)
+        if not self.processes.first:
+            return
+        self.model.save_pretrained(folder, weights)
         copy_tokenizer(self.corpus.folder, folder)
         run = {**self.run, "step": step, "history": {**runs.history_of(self.config.init_from), folder: cost}}
         (runs.finish_run if finished else runs.write_run)(folder, run)
@@ -284,64 +291,57 @@ def train(config, make_model, code=CODE):
     mixture = corpus.mixture(config.domain)
     recipe = make_recipe(config, corpus, mixture, code)
     with contextlib.ExitStack() as stack:
-        first = int(os.environ.get("RANK", 0)) == 0
+        processes = stack.enter_context(Processes())
         was_there = os.path.isdir(config.out_dir)
-        if first:
+        if processes.first:
             stack.enter_context(runs.locked(config.out_dir))
-        run, found = runs.find_run(config.out_dir, recipe, config.overwrite, config.same_code)
+        run, found = processes.from_first(runs.find_run, config.out_dir, recipe, config.overwrite, config.same_code)
         if run["finished"]:
             print(f"{config.out_dir} is finished ({run['step']} steps), nothing to do")
             return
         if config.init_from:
             same_tokenizer([config.init_from, config.data_dir])
-        device = pick_device(config.device, config.threads)
-        processes = Processes(device)
-        raw_model = place(make_model(config, corpus), device, config.dtype)
+        processes.device = device = pick_device(config.device, config.threads)
+        raw_model = make_model(config, corpus)
         freeze(raw_model, config.freeze)
         check_sizes(config, corpus, raw_model, processes)
+        raw_model.compute_dtype = pick_dtype(config.dtype, device, raw_model.config)
         raw_model.recompute = config.checkpoint_activations
         if config.dry_run:
             report_memory(config, raw_model)
             return
+        processes.spread(raw_model, config.shard_size).to(device)
         stage = len(runs.history_of(config.init_from))  # how many runs came before: a branch draws other windows
         batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice, stage)
         optimizer = make_optimizer(config, raw_model)
 
-        state = {"step": 0, "seconds": 0.0, "log": "", "sums": {}}
-        if found and os.path.exists(os.path.join(config.out_dir, runs.STATE)):
-            state = runs.load_state(config.out_dir, config.max_steps, raw_model, optimizer)
+        state = load_state(config.out_dir, config.max_steps, raw_model, optimizer) if found else new_state()
         processes.barrier()  # all have looked at the folder before the first one changes it
-        recorder = None
-        if processes.first:
-            if not was_there:  # so it is not locked yet, though another process may have made it meanwhile
-                stack.enter_context(runs.locked(config.out_dir, create=True))
-            if state["step"] == 0:
-                runs.start_run(config.out_dir, run)
-                state["log"] = ""  # also after a kill at step 0: the log is gone and begins again
-            recorder = Recorder(config, run, corpus, raw_model, optimizer, state)
-            recorder.begin(state["step"])
+        if processes.first and not was_there:  # so it is not locked yet, though another process may have made it since
+            stack.enter_context(runs.locked(config.out_dir, create=True))
+        if state["step"] == 0:
+            state["log"] = ""  # also after a kill at step 0: the log is gone and begins again
+            processes.from_first(runs.start_run, config.out_dir, run)
+        recorder = Recorder(config, run, corpus, raw_model, optimizer, processes, state)
+        recorder.begin(state["step"])
         run_steps(config, state["step"], raw_model, optimizer, batches, processes, recorder)
 
 
 def run_steps(config, step, raw_model, optimizer, batches, processes, recorder):
-    """The training loop, from `step` to the end or to a signal that stops it. recorder: None in all but the first
-    process."""
+    """The training loop, from `step` to the end or to a signal that stops it."""
     model = compiled(raw_model, config.compile, processes.device)
     stopped, stop = False, StopSignal()
     while step < config.max_steps and not stopped:
         means, norm, stopped = train_step(config, step, model, optimizer, batches, processes, stop)
         step += 1
-        if recorder:
-            recorder.record(step, means, norm)
-            if step % config.save_interval == 0:
-                recorder.save(step)
-    if recorder:
-        recorder.save(step, finished=step == config.max_steps)
-        recorder.bar.close()
-        done = "finished" if step == config.max_steps else "stopped and saved, the same command goes on from here"
-        print(f"{config.out_dir}: {done}; step {step}, {recorder.speed(step)}")
+        recorder.record(step, means, norm)
+        if step % config.save_interval == 0:
+            recorder.save(step)
+    recorder.save(step, finished=step == config.max_steps)
+    recorder.bar.close()
+    done = "finished" if step == config.max_steps else "stopped and saved, the same command goes on from here"
+    print(f"{config.out_dir}: {done}; step {step}, {recorder.speed(step)}")
     processes.barrier()
-    processes.close()
     if step < config.max_steps:
         raise SystemExit(128 + (stop.number or signal.SIGTERM))
 

@@ -1,11 +1,11 @@
-"""Where to compute and in which precision, and which of torchrun's processes this one is."""
+"""Where to compute and in which precision, and the signals that stop a run."""
 
 import math
 import os
 import signal
 
 import torch
-import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from common.config import key
 from common.errors import UserError
@@ -92,58 +92,18 @@ def compiled(model, choice, device):
     float32 stays as it is: torch.compile takes grouped_mm in bfloat16 alone."""
     wanted = choice == "on" or (choice == "auto" and device.type == "cuda")
     possible = model.compute_dtype == torch.bfloat16 or not model.config.num_local_experts
-    return torch.compile(model) if wanted and possible else model
+    if not (wanted and possible):
+        return model
+    if isinstance(model, FSDPModule):  # weights are gathered between the layers, where no graph may reach
+        for layer in model.model.layers:
+            layer.forward = torch.compile(layer.forward)
+        return model
+    return torch.compile(model)
 
 
 def send(tensor, device):
     """Copy a CPU tensor to the device; to a GPU from pinned memory, so that nobody waits for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-class Processes:
-    """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU)."""
-
-    def __init__(self, device):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = device
-        if self.world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-    def micro_batches(self, batch_size, micro_batch_size):
-        """The rows of a batch that this process takes: (start, stop) of each forward pass. A process whose share is
-        smaller than the micro-batch takes it at once."""
-        share = batch_size // self.world
-        begin, size = self.rank * share, min(micro_batch_size, share)
-        return [(start, start + size) for start in range(begin, begin + share, size)]
-
-    def average_gradients(self, parameters):
-        """Replace each process's gradients by their mean over all processes: what makes data parallelism one run."""
-        if self.world == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])  # one message instead of many
-        dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-    def mean(self, tensor):
-        """The mean of a tensor over all processes."""
-        if self.world == 1:
-            return tensor
-        dist.all_reduce(tensor)
-        return tensor / self.world
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
 
 
 class StopSignal:

@@ -28,6 +28,8 @@ def check_sizes(config, corpus, model, processes):
             f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
             f"times {processes.world} process(es)"
         )
+    if config.shard_size and processes.world % config.shard_size and not config.dry_run:
+        raise UserError(f"--shard_size={config.shard_size} does not divide torchrun's {processes.world} process(es)")
 
 
 # ---- memory ----
@@ -52,8 +54,9 @@ def kept_bytes(model, rows, length, double=False):
     return sum(found.values())
 
 
-def count_memory(model, rows, length):
+def count_memory(model, rows, length, shards=1):
     """{part: bytes} of a training run on one GPU, with `rows` sequences in a forward pass, without torch.compile.
+    shards: over how many GPUs one copy of the model is spread.
 
     The parts are there together when a backward pass begins; fragments and libraries come on top. A mixture in float32
     is traced in bfloat16, the only dtype in which grouped_mm has shapes without numbers. The trace is a CPU's, which in
@@ -70,10 +73,14 @@ def count_memory(model, rows, length):
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logits = min(rows * length, chunk_rows("cuda", model.config.vocab_size)) * model.config.vocab_size
+    layers = model.model.layers
+    layer = sum(parameter.numel() for parameter in layers[0].parameters())
+    gathered = total - (len(layers) - 2) * layer if shards > 1 else 0  # what no layer holds, a layer and the next one
     return {
-        "parameters (fp32)": 4 * total,
-        "gradients (fp32)": 4 * trained,
-        "AdamW (two fp32 moments)": 8 * trained,
+        "parameters (fp32)": 4 * total // shards,
+        "gradients (fp32)": 4 * trained // shards,
+        "AdamW (two fp32 moments)": 8 * trained // shards,
+        "weights gathered from shards": 4 * gathered,
         "activations of a micro-batch": casts + rows * (two - one),
         "a chunk of logits": logits * (4 + 4 + model.compute_dtype.itemsize),
     }
@@ -83,7 +90,7 @@ def report_memory(config, model):
     """Print what --dry_run promises."""
     rows, active, total = min(config.micro_batch_size, config.batch_size), *model.num_parameters()
     print(f"{total:,d} parameters, {active:,d} active for a token; {rows} x {config.sequence_length} tokens a pass")
-    parts = count_memory(model, rows, config.sequence_length)
+    parts = count_memory(model, rows, config.sequence_length, shards=max(1, config.shard_size))
     for name, size in {**parts, "together": sum(parts.values())}.items():
         print(f"{name:30s} {size / 2**30:9.2f} GiB")
     flops = model.flops_per_token(config.sequence_length) * config.max_steps * config.batch_size

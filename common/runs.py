@@ -1,7 +1,7 @@
 """How a run stands: which recipe a folder holds, how far it has come, and what came before it.
 
     run.json    how the weights came to be: recipe, progress, and the cost of every run behind them
-    state.pt    weights, optimizer and position, to resume training from
+    state.pt    weights, optimizer and position, to resume training from; see common/state.py
     log.jsonl   one line per evaluation
     README.md   the model card of a finished run
 
@@ -17,21 +17,17 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import platform
 import tokenize
-import zipfile
 from importlib.metadata import version
-
-import torch
 
 from common.card import CARD, write_card
 from common.errors import UserError
-from common.files import atomic_file, read_json, write_json
+from common.files import read_json, write_json
 from common.shape import read_config
+from common.state import STATE, remove_shards
 from common.weights import WEIGHTS, fingerprint, remove_weights, weights_hash
 
-STATE = "state.pt"
 LOG = "log.jsonl"
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -194,6 +190,7 @@ def start_run(folder, run):
     write_run(folder, run)
     for name in (LOG, CARD):
         _remove(os.path.join(folder, name))
+    remove_shards(folder)
     remove_weights(folder)
 
 
@@ -255,37 +252,3 @@ def read_results(path):
     if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
         raise UserError(f"{path} is no results.json of eval.py; choose another folder or move it away")
     return found
-
-
-# ---- state.pt ----
-
-STATE_TYPES = {"step": int, "seconds": float, "log": str, "sums": dict, "model": dict, "optimizer": dict}
-
-
-def save_state(folder, state):
-    """Replace state.pt, which alone decides where a killed run resumes, in one move. state: see STATE_TYPES."""
-    with atomic_file(os.path.join(folder, STATE)) as file:
-        torch.save(state, file)
-
-
-def load_state(folder, last_step, model, optimizer):
-    """Put a saved training state into model and optimizer; returns the rest of it (step, seconds, ...)."""
-    path = os.path.join(folder, STATE)
-    try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for name, kind in STATE_TYPES.items():
-            if not isinstance(state.get(name), kind):
-                raise ValueError(f"{name} is no {kind.__name__}")
-        if not 0 <= state["step"] <= last_step:
-            raise ValueError(f"step {state['step']} is beyond the last, {last_step}")
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-    except (
-        *(RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError),
-        *(pickle.UnpicklingError, zipfile.BadZipFile),
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); delete it to start the run anew") from None
-    return state

@@ -50,16 +50,23 @@ def list_python_files():
     return files
 
 
-def _read_module(path):
-    """The source and its syntax tree, or (None, None) for a file that is not plain current Python."""
+def _read_source(path):
+    """The text of a file; None unless it is UTF-8."""
     try:
         with open(path, encoding="utf-8") as file:
-            source = file.read()
+            return file.read()
+    except UnicodeDecodeError:
+        return None
+
+
+def _parse(source):
+    """The syntax tree of a source; None unless it is plain current Python."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a package's strings escape is not our concern
-            return source, ast.parse(source)
-    except (UnicodeDecodeError, SyntaxError, ValueError):
-        return None, None
+            return ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
 
 
 def _statements(tree):
@@ -118,8 +125,8 @@ def code_documents(seed):
     files, seen = list_python_files(), set()
 
     def read(path):
-        source, tree = _read_module(path)
-        if not source or not source.strip() or _is_mostly_data(source):
+        source = _read_source(path)
+        if not source or not source.strip() or _is_mostly_data(source) or (tree := _parse(source)) is None:
             return None
         text = without_docstrings(source, tree)
         digest = hashlib.sha256(text.encode()).digest()
@@ -161,8 +168,9 @@ def prose_documents(seed):
         if key in topic_keys:
             texts = [topic_keys[key]]
         else:
-            source, tree = _read_module(files[key])
-            texts = _texts_of(source, tree) if source else []
+            source = _read_source(files[key])
+            tree = _parse(source) if source else None
+            texts = _texts_of(source, tree) if tree else []
         kept = []
         for text in texts:
             for paragraph in english_paragraphs(text):

@@ -3,13 +3,15 @@
 #
 #   bash exercises/grade.sh              the copy in student/, which is made when it is not there
 #   bash exercises/grade.sh 3            exercise 3 of it alone, with what pytest says
-#   bash exercises/grade.sh --solution   a fresh copy with the solution filled in
+#   bash exercises/grade.sh --solution   for staff: the answers to what the tests do not ask, then a fresh copy with the
+#                                        solution filled in
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source setup.sh
 folder=student
 if [ "${1:-}" = --solution ]; then
     shift
+    [ $# -gt 0 ] || cat exercises/solution/answers.md
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     folder=$scratch/solution

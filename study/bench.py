@@ -7,7 +7,8 @@
 All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A
 mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
 the checkouts run as their authors run them in bfloat16, under autocast. Subjects take turns step by step, a step's
-time is compared with that of the others in the same turn, and medians of these ratios count.
+time is compared with that of the others in the same turn, and medians of these ratios count. What our step consists of,
+and what a run costs beside its steps, is in study/parts.py.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ import importlib.util
 import os
 import statistics
 import sys
-import time
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -27,10 +27,10 @@ from common.config import key, parse, split_list
 from common.device import compile_key, compiled, device_key, pick_device, threads_key
 from common.errors import UserError, command
 from common.files import write_atomically, write_json
-from common.fused import head_loss
 from common.generate import generate
 from common.runs import versions
 from model import ModelConfig, Transformer
+from study.parts import beside, in_turns, shares, start_up
 
 EXPERTS, CHOSEN = 4, 2
 HEAD_SIZE = 32
@@ -181,30 +181,7 @@ def subjects(config, width, device, dtype):
     return found
 
 
-# ---- the clock ----
-
-
-def timed(config, device, function):
-    """Seconds that a function takes, the device's work included."""
-    clock = time.perf_counter if config.clock == "wall" else time.process_time
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def in_turns(config, device, functions, warm=2):
-    """{name: [seconds]} of functions that take turns; the first turns do not count."""
-    times = {name: [] for name in functions}
-    for turn in range(warm + config.turns):
-        for name, function in functions.items():
-            seconds = timed(config, device, function)
-            if turn >= warm:
-                times[name].append(seconds)
-    return times
+# ---- the tasks ----
 
 
 def measure(config, found, device):
@@ -235,44 +212,6 @@ def measure(config, found, device):
             config, device, tasks(lambda subject, p=prompts: subject.generate(p, config.new_tokens), speakers), warm=1
         )
     return result
-
-
-def shares(config, subject, device):
-    """{part: share of a training step}: forward and backward of each part alone, over the whole step. The rest is
-    norms, embeddings, residual additions and the router's losses."""
-    model, size = subject.model, (config.batch_size, config.sequence_length)
-    layer, count = model.model.layers[-1], config.layers
-    x = torch.randn(*size, model.config.hidden_size, device=device, dtype=model.compute_dtype, requires_grad=True)
-    ids = torch.randint(config.vocab_size, size, device=device)
-    cos, sin = (table[: size[1]].to(x.dtype) for table in (model.cos, model.sin))
-    mixed = model.config.num_local_experts > 0
-
-    def step():
-        subject.loss(ids, ids).backward()
-
-    def back(y):
-        y.backward(torch.ones_like(y))
-
-    def feed_forward():
-        back(layer.block_sparse_moe(x)[0] if mixed else layer.mlp(x))
-
-    def head():
-        head_loss(x.flatten(0, 1), model.lm_head.weight, ids.flatten()).backward()
-
-    functions = {
-        "step": step,
-        "attention": lambda: back(layer.self_attn(x, cos, sin)),
-        "experts, routing and layout" if mixed else "feed-forward": feed_forward,
-        "head and loss": head,
-        "optimizer": subject.optimizer.step,
-    }
-    if mixed:
-        rows = torch.randn(x[..., 0].numel() * CHOSEN, x.size(-1), device=device, dtype=x.dtype, requires_grad=True)
-        ends = torch.arange(1, EXPERTS + 1, device=device, dtype=torch.int32) * (len(rows) // EXPERTS)
-        functions["of these, the experts alone"] = lambda: back(layer.block_sparse_moe.experts(rows, ends))
-    times = {name: statistics.median(values) for name, values in in_turns(config, device, functions).items()}
-    whole = times.pop("step") + times["optimizer"]
-    return {name: (1 if name in ("head and loss", "optimizer") else count) * t / whole for name, t in times.items()}
 
 
 def matmul_rate(config, device, dtype, size=1024):
@@ -309,6 +248,8 @@ def table(config, row):
     )
     for name, parts in row["shares"].items():
         lines.append(f"Shares of a step, {name}: " + ", ".join(f"{part} {s:.0%}" for part, s in parts.items()) + ".")
+    for name, costs in row["beside"].items():
+        lines.append(f"Beside the steps, {name}: " + ", ".join(f"{part} {t:.3g} s" for part, t in costs.items()) + ".")
     return "\n".join(lines)
 
 
@@ -330,6 +271,10 @@ def main():
             row["flops"] = {name: one.model.flops_per_token(config.sequence_length) for name, one in mine.items()}
             row["matmul_flops"] = matmul_rate(config, device, dtype)
             row["shares"] = {name: shares(config, mine[name], device) for name in ("dense", "mixture")}
+            row["beside"] = {
+                name: {**beside(config, mine[name], device), **start_up(config, mine[name].model, device)}
+                for name in ("dense", "mixture")
+            }
             rows.append(row)
             print(table(config, row), flush=True)
             text += "\n" + table(config, row)

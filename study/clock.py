@@ -22,16 +22,17 @@ import torch
 
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
-from common.device import Processes, compile_key, compiled, device_key, pick_device, place, threads_key
+from common.device import compile_key, compiled, device_key, pick_device, place, threads_key
 from common.errors import UserError, command
 from common.files import write_json
+from common.parallel import Processes
 from common.runs import versions
 from finetune import FinetuneConfig
 from mix import MixConfig
 from model import ModelConfig, Transformer
-from study.bench import in_turns
-from study.cost import GRADIENT_BYTES, ring_bytes
+from study.cost import NUMBER_BYTES, step_bytes
 from study.draw import bits, plot_network
+from study.parts import in_turns
 from study.stages import StudyConfig, parse_study
 from train import build_model, freeze, make_optimizer, train_step
 
@@ -86,7 +87,7 @@ def matched_steps(spent, seconds):
 def schedule_of(steps, workers, seconds, numbers):
     """The Schedule of data-parallel training: each of `steps` takes `seconds` on every worker, then a ring all-reduce
     of `numbers` gradients."""
-    return Schedule(steps * seconds, steps * ring_bytes(numbers, workers) / workers * 8)
+    return Schedule(steps * seconds, steps * step_bytes(numbers, workers) / workers * 8)
 
 
 def crossing(ours, theirs):
@@ -201,7 +202,7 @@ def main():
     found = schedules(settings, models, medians[1], medians[config.workers], config.workers)
     crossings = {f"{one} over {other}": crossing(found[one], found[other]) for one, other in PAIRS}
     network = {"schedules": {name: one._asdict() for name, one in found.items()}, "crossings": crossings}
-    network |= {"workers": config.workers, "gradient_bytes": GRADIENT_BYTES}
+    network |= {"workers": config.workers, "gradient_bytes": NUMBER_BYTES}
     write_json(os.path.join(report, "network.json"), {**network, **setting})
     plot_network(network["schedules"], crossings, config.workers, os.path.join(report, "network.png"))
     for kind, seconds in medians[1].items():

@@ -11,7 +11,7 @@ from common.weights import expected_tensors
 from model import ModelConfig
 
 WORKERS = 8
-GRADIENT_BYTES = 4  # gradients travel in fp32
+NUMBER_BYTES = 4  # gradients and weights travel in fp32
 
 
 class Run(NamedTuple):
@@ -53,25 +53,28 @@ def critical_seconds(runs):
     return max(finish.values(), default=0.0)
 
 
-def ring_bytes(parameters, workers):
-    """Bytes that all workers of a ring all-reduce send together, an equal share each.
+def step_bytes(parameters, workers, shard_size=1, micro_batches=1):
+    """Bytes that one training step on `workers` machines sends, all of them together (common/parallel.py).
 
-    A ring passes the parameters / workers gradients of a part on workers - 1 times to sum them and workers - 1 times to
-    spread the sums, and does so for all parts at once.
+    Rings: an all-reduce of P numbers over w sends 2 (w - 1) P, a gather or a reduce-scatter (w - 1) P. With shard_size
+    s there are w / s copies: each micro-batch gathers weights twice and reduces gradients once within each of them,
+    and once a step the s rings across the copies average the pieces. s = 1 is plain data parallelism, 2 (w - 1) P.
     """
-    return 2 * (workers - 1) * parameters * GRADIENT_BYTES
+    copies = workers / shard_size
+    within = micro_batches * 3 * copies * (shard_size - 1)
+    across = 2 * max(0, copies - 1)  # half a worker, where branches outnumber the workers, sends nothing
+    return (within + across) * parameters * NUMBER_BYTES
 
 
 def bytes_sent(runs, workers=WORKERS):
     """Bytes that data-parallel training on `workers` machines would have sent, all of them together.
 
-    A ring all-reduce of P gradients over w workers sends 2 (w - 1) P numbers a step, all of a mixture's experts
-    included. Runs that can go side by side share the workers evenly, so each of N branches has w = workers / N
-    and nothing passes between branches.
+    Gradients of all of a mixture's experts are among them. Runs that can go side by side share the workers evenly, so
+    each of N branches has w = workers / N and nothing passes between branches.
     """
     trained = {folder: run for folder, run in runs.items() if run.steps}
     total = 0
     for folder, run in trained.items():
         beside = [f for f, other in trained.items() if f not in run.before and folder not in other.before]
-        total += run.steps * ring_bytes(run.parameters, max(1, workers / len(beside)))
+        total += run.steps * step_bytes(run.parameters, workers / len(beside))
     return total

@@ -271,6 +271,21 @@ def bits(number):
     return EngFormatter(unit="bit")(float(f"{number:.2g}"))
 
 
+def plot_scaling(panels, path):
+    """Hours over network speed, both logarithmic. panels: {title: {method: [(Gbit/s, hours)]}}."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8))
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        for i, (method, points) in enumerate(curves.items()):
+            axis.loglog(*zip(*points, strict=True), color=COLOURS[i], linestyle=STYLES[i], label=method)
+        axis.set(title=title, xlabel="Gbit/s that a worker can send", ylabel="hours after the seed")
+        axis.xaxis.set_major_formatter(PLAIN)
+        axis.yaxis.set_major_formatter(PLAIN)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def plot_ablations(rows, path):
     """Average bits per byte of every row, best first, with the spread over random seeds; a line is top-2 at each
     of the two budgets. Rows far behind the others stand at the edge, as an arrow."""

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 from typing import NamedTuple
 
@@ -85,18 +86,42 @@ _processes = multiprocessing.get_context("forkserver")  # forks from a process t
 _processes.set_forkserver_preload(["finetune", "torch._dynamo"])
 
 
-def run_process(script, *arguments, hook=""):
-    """Run a script in a process of its own, after the Python code `hook`."""
+def _start(script, arguments, hook):
+    """The process, and where its output and its errors can be read."""
     (out, child_out), (err, child_err) = (_processes.Pipe(duplex=False) for _ in range(2))
     process = _processes.Process(target=_child, args=(script, [*map(str, arguments)], hook, child_out, child_err))
     process.start()
+    child_out.close()
+    child_err.close()
+    return process, out, err
+
+
+def _finish(process, out, err):
     texts = []
-    for ours, theirs in ((out, child_out), (err, child_err)):
-        theirs.close()
+    for ours in (out, err):
         with open(ours.fileno(), "rb", closefd=False) as file:
             texts.append(file.read().decode())  # until the process ends
     process.join()
     return Result(process.exitcode, *texts)
+
+
+def run_process(script, *arguments, hook=""):
+    """Run a script in a process of its own, after the Python code `hook`."""
+    return _finish(*_start(script, arguments, hook))
+
+
+def run_ranks(world, script, *arguments, hook="", hook_rank=None):
+    """The Results of `world` processes that train together, as torchrun would start them (which takes seconds more).
+    hook: Python code for each of them, or for the one of hook_rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        lines = f"import os; os.environ.update({ {name: str(value) for name, value in place.items()} })\n"
+        started.append(_start(script, arguments, lines + (hook if hook_rank in (None, rank) else "")))
+    return [_finish(*one) for one in started]
 
 
 def error_line(result):

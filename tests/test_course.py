@@ -48,7 +48,10 @@ def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(t
         assert read(tmp_path / "solved" / target) == read(os.path.join(ROOT, path)), target
         same = read(tmp_path / "student" / target) == read(os.path.join(ROOT, path))
         assert same == (path not in by_file() and path != f"{OWN}predictions.json"), target
-    assert {target for target in copied_files() if target.startswith("exercises")} >= {"exercises/routers.py"}
+    own = {target for target in copied_files() if target.startswith("exercises")}
+    assert own == {
+        f"exercises/{name}" for name in ("__init__.py", "compute.py", "muon.py", "predictions.json", "routers.py")
+    }
 
 
 def test_methods_nested_indents_and_docstrings_survive():
@@ -95,7 +98,9 @@ def total():
 
 def test_the_stubs_score_nothing(tmp_path, total):
     make_copy(tmp_path / "student")
-    assert grade(tmp_path / "student")[-1] == f"points: 0 of {total}"
+    last = grade(tmp_path / "student")[-1]
+    assert last == f"points: 0 of {total}"
+    assert last in source("exercises/README.md") and last in source("docs/teaching.md")
 
 
 def test_the_solution_scores_everything(total):
@@ -103,6 +108,7 @@ def test_the_solution_scores_everything(total):
     command = ["bash", os.path.join(ROOT, "exercises", "grade.sh"), "--solution"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == f"points: {total} of {total}", done.stdout
+    assert done.stdout.startswith(source(f"{OWN}answers.md"))
 
 
 MISTAKES = [  # (exercise, file, right, wrong)
@@ -164,6 +170,13 @@ def test_the_solutions_routers_go_through_finetuning(router, k, data, mixed, tmp
 # ---- documents ----
 
 
+def test_marks_and_hours_add_up():
+    """As docs/teaching.md says: 66 marks of 100 for the tests, fifteen hours of exercises."""
+    rows = re.findall(r"^\| (\d+) \| .* \| ([\d.]+) \| (\d+) \|$", source("exercises/README.md"), re.M)
+    numbers, hours, marks = (list(map(float, column)) for column in zip(*rows, strict=True))
+    assert numbers == list(range(1, len(EXERCISES) + 2)) and sum(hours) == 15 and sum(marks) == 66
+
+
 def numbers(text):
     """(the text with every number replaced, the numbers)"""
     pattern = r"-?\d+(?:\.\d+)?"
@@ -215,6 +228,7 @@ def test_links_of_the_course_lead_somewhere():
         "docs/paper_map.md",
         "exercises/README.md",
         "exercises/predictions.md",
+        "exercises/solution/answers.md",
     ):
         for link in re.findall(r"\]\(([^)#]+)", source(page)):
             path = os.path.join(ROOT, os.path.dirname(page), link)
@@ -270,7 +284,7 @@ def test_a_copy_is_never_written_over_work(tmp_path):
 def test_the_measured_predictions_are_the_committed_ones():
     measured = json.loads(source(f"{OWN}measured.json"))
     found, crossing = measured["branches"], measured["crossing"]
-    page = source("docs/teaching.md")
+    page = source(f"{OWN}answers.md")
     assert all(f"{value:.3f}" in page for values in crossing["lesson"].values() for value in values)
     assert all(f"{sum(values) / len(values):.3f}" in page for values in crossing["smoke"].values())
     for row in found:

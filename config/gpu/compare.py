@@ -1,5 +1,8 @@
 """BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
 
-dense_flags = "--learning_rate=5e-4"  # as the branches and the finetuning; nobody has swept them at this size
-upcycle_flags = "--learning_rate=5e-4"
-rates = "2.5e-4,5e-4,1e-3"
+# config/cpu's rates, over how much wider this is; nobody has swept them at this size
+dense_flags = "--learning_rate=6e-4 --splice=0.5"
+upcycle_flags = "--learning_rate=6e-4 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
+branch_flags = "--learning_rate=6e-4"
+paper_flags = "--learning_rate=3e-4 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
+rates = "1.4e-4,3e-4,6e-4,1.2e-3"

@@ -4,14 +4,16 @@ init_from = "out/gpu/seed"
 out_dir = "out/gpu/expert-code"
 data_dir = "out/gpu/data"
 domain = "code"
+freeze = "embeddings,attention,norms"  # averaging what branches share then harms nothing (docs/mixing.md)
 
-max_steps = 430  # 28 M tokens
+max_steps = 940  # 62 M tokens
 batch_size = 64
 micro_batch_size = 64
 sequence_length = 1024
-learning_rate = 5e-4  # a fifth of the seed's peak, as in config/cpu: branches that drift too far cannot be averaged
+learning_rate = 1.2e-3  # as config/cpu's, over how much wider this is
+min_learning_rate = 0.02
 warmup_steps = 50
-eval_interval = 100
+eval_interval = 200
 eval_windows = 64
 save_interval = 250
 

@@ -1,6 +1,6 @@
-"""The mixture of the three experts and the seed."""
+"""The mixture of the three experts and the seed, which takes part as a generalist."""
 
 experts = "out/gpu/expert-code,out/gpu/expert-math,out/gpu/expert-wiki,out/gpu/seed"
 out_dir = "out/gpu/mixed"
 data_dir = "out/gpu/data"
-router_init = "contrast"  # as config/cpu, for short finetuning
+router_init = "ridge"  # as in config/cpu

@@ -14,6 +14,7 @@ min_learning_rate = 0.1
 warmup_steps = 100
 weight_decay = 0.1
 checkpoint_activations = True
+shard_size = 0  # torchrun's processes share one copy of weights and optimizer
 eval_interval = 500
 eval_windows = 32
 save_interval = 500

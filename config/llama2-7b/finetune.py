@@ -18,6 +18,7 @@ num_experts_per_tok = 2
 router_aux_loss_coef = 0.01
 balance = "gates"
 checkpoint_activations = True
+shard_size = 0  # torchrun's processes share one copy of weights and optimizer
 eval_interval = 500
 eval_windows = 32
 save_interval = 500

@@ -14,10 +14,11 @@ from helpers import SHORT
 from test_routing import shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import runs
 from common.config import parse
-from common.device import Processes, compiled, send
+from common.device import compiled, send
 from common.fit import check_sizes
+from common.parallel import Processes
+from common.state import load_state
 from finetune import FinetuneConfig
 from model import ROUTERS, Transformer
 from train import Recorder, train_step
@@ -93,10 +94,10 @@ def test_a_mixture_resumes_on_the_device(router, tmp_path):
     state = {"step": 3, "seconds": 1.0, "log": "", "sums": {"loss": torch.tensor(1.0, dtype=torch.float64)}}
     state["sums"] |= {"balance_loss": torch.ones(3, dtype=torch.float64)}
     optimizer = plain_optimizer(cpu)
-    runs.save_state(tmp_path, {**state, "model": cpu.state_dict(), "optimizer": optimizer.state_dict()})
+    torch.save({**state, "model": cpu.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     model, optimizer = on_gpu(shape(router))
     with pytest.warns(UserWarning, match="no-op"):  # weights cannot be copied to a device without numbers
-        found = runs.load_state(tmp_path, 12, model, optimizer)
+        found = load_state(tmp_path, 12, model, optimizer)
     recorder = Recorder.__new__(Recorder)
     recorder.config, recorder.sums = CONFIG, found["sums"]
     recorder.bar, recorder.speed = SimpleNamespace(set_postfix_str=lambda *a, **b: 0, update=lambda: 0), str
@@ -113,7 +114,7 @@ def test_a_share_smaller_than_the_micro_batch_is_taken_at_once():
         parts = [part for one in ranks for part in Processes.micro_batches(one, 64, 32)]
         assert parts == [(start, start + size) for start in range(0, 64, size)]
     corpus = SimpleNamespace(encoding=SimpleNamespace(n_vocab=80))
-    sizes = SimpleNamespace(sequence_length=32, batch_size=64, micro_batch_size=32)
+    sizes = SimpleNamespace(sequence_length=32, batch_size=64, micro_batch_size=32, shard_size=1)
     check_sizes(sizes, corpus, Transformer(shape()), SimpleNamespace(world=8))
 
 

@@ -1,12 +1,17 @@
 """Memory counted before a run, against what autograd really keeps, and activations computed twice."""
 
+import os
+
 import pytest
 import torch
-from helpers import SHAPE, SHORT, must, run, same_bits
+from helpers import ROOT, SHAPE, SHORT, must, run, same_bits
 from test_routing import random_model
 
+import train
+from common.config import parse
 from common.errors import command
 from common.fit import count_memory, kept_bytes
+from finetune import FinetuneConfig, build_model
 from model import ROUTERS
 
 ACTIVATIONS = "activations of a micro-batch"
@@ -27,7 +32,10 @@ def test_parts_by_hand():
     model = random_model(num_local_experts=0)
     total = sum(parameter.numel() for parameter in model.parameters())
     parts = list(count_memory(model, 2, 30).values())
-    assert parts[:3] == [4 * total, 4 * total, 8 * total] and parts[4] == 2 * 30 * 80 * 12
+    assert parts[:4] == [4 * total, 4 * total, 8 * total, 0] and parts[5] == 2 * 30 * 80 * 12
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in model.model.layers]
+    spread = list(count_memory(model, 2, 30, shards=4).values())  # three layers, of which two are there at a time
+    assert spread[:4] == [total, total, 2 * total, 4 * (total - layers[0])] and spread[4:] == parts[4:]
     model.lm_head.weight.requires_grad = False
     assert list(count_memory(model, 2, 30).values())[1] == 4 * (total - 80 * 16)
 
@@ -50,6 +58,20 @@ def test_computing_activations_twice_changes_no_bit_and_keeps_less(router):
 def test_dry_run_prints_and_leaves_nothing(data, tmp_path):
     done = must(run("train.py", *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run", "--dry_run=True"))
     assert "parameters" in done.out and "together" in done.out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", ["gpu", "gpu80"])
+def test_what_the_gpu_sizes_need_is_counted_on_a_cpu(size, data, seed, mixed, tmp_path, capsys):
+    """The seed at its full size; the stages after it from this suite's small models."""
+    here = f"--data_dir={data}", f"--out_dir={tmp_path}/run", "--device=cpu", "--domain=all", "--dry_run=True"
+    stages = {"seed": (train.TrainConfig, train.build_model, [])}
+    stages["expert"] = train.TrainConfig, train.build_model, [f"--init_from={seed}", "--sequence_length=32"]
+    stages["finetune"] = FinetuneConfig, build_model, [f"--init_from={mixed}", "--sequence_length=32"]
+    for stage, (kind, make_model, flags) in stages.items():
+        config = parse(kind, [os.path.join(ROOT, "config", size, f"{stage}.py"), *flags, *here])
+        train.train(config, make_model)
+        said = capsys.readouterr().out
+        assert "together" in said and "hours on an H100" in said and not (tmp_path / "run").exists()
 
 
 def test_a_run_that_computes_twice_ends_with_the_same_bits(seed, data, tmp_path):

@@ -35,5 +35,10 @@ def test_bench_measures_everyone(dtype, tmp_path):
     assert row["times"]["train"].keys() == row["times"]["evaluate"].keys() == names
     assert row["times"]["generate 32"].keys() == names - {"nanoGPT"}
     assert all(share > 0 for parts in row["shares"].values() for share in parts.values())
+    parts = {"attention", "mixture", "of these, routing", "sorting", "experts", "head and loss", "optimizer"}
+    assert row["shares"]["mixture"].keys() == parts and row["beside"].keys() == {"dense", "mixture"}
+    for costs in row["beside"].values():
+        assert costs.keys() == {"a batch of data", "a checkpoint", "imports", "model", "first step"}
+        assert costs["imports"] > costs["a batch of data"] > 0 and min(costs.values()) > 0
     text = (tmp_path / "out" / "bench.md").read_text()
     assert done.out.strip() in text and all(f"| {name} |" in text for name in names)

@@ -1,0 +1,87 @@
+"""The formulas of study/scaling.py by hand, and docs/scaling.md: its tables, picture and scripts."""
+
+import math
+import os
+import re
+import subprocess
+
+import pytest
+from helpers import ROOT
+
+from study import scaling
+from study.cost import step_bytes
+from study.scaling import Model, Site, Size, crossing, curves, hours, plan, shard_size, stage_seconds, terabytes
+
+SITE = Site("toy", flops=100.0, memory=160.0, price=1.0)  # room for the state of ten parameters
+DENSE, MIXTURE = Model(10, 5.0, 1.0), Model(30, 10.0, 0.5)
+SIZE = Size(DENSE, MIXTURE, branch_tokens=800, finetune_tokens=200, batch=20, micro_batch=2, site=SITE)
+GIGABITS = 8e-9  # a byte a second
+
+
+@pytest.fixture(scope="module")
+def page():
+    with open(os.path.join(ROOT, "docs/scaling.md"), encoding="utf-8") as file:
+        return file.read()
+
+
+def test_bytes_of_a_step_with_copies_and_pieces():
+    assert step_bytes(1000, workers=8) == 2 * 7 * 1000 * 4
+    assert (
+        step_bytes(1000, workers=8, shard_size=8, micro_batches=5) == 5 * 3 * 7 * 1000 * 4
+    )  # one copy: nothing across
+    # two copies of four pieces: in each, three passes of 3 P; across, four rings of two workers with P / 4 each
+    assert step_bytes(1000, workers=8, shard_size=4) == (2 * 3 * 3 + 2) * 1000 * 4
+    assert step_bytes(1000, workers=1) == step_bytes(1000, workers=0.5) == 0
+
+
+def test_workers_that_hold_a_copy():
+    assert [shard_size(Model(n, 1.0, 1.0), SITE) for n in (1, 10, 11, 20, 21, 79)] == [1, 1, 2, 2, 4, 8]
+
+
+def test_a_stage_takes_its_computation_or_its_messages():
+    assert stage_seconds(DENSE, 800, 4, 1e9, SIZE) == 800 * 5 / (4 * 100)
+    assert stage_seconds(MIXTURE, 800, 4, 1e9, SIZE) == 800 * 10 / (4 * 100 * 0.5)
+    assert stage_seconds(DENSE, 800, 4, GIGABITS, SIZE) == pytest.approx(40 * 2 * 3 / 4 * 10 * 4)  # 40 steps
+    # the mixture needs four workers for a copy, and 20 tokens over four workers are two micro-batches
+    assert stage_seconds(MIXTURE, 800, 4, GIGABITS, SIZE) == pytest.approx(40 * 2 * 3 * 3 / 4 * 30 * 4)
+    assert stage_seconds(MIXTURE, 800, 2, GIGABITS, SIZE) == math.inf
+
+
+def test_the_three_ways_spend_the_same_flops():
+    for workers in (4, 8):
+        stages = plan(SIZE, workers)
+        share = stages["BTX"][0]
+        assert share == (DENSE, 200.0, workers / 4)
+        flops = {name: sum(model.flops * tokens for model, tokens, _ in found) for name, found in stages.items()}
+        flops["BTX"] += 3 * share[0].flops * share[1]  # the other branches
+        assert len({round(value, 6) for value in flops.values()}) == 1
+    assert hours(plan(SIZE, 4)["BTX"], 1e9, SIZE) == pytest.approx((200 * 5 / 100 + 200 * 10 / 200) / 3600)
+    # a branch on one worker sends nothing
+    assert terabytes(plan(SIZE, 4)["BTX"][:1], SIZE) == 0 < terabytes(plan(SIZE, 8)["BTX"][:1], SIZE)
+
+
+def test_at_the_crossing_both_are_done_together():
+    found = crossing(SIZE, 4, "dense")
+    btx, dense = (hours(plan(SIZE, 4)[name], found, SIZE) for name in ("BTX", "dense"))
+    assert btx == pytest.approx(dense, rel=1e-6)
+    assert hours(plan(SIZE, 4)["BTX"], found / 2, SIZE) < hours(plan(SIZE, 4)["dense"], found / 2, SIZE)
+    assert crossing(SIZE, 4, "upcycling") == math.inf
+
+
+def test_the_page_shows_what_the_command_prints(page):
+    found = scaling.sizes()
+    for heading, table in scaling.tables(found).items():
+        assert f"### {heading}\n\n{table}\n" in page, heading
+    assert found["7 B"].dense.parameters == 6_738_415_616  # Llama 2's
+    lines = curves(found, "7 B", 64, points=5)
+    assert all(times == sorted(times, reverse=True) for times in ([y for _, y in line] for line in lines.values()))
+    assert "![Hours over network speed](scaling.png)" in page and os.path.exists(os.path.join(ROOT, "docs/scaling.png"))
+
+
+def test_the_scripts_of_the_page_are_bash(page):
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr == ""
+        for script, config in re.findall(r"(\w+\.py) (config/\S+\.py)", block):
+            assert os.path.exists(os.path.join(ROOT, script)) and os.path.exists(os.path.join(ROOT, config))
