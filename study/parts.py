@@ -15,7 +15,8 @@ import torch
 
 from common.corpus import Batches
 from common.fused import collect, dispatch, head_loss, lay_out
-from common.runs import save_state
+from common.parallel import Processes
+from common.state import new_state, save_state
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # a process from its first line to the end of its first step
@@ -118,8 +119,7 @@ def beside(config, subject, device):
     batches = Batches(corpus, {"text": 1.0}, config.sequence_length, config.batch_size, seed=1, splice=0.5)
 
     def save():
-        state = {"model": subject.model.state_dict(), "optimizer": subject.optimizer.state_dict()}
-        save_state(folder, state)
+        save_state(folder, new_state(), subject.model, subject.optimizer, Processes(device))
         subject.model.save_pretrained(folder)
 
     with tempfile.TemporaryDirectory() as folder:
