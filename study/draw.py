@@ -207,19 +207,21 @@ def plot_regime(lines, path):
     texts = {"bpb": ("-", "windows of one domain"), "spliced": ("--", "windows spliced from two")}
     axes = [axis for axis in labels if any(line["axis"] == axis for line in lines)]
     widths = list(dict.fromkeys(line["width"] for line in lines))
-    size = 4 * len(axes) + 0.6, 6.6
+    size = max(7, 4 * len(axes) + 0.6), 6.6
     figure, panels = plt.subplots(len(rivals), len(axes), figsize=size, sharey="row", sharex="col", squeeze=False)
     for line in lines:
         panel = panels[list(rivals).index(line["rival"])][axes.index(line["axis"])]
         i, (style, words) = widths.index(line["width"]), texts[line["text"]]
         label = f"width {line['width']}, {words}"
-        panel.plot(line["x"], line["lead"], color=COLOURS[i], linestyle=style, marker=MARKERS[i], label=label)
+        look = {"color": COLOURS[i], "linestyle": style, "marker": MARKERS[i]}
+        look["markerfacecolor"] = "white" if line["text"] == "spliced" else COLOURS[i]
+        panel.plot(line["x"], line["lead"], label=label, **look)
         low, high = ([y + sign * half for y, half in zip(line["lead"], line["half"], strict=True)] for sign in (-1, 1))
         panel.fill_between(line["x"], low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
     for axis, column in zip(axes, panels.T, strict=True):
         x = [place for line in lines if line["axis"] == axis for place in line["x"]]
         if axis == "budget":
-            log_axis(column[0].xaxis, 0.8 * min(x), 1.25 * max(x))
+            log_axis(column[0].xaxis, 0.5 * min(x), 2 * max(x))
         elif axis == "share":
             column[0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         else:
