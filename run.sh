@@ -10,7 +10,7 @@
 #   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
 #   bash run.sh gpu check     what only a GPU can tell: three parts of at most ten minutes, into results/gpu
-#   bash run.sh cpu regime    BTX minus dense training at several widths and budgets
+#   bash run.sh cpu regime    when does branching pay? Smaller chains of their own, at many budgets
 #
 # Finished stages are skipped and killed ones go on from their last checkpoint. What may be set in front of it:
 #
@@ -43,6 +43,12 @@ esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
 source setup.sh
 launch=${LAUNCH:-$python}
+
+# with `regime`: no pipeline, but smaller chains of their own, on data of their own
+if [ "$task" = regime ]; then
+    $python -m study.regime --size="$size"
+    exit
+fi
 
 # 1. data: text, tokenizer, token files
 if [ -n "$published" ]; then
@@ -128,9 +134,4 @@ if [ "$task" = compare ]; then
     done
     chains=$(IFS=,; echo "${chains[*]}")
     $python -m study.compare --size="$size" --chains="$chains"
-fi
-
-# 9. regime, when asked to: where does branching pay? Smaller and shorter chains of their own
-if [ "$task" = regime ]; then
-    $python -m study.regime --size="$size"
 fi

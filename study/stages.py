@@ -48,7 +48,7 @@ def run(script, *arguments):
     finish(subprocess.run([sys.executable, *script.split(), *arguments, *flags]))
 
 
-def run_chain(size, folder, **flags):
-    """Run the pipeline up to the finetuning into `folder`. flags: run.sh's SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": folder, **flags}
-    finish(subprocess.run(["bash", "run.sh", size, "chain"], env=environment))
+def prepare(settings, folder, domains):
+    """Prepare domains into a folder with the config file of the stage "data". No FLAGS: those are for training."""
+    arguments = settings, f"--out_dir={folder}", f"--domains={','.join(domains)}"
+    finish(subprocess.run([sys.executable, "-m", "data.prepare", *arguments]))

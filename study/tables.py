@@ -318,21 +318,3 @@ def ablation_table(rows):
         cells += [" / ".join(map(str, row["dead_experts"])), str(row["paper"] or "")]
         body.append([*cells, paper_verdict(row, base_of(row, rows), spread(rows))])
     return markdown_table(header, body)
-
-
-# ---- width and budget ----
-
-
-def regime_table(points):
-    """The points of regime.json, by width and scale."""
-    header = ["width", "scale", "parameters", "tokens per parameter", "BTX", "dense", "BTX minus dense"]
-    tasks = list(points[0]["accuracy"]["btx"])
-    header += [f"{task} accuracy, BTX and dense" for task in tasks]
-    body = []
-    for one in sorted(points, key=lambda one: (one["width"], one["scale"])):
-        btx, dense = (one["bpb"][name]["avg"] for name in ("btx", "dense-dm"))
-        cells = [str(one["width"]), f"{one['scale']:g}", short(one["parameters"]), f"{one['tokens_per_parameter']:.0f}"]
-        cells += [f"{btx:.3f}", f"{dense:.3f}", f"{one['difference']:+.3f}"]
-        cells += [" / ".join(f"{one['accuracy'][name][task]:.1%}" for name in ("btx", "dense-dm")) for task in tasks]
-        body.append(cells)
-    return markdown_table(header, body)

@@ -1,6 +1,16 @@
-"""BTX minus dense training at several widths and budgets."""
+"""BTX, upcycling and dense training at equal FLOPs, over widths, budgets, shares of the branches and domains.
+
+About an hour and a half of one core that has nothing else to do, small chains first.
+"""
 
 widths = "32,64"
-scales = "0.125,0.25,0.5"
-largest = 16.0  # larger runs take longest; config/cpu itself is width 64 at scale 1, in compare.json
-dense_learning_rate = 3e-3
+scales = "0.125,0.25,0.5"  # config/cpu itself is width 64 at scale 1: --comparison=results/cpu/compare.json
+seeds = "1,2,3"
+repeated = 16.0  # longer chains get one random seed
+sets = "code+math+wiki,code+math,code+math+prose+wiki"
+shares = "0.5,0.2"
+axis_width = 32
+axis_scale = 0.125
+btx_rates = "7e-4,2e-3"  # longer finetunings may want more
+upcycle_rates = "3e-3"
+dense_rates = "3e-3"
