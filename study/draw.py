@@ -186,6 +186,7 @@ def plot_differences(chains, columns, path):
                 axis.plot(edge, y, color=colour, marker=">")
                 note_at_edge(axis, edge, y, f"{ahead:.2f}")
         axis.axvline(0, color="black", linewidth=0.8)
+        axis.locator_params(axis="x", nbins=5)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("BTX worse  ←  →  BTX better", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
