@@ -5,7 +5,7 @@ import os
 import signal
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+import torch.distributed as dist
 
 from common.config import key
 from common.errors import UserError
@@ -94,7 +94,7 @@ def compiled(model, choice, device):
     possible = model.compute_dtype == torch.bfloat16 or not model.config.num_local_experts
     if not (wanted and possible):
         return model
-    if isinstance(model, FSDPModule):  # weights are gathered between the layers, where no graph may reach
+    if dist.is_initialized():  # weights are gathered between the layers, where no graph may reach
         for layer in model.model.layers:
             layer.forward = torch.compile(layer.forward)
         return model

@@ -12,10 +12,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from common.errors import UserError
 
@@ -61,16 +57,9 @@ class Processes:
         on the CPU goes to the device layer by layer. Its parameters are DTensors from here on."""
         if self.world == 1:
             return model
-        shard_size = shard_size or self.world
-        mesh = (self.world // shard_size, shard_size)
-        mesh = init_device_mesh(self.device.type, mesh, mesh_dim_names=("copies", "shards"))
+        from common import shards
 
-        def placement(parameter):  # stacked experts (E, F, D) are cut within each expert: E may be less than the shards
-            return Shard(1) if parameter.dim() == 3 and parameter.size(1) % shard_size == 0 else Shard(0)
-
-        for module in (*model.model.layers, model):  # the model itself holds what no layer does
-            fully_shard(module, mesh=mesh, shard_placement_fn=placement)
-        model.set_force_sum_reduction_for_comms(True)  # gloo can add, and has no mean
+        shards.spread(model, self.device, self.world, shard_size or self.world)
         return model
 
     def micro_batches(self, batch_size, micro_batch_size):
@@ -88,7 +77,7 @@ class Processes:
     def clip_gradients(self, model, max_norm):
         """Scale the gradients down to a norm of max_norm at most; returns the norm that they had, a tensor."""
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm if self.world == 1 else norm.full_tensor()
 
     def mean(self, tensor):
         """The mean of a tensor over all processes."""
@@ -101,7 +90,9 @@ class Processes:
         """{name: tensor} of all weights, in the first process and on the CPU; {} in the others."""
         if self.world == 1:
             return model.state_dict()
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        from common import shards
+
+        return shards.whole_weights(model)
 
     def barrier(self):
         if self.world > 1:

@@ -11,14 +11,10 @@ processes.
 import os
 import pickle
 import shutil
-import warnings
 import zipfile
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import distribute_tensor
+import torch.distributed as dist
 
 from common.errors import UserError
 from common.files import atomic_file
@@ -42,11 +38,13 @@ def save_state(folder, state, model, optimizer, processes):
     if processes.world == 1:
         state = {**state, "shards": "", "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     else:
+        from common import shards
+
         name = SHARDS[state["shards"] == SHARDS[0]]
         if processes.first:
             remove_shards(folder, keep=state["shards"])
         processes.barrier()
-        dcp.save(_contents(model, optimizer, state["step"]), checkpoint_id=os.path.join(folder, name))
+        shards.save(os.path.join(folder, name), state["step"], model, optimizer)
         state = {**state, "shards": name}
     if processes.first:
         if state["shards"]:
@@ -67,21 +65,23 @@ def load_state(folder, last_step, model, optimizer):
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        shards = state.setdefault("shards", "")
-        for name, kind in (TYPES | (IN_SHARDS if shards else WHOLE)).items():
+        where = state.setdefault("shards", "")
+        for name, kind in (TYPES | (IN_SHARDS if where else WHOLE)).items():
             if not isinstance(state.get(name), kind):
                 raise ValueError(f"{name} is no {kind.__name__}")
         if not 0 <= state["step"] <= last_step:
             raise ValueError(f"step {state['step']} is beyond the last, {last_step}")
-        if not shards:
+        if not where:
             _load_whole(state.pop("model"), state.pop("optimizer"), model, optimizer)
-        elif _fingerprints(folder, shards) == state["files"]:
-            _load_shards(os.path.join(folder, shards), state["step"], model, optimizer)
+        elif _fingerprints(folder, where) == state["files"]:
+            from common import shards
+
+            shards.load(os.path.join(folder, where), state["step"], model, optimizer)
         else:
-            raise ValueError(f"{shards}, which belongs to it, is not as it was written")
+            raise ValueError(f"{where}, which belongs to it, is not as it was written")
     except (
         *(RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError),
-        *(pickle.UnpicklingError, zipfile.BadZipFile, dcp.api.CheckpointException),
+        *(pickle.UnpicklingError, zipfile.BadZipFile),
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged ({reason}); delete it to start the run anew") from None
@@ -90,38 +90,12 @@ def load_state(folder, last_step, model, optimizer):
 
 def _load_whole(weights, moments, model, optimizer):
     """What a single process has saved; of a model that is spread over several, each takes its part."""
-    if isinstance(model, FSDPModule):
-        own = model.state_dict()
-        weights = {name: _part(value, own[name]) for name, value in weights.items()}
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, values in moments["state"].items():
-            for name, value in values.items():
-                values[name] = _part(value, parameters[number]) if value.dim() else value  # but the count of steps
+    if dist.is_initialized():
+        from common import shards
+
+        weights, moments = shards.parts_of(weights, moments, model, optimizer)
     model.load_state_dict(weights)
     optimizer.load_state_dict(moments)
-
-
-def _part(tensor, like):
-    """A whole tensor, which every process has, as a DTensor that is spread as `like` is."""
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _contents(model, optimizer, step):
-    """What shards hold. Before the first step the optimizer has nothing to keep yet."""
-    if step == 0:
-        return {"model": get_model_state_dict(model)}
-    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-
-
-def _load_shards(path, step, model, optimizer):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that nothing is distributed, where a single process reads
-        state = _contents(model, optimizer, step)
-        dcp.load(state, checkpoint_id=path)
-    if step:
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    else:
-        model.load_state_dict(state["model"])
 
 
 def _fingerprints(folder, name):
