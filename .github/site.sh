@@ -2,7 +2,7 @@
 # A static site of the committed token pages: bash .github/site.sh FOLDER, then open FOLDER/index.html.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-site=$1
+site=${1:?name the folder that the site goes into: bash .github/site.sh FOLDER}
 mkdir -p "$site"
 cp results/cpu/tokens-*.html docs/btx.svg "$site"
 {

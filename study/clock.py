@@ -30,7 +30,7 @@ from common.runs import versions
 from finetune import FinetuneConfig
 from mix import MixConfig
 from model import ModelConfig, Transformer
-from study.cost import NUMBER_BYTES, step_bytes
+from study.cost import NUMBER_BYTES, step_bytes, trained_numbers
 from study.draw import bits, plot_network
 from study.parts import in_turns
 from study.stages import StudyConfig, parse_study
@@ -129,11 +129,6 @@ def models_of(settings, corpus):
         found[kind] = training, Transformer(shape)
         freeze(found[kind][1], training.freeze)
     return found
-
-
-def trained_numbers(model):
-    """How many numbers of a model get gradients, which is what workers send."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def measure(config, models, corpus, part):

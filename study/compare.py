@@ -30,7 +30,7 @@ from common.files import read_json, write_atomically, write_json
 from common.runs import read_log, read_run, trained_on
 from study import tables
 from study.btm import ENSEMBLES
-from study.cost import bytes_sent, critical_seconds, lineage
+from study.cost import bytes_sent, critical_seconds, flops_per_token, lineage, own_cost
 from study.draw import plot_differences
 from study.stages import StudyConfig, parse_study, run
 
@@ -93,8 +93,7 @@ class Chain:
 
 def own(recorded):
     """The tokens, FLOPs and settings of a run.json's own run, without those before it."""
-    settings = recorded["recipe"]["config"]
-    return recorded["history"][settings["out_dir"]], settings
+    return own_cost(recorded), recorded["recipe"]["config"]
 
 
 # ---- training the baselines ----
@@ -103,8 +102,8 @@ def own(recorded):
 def steps_for(run, like, tokens=None, flops=None):
     """How many steps with the batches of `run` take so many tokens, or else so many training FLOPs, where a token costs
     what it did in `like`. (Both a run.json.)"""
-    cost, settings = own(like)[0], own(run)[1]
-    tokens = tokens or flops / (cost["flops"] / cost["tokens"])
+    settings = own(run)[1]
+    tokens = tokens or flops / flops_per_token(like)
     return round(tokens / (settings["batch_size"] * settings["sequence_length"]))
 
 

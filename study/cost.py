@@ -3,25 +3,43 @@
 Tokens, FLOPs and seconds of one run are in its run.json (model.flops_per_token has the FLOPs' formula).
 """
 
-import math
 from typing import NamedTuple
 
+import torch
+
 from common.runs import read_run
-from common.weights import expected_tensors
-from model import ModelConfig
+from model import ModelConfig, Transformer
+from train import freeze
 
 WORKERS = 8
 NUMBER_BYTES = 4  # gradients and weights travel in fp32
 
 
 class Run(NamedTuple):
-    """One training or mixing run and its own cost. parents: the runs it starts from. before: all runs behind it."""
+    """One training or mixing run and its own cost. parents: the runs it starts from. before: all runs behind it.
+    parameters: how many train, and so have gradients to send."""
 
     parents: tuple
     before: frozenset
     seconds: float
     steps: int
     parameters: int
+
+
+def own_cost(run):
+    """The tokens, FLOPs and seconds of a run.json's own run, without those before it; zeros where nothing trained."""
+    nothing = {"tokens": 0, "flops": 0, "seconds": 0.0}
+    return run["history"].get(run["recipe"]["config"]["out_dir"], nothing)
+
+
+def flops_per_token(run):
+    """Training FLOPs of a token in a run.json's own run."""
+    return own_cost(run)["flops"] / own_cost(run)["tokens"]
+
+
+def trained_numbers(model):
+    """How many numbers of a model get gradients, which is what workers send."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def lineage(folders):
@@ -38,10 +56,10 @@ def lineage(folders):
         found |= {name: one for name, one in lineage(parents).items() if name not in found}
         known = [name for name in parents if name in found]
         before = frozenset(known).union(*(found[name].before for name in known))
-        own = run["history"].get(run["recipe"]["config"]["out_dir"], {"seconds": 0.0})
-        shapes = expected_tensors(ModelConfig.from_pretrained(folder))
-        parameters = sum(math.prod(shape) for shape in shapes.values())
-        found[folder] = Run(tuple(known), before, own["seconds"], run.get("step", 0), parameters)
+        with torch.device("meta"):
+            model = Transformer(ModelConfig.from_pretrained(folder))
+        freeze(model, run["recipe"]["config"].get("freeze", "none"))
+        found[folder] = Run(tuple(known), before, own_cost(run)["seconds"], run.get("step", 0), trained_numbers(model))
     return found
 
 
@@ -69,8 +87,8 @@ def step_bytes(parameters, workers, shard_size=1, micro_batches=1):
 def bytes_sent(runs, workers=WORKERS):
     """Bytes that data-parallel training on `workers` machines would have sent, all of them together.
 
-    Gradients of all of a mixture's experts are among them. Runs that can go side by side share the workers evenly, so
-    each of N branches has w = workers / N and nothing passes between branches.
+    Gradients of all of a mixture's experts are among them, those of frozen parts are not. Runs that can go side by side
+    share the workers evenly, so each of N branches has w = workers / N and nothing passes between branches.
     """
     trained = {folder: run for folder, run in runs.items() if run.steps}
     total = 0

@@ -21,6 +21,7 @@ from common.files import read_json, write_json
 from common.runs import read_log, read_run, versions
 from finetune import FinetuneConfig
 from study.compare import CompareConfig
+from study.cost import flops_per_token, own_cost
 from study.draw import plot_regime
 from study.regime_tables import ROWS, all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
@@ -109,16 +110,6 @@ def data_folder(config):
     return config.path("regime/data")
 
 
-def own_cost(folder):
-    """{"tokens", "flops", "seconds"} of a finished run by itself."""
-    return read_run(folder)["history"][folder]
-
-
-def flops_per_token(folder):
-    cost = own_cost(folder)
-    return cost["flops"] / cost["tokens"]
-
-
 def steps_for(config, stage, tokens):
     """How many steps of a stage take so many tokens."""
     settings = settings_of(config, stage)
@@ -176,7 +167,8 @@ class Trainer:
     def lengths_of_share(self, branches, btx):
         """The same at another share, for the FLOPs of the usual branches and finetuning (their folders)."""
         flops = flops_of(branches, btx)
-        tokens = split_budget(flops, self.point.share, flops_per_token(branches[0]), flops_per_token(btx))
+        branch, mixture = (flops_per_token(read_run(folder)) for folder in (branches[0], btx))
+        tokens = split_budget(flops, self.point.share, branch, mixture)
         each = steps_for(self.config, "expert", tokens[0]) / len(branches)
         return each, steps_for(self.config, "finetune", tokens[1])
 
@@ -203,7 +195,7 @@ class Trainer:
 
     def train_dense(self, flops):
         """The seed model goes on with all domains, all tensors trained: for as many FLOPs."""
-        steps = steps_for(self.config, "expert", flops / flops_per_token(self.seed))
+        steps = steps_for(self.config, "expert", flops / flops_per_token(read_run(self.seed)))
         flags = f"--init_from={self.seed}", "--freeze=none", *self.rivals.dense_flags.split()
         path = f"{self.folder}/dense-cm"
         return self.each_rate(self.config.dense_rates, "train.py", "expert", path, steps, *flags)
@@ -211,7 +203,7 @@ class Trainer:
 
 def flops_of(branches, btx):
     """BTX's FLOPs after the seed: the branches' and the finetuning's (their folders)."""
-    return sum(own_cost(folder)["flops"] for folder in [*branches, btx])
+    return sum(own_cost(read_run(folder))["flops"] for folder in [*branches, btx])
 
 
 def best_of(folders, domains):
@@ -225,7 +217,7 @@ def measure(config, point, number):
     folder = trainer.folder
     trainer.train_seed()
     branches, btx = trainer.train_btx(folder, *trainer.usual_lengths())
-    flops, per_token = flops_of(branches, btx[0]), flops_per_token(btx[0])
+    flops, per_token = flops_of(branches, btx[0]), flops_per_token(read_run(btx[0]))
     if point.share:
         folder = f"{folder}/share-{point.share:g}"
         btx = trainer.train_btx(folder, *trainer.lengths_of_share(branches, btx[0]))[1]
@@ -245,8 +237,8 @@ def measure(config, point, number):
     found = []
     for name, path in best.items():
         rate = float(os.path.basename(path).removeprefix(f"{name}-"))
-        row = row_of(name, scored[os.path.basename(path)], own_cost(trainer.seed))
-        found.append({**row, "rate": rate, "last_run_tokens": own_cost(path)["tokens"]})
+        row = row_of(name, scored[os.path.basename(path)], own_cost(read_run(trainer.seed)))
+        found.append({**row, "rate": rate, "last_run_tokens": own_cost(read_run(path))["tokens"]})
     return found
 
 

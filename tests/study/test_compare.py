@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from helpers import must, read, read_json, read_log, run
+from helpers import SHORT, must, read, read_json, read_log, run, weights
 
 from common.errors import UserError
 from study import compare
@@ -51,6 +51,21 @@ def test_lineage_of_a_real_chain(seed, experts, mixed, btx):
     slowest = max(history[expert]["seconds"] for expert in experts)
     assert critical_seconds(runs) == pytest.approx(history[seed]["seconds"] + slowest + history[btx]["seconds"])
     assert lineage(experts).keys() == {seed, *experts}  # an ensemble
+
+
+def test_what_is_frozen_has_no_gradients_to_send(work, seed, data):
+    """A branch that trains its feed-forwards alone: three matrices a layer, counted in the file of weights."""
+    must(
+        run(
+            "train.py",
+            *(*SHORT, f"--data_dir={data}", "--max_steps=1", "--domain=math", "--freeze=embeddings,attention,norms"),
+            *(f"--init_from={seed}", f"--out_dir={work}/frozen"),
+        )
+    )
+    sizes = {name: tensor.size for name, tensor in weights(f"{work}/frozen").items()}
+    trained = lineage([f"{work}/frozen"])
+    assert trained[f"{work}/frozen"].parameters == sum(n for name, n in sizes.items() if ".mlp." in name)
+    assert trained[seed].parameters == sum(sizes.values())
 
 
 def _once(names):
