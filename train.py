@@ -101,7 +101,7 @@ NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save
 NOT_IN_RECIPE += ("shard_size", "checkpoint_activations", "dry_run")
 # the source that decides a run's result
 CODE = ("model.py", "train.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/weights.py")
-CODE += ("common/device.py", "common/parallel.py")
+CODE += ("common/device.py", "common/parallel.py", "common/shards.py")
 
 
 def make_recipe(config, corpus, mixture, code):
