@@ -105,7 +105,7 @@ def main():
         raise UserError(f"{folder} has the router 'sample', whose first layer is another; score it with eval.py")
     same_tokenizer([config.data_dir, folder])
     if config.sequence_length > shape.max_position_embeddings:
-        raise UserError(f"--sequence_length={config.sequence_length}: it takes {shape.max_position_embeddings}")
+        raise UserError(f"--sequence_length={config.sequence_length}: the model takes {shape.max_position_embeddings}")
     windows = {
         name: corpus.windows(name, config.split, config.sequence_length, config.eval_windows) for name in corpus.domains
     }

@@ -283,13 +283,12 @@ def summarize(point, chains):
 def main():
     config = parse_study(RegimeConfig, "regime")
     points, numbers = points_of(config), [int(number) for number in split_list(config.seeds)]
+    known = dict([from_comparison(config)]) if config.comparison else {}
     names = sorted({name for point in points for name in point.domains})
     prepare(config.stage("data"), data_folder(config), names)
     report = config.path("report")
     os.makedirs(report, exist_ok=True)
-    chains = {point: {} for point in points}
-    if config.comparison:
-        chains |= dict([from_comparison(config)])
+    chains = {point: {} for point in points} | known
     for point in sorted(points, key=lambda point: point.width * point.scale):
         for number in numbers:
             if number == numbers[0] or point.width * point.scale <= config.repeated:
