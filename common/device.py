@@ -1,11 +1,13 @@
 """Where to compute and in which precision, and the signals that stop a run."""
 
+import contextlib
 import math
 import os
 import signal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from common.config import key
 from common.errors import UserError
@@ -65,6 +67,19 @@ def place(model, device, dtype):
     """Move a model to its device, and set the precision it computes in."""
     model.compute_dtype = pick_dtype(dtype, device, model.config)
     return model.to(device)
+
+
+@contextlib.contextmanager
+def shapes_alone():
+    """Modules made inside have shapes, but neither memory nor numbers: they are on the meta device, where nothing is
+    drawn either, since torch would load its compiler for that, which takes a second."""
+    draw = nn.init.normal_
+    nn.init.normal_ = lambda tensor, *_, **__: tensor
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        nn.init.normal_ = draw
 
 
 def free_memory():
