@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.config import key, parse
 from common.corpus import Corpus
-from common.device import device_key, pick_device, threads_key
+from common.device import device_key, pick_device, shapes_alone, threads_key
 from common.errors import UserError, command
 from common.files import write_json
 from common.fused import head_loss
@@ -48,7 +48,7 @@ class ByLayerConfig:
 
 def read_layer(files, config, number):
     """The Layer of that number, on the CPU in float32."""
-    with torch.device("meta"):
+    with shapes_alone():
         layer = Layer(config)
     layer.to_empty(device="cpu")
     for name, parameter in layer.named_parameters():

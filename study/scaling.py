@@ -13,9 +13,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import torch
-
 from common.config import key, parse
+from common.device import shapes_alone
 from common.errors import command
 from model import ModelConfig, Transformer
 from study.cost import NUMBER_BYTES, step_bytes
@@ -69,7 +68,7 @@ def models(vocabulary, width, hidden, layers, heads, kv_heads, length, tie=False
     shape = ModelConfig(vocabulary, width, hidden, layers, heads, kv_heads, length, tie_word_embeddings=tie)
     found = []
     for experts, speed in ((0, 1.0), (EXPERTS, MIXTURE_SPEED)):
-        with torch.device("meta"):
+        with shapes_alone():
             model = Transformer(dataclasses.replace(shape, num_local_experts=experts))
         found.append(Model(model.num_parameters()[1], model.flops_per_token(length), speed))
     return found
