@@ -7,6 +7,7 @@ backwards, as in GShard (Lepikhin et al. 2021). Sizes in comments are model.py's
 Imported only where several processes train.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -40,38 +41,44 @@ class Exchange(Function):
 
 
 def place_experts(experts, mesh):
-    """Leave to this process its E / N of a layer's stacked experts (model.Experts), in place: from here on, parameters
-    are DTensors (E, F, D) of which it holds a part, and forward, which takes and returns what it did, asks the others.
+    """Leave to this process its E / N of a layer's stacked experts (model.Experts), in place: from here on parameters
+    are DTensors (E, F, D) of which it holds a part, and forward takes and returns what it did.
 
     mesh: the DeviceMesh of the N processes that hold one copy of the experts between them.
     """
-    run, processes, group = type(experts).forward, mesh.size(), mesh.get_group()
     for name, parameter in list(experts.named_parameters()):
         part = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
         setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    experts.forward = partial(run_experts, experts, type(experts).forward, mesh)
 
-    def own_part(parameter):
-        """(E / N, F, D). Its gradient is a sum over N processes' rows, each of which counts its own mean loss; what
-        averages gradients over the holders of the same experts knows nothing of that."""
-        part = parameter.to_local()
+
+@torch.compiler.disable
+def run_experts(experts, run, mesh, x, ends):
+    """What model.Experts.forward does, `run`, on rows that others send. x: (R, D), sorted by expert; ends: (E,) int32,
+    the row behind each expert's last. Returns (R, D)."""
+    group = mesh.get_group()
+    counts = ends.diff(prepend=ends.new_zeros(1)).view(mesh.size(), -1)  # (N, E / N): rows that we send, by receiver
+    asked = torch.empty_like(counts)  # (N, E / N): rows for each of our experts, by sender
+    dist.all_to_all_single(asked, counts, group=group)
+    sent, received = torch.stack((counts.sum(dim=1), asked.sum(dim=1))).tolist()  # here the host waits for the device
+    rows = Exchange.apply(x, sent, received, group)  # (R', D): by sender, and of each by expert
+    own = torch.arange(asked.size(1), device=x.device).repeat(mesh.size())
+    own = own.repeat_interleave(asked.flatten(), output_size=len(rows))  # (R',): the expert of each row
+    if not len(rows):  # nobody asks: a row of zeros, so that our experts take part in the backward pass, too
+        rows, own = F.pad(rows, (0, 0, 0, 1)), own.new_zeros(1)
+    places, tokens, ends = lay_out(own.unsqueeze(1), asked.size(1), x.dtype)
+    y = collect(run(own_part(experts, mesh.size()), dispatch(rows, tokens, places), ends), places)
+    return Exchange.apply(y[: sum(received)], received, sent, group)
+
+
+def own_part(experts, processes):
+    """The weights that this process holds, (E / N, F, D) each, as model.Experts.forward knows them.
+
+    Their gradients come from the rows of N processes, each of which has a mean loss of its own. What averages gradients
+    over those that hold the same experts does not know of these N means, so they are averaged here.
+    """
+    parts = {name: parameter.to_local() for name, parameter in experts.named_parameters()}
+    for part in parts.values():
         if torch.is_grad_enabled() and part.requires_grad:
             part.register_hook(lambda gradient: gradient / processes)
-        return part
-
-    @torch.compiler.disable
-    def forward(x, ends):
-        counts = ends.diff(prepend=ends.new_zeros(1)).view(processes, -1)  # (N, E / N): rows for each, by receiver
-        wanted = torch.empty_like(counts)
-        dist.all_to_all_single(wanted, counts, group=group)  # (N, E / N): rows for each of ours, by sender
-        sent, received = torch.stack((counts.sum(dim=1), wanted.sum(dim=1))).tolist()  # the host waits for the device
-        rows = Exchange.apply(x, sent, received, group)  # (R', D): by sender, then by expert
-        spare = int(len(rows) == 0)  # where nobody asks, a row of zeros, so that our experts have gradients, too
-        chosen = torch.arange(wanted.size(1), device=x.device).repeat(processes)
-        chosen = chosen.repeat_interleave(wanted.flatten(), output_size=len(rows))  # (R',): the expert of each row
-        rows, chosen = F.pad(rows, (0, 0, 0, spare)), F.pad(chosen, (0, spare))
-        places, tokens, ends = lay_out(chosen.unsqueeze(1), wanted.size(1), x.dtype)
-        own = SimpleNamespace(**{name: own_part(parameter) for name, parameter in experts.named_parameters()})
-        y = collect(run(own, dispatch(rows, tokens, places), ends), places)
-        return Exchange.apply(y[: len(y) - spare], received, sent, group)  # (R, D): by expert, as they came
-
-    experts.forward = forward
+    return SimpleNamespace(**parts)
