@@ -99,7 +99,11 @@ def test_the_page_shows_what_the_command_prints(page):
     for heading, table in scaling.tables(found).items():
         assert f"### {heading}\n\n{table}\n" in page, heading
     assert found["7 B"].dense.parameters == 6_738_415_616  # Llama 2's
-    assert level_tokens(found["7 B"].mixture) == pytest.approx(9 * 11008)
+    mixture = found["7 B"].mixture
+    assert level_tokens(mixture) == pytest.approx(9 * 11008)
+    # eight GPUs, with a copy of the experts on each, or an expert on each and rows of 6 F tokens
+    saved = step_bytes(mixture.experts, 8) - step_bytes(mixture.experts, 8 / 4)
+    assert exchange_bytes(8 * 6 * 11008 * mixture.rows, mixture.width, 4, number_bytes=2) == pytest.approx(saved)
     lines = curves(found, "7 B", 64, points=5)
     assert all(times == sorted(times, reverse=True) for times in ([y for _, y in line] for line in lines.values()))
     assert "![Hours over network speed](scaling.png)" in page and os.path.exists(os.path.join(ROOT, "docs/scaling.png"))
