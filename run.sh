@@ -133,5 +133,7 @@ if [ "$task" = compare ]; then
         fi
     done
     chains=$(IFS=,; echo "${chains[*]}")
-    $python -m study.compare --size="$size" --chains="$chains"
+    times=$out/report/step_times.json  # how long a step of each model takes here: rows matched by device time need it
+    [ -e "$times" ] || $python -m study.clock --size="$size" --out_dir="$out"
+    $python -m study.compare --size="$size" --chains="$chains" --step_times="$times"
 fi

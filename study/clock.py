@@ -24,7 +24,7 @@ from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
 from common.device import compile_key, compiled, device_key, pick_device, place, threads_key
 from common.errors import UserError, command
-from common.files import write_json
+from common.files import read_json, write_json
 from common.parallel import Processes
 from common.runs import versions
 from finetune import FinetuneConfig
@@ -82,6 +82,14 @@ def matched_steps(spent, seconds):
     """
     total = sum(steps * seconds[kind] for kind, steps in spent.items())
     return {kind: round(total / step) for kind, step in seconds.items()}
+
+
+def read_matched(path, spent):
+    """The "matched_steps" of a step_times.json; UserError unless BTX's steps after the seed were `spent` then, too."""
+    found = read_json(path, "measure again: python -m study.clock")
+    if found["spent_by_btx"] != spent:
+        raise UserError(f"{path} is of a BTX of {found['spent_by_btx']} steps, not {spent}; run study.clock again")
+    return found["matched_steps"]
 
 
 def schedule_of(steps, workers, seconds, numbers):

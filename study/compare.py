@@ -10,6 +10,7 @@ each, this trains what the paper compares with, from the same seed model:
     dense-cm      the same for as many training FLOPs as BTX took (compute-matched): its tokens are cheaper, so more
     upcycle-dm    copies of the seed model as the experts, then finetuning, the same tokens as BTX
     upcycle-cm    the same for BTX's FLOPs: all its tokens go through the mixture, so fewer
+    dense-tm, upcycle-tm    the same for the device time that BTX took (time-matched), by the steps of --step_times
     btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning, nothing frozen
     btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
     btx-sample    BTX with the sample top-1 router
@@ -30,11 +31,13 @@ from common.files import read_json, write_atomically, write_json
 from common.runs import read_log, read_run, trained_on
 from study import tables
 from study.btm import ENSEMBLES
+from study.clock import read_matched
 from study.cost import bytes_sent, critical_seconds, flops_per_token, lineage, own_cost
 from study.draw import plot_differences
 from study.stages import StudyConfig, parse_study, run
 
 BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-paper", "btx-sample"
+TIMED = "dense-tm", "upcycle-tm"
 SWEPT = "dense-cm", "upcycle-cm", "btx-paper", "btx"
 COUNTS = "active_params", "total_params", "train_tokens", "train_flops", "seconds", "critical_seconds", "bytes_sent"
 
@@ -48,6 +51,7 @@ class CompareConfig(StudyConfig):
     upcycle_flags: str = key("", "flags of the upcycled rows, on top of finetune.py")
     branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py")
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py")
+    step_times: str = key("", "study.clock's step_times.json; with it come the rows matched by device time")
     sweep: str = key("", f"rows to train with all of --rates instead, from {', '.join(SWEPT)}")
     rates: str = key("1e-3,3e-3,6e-3", "the learning rates of --sweep, the same for every row")
 
@@ -99,12 +103,12 @@ def own(recorded):
 # ---- training the baselines ----
 
 
-def steps_for(run, like, tokens=None, flops=None):
-    """How many steps with the batches of `run` take so many tokens, or else so many training FLOPs, where a token costs
-    what it did in `like`. (Both a run.json.)"""
+def steps_for(run, like, tokens=None, flops=None, steps=None):
+    """`steps`, or how many steps with the batches of `run` take so many tokens, or else so many training FLOPs, where a
+    token costs what it did in `like`. (Both a run.json.)"""
     settings = own(run)[1]
-    tokens = tokens or flops / flops_per_token(like)
-    return round(tokens / (settings["batch_size"] * settings["sequence_length"]))
+    tokens = tokens or (flops or 0) / flops_per_token(like)
+    return steps or round(tokens / (settings["batch_size"] * settings["sequence_length"]))
 
 
 def train_dense(config, chain, name, *flags, **budget):
@@ -215,7 +219,12 @@ def train_baselines(config, chain):
     train_upcycled(config, chain, "compare/upcycle-cm", flops=chain.flops)
     train_paper(config, chain, "compare/btx-paper")
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
-    return [chain.path(f"compare/{name}") for name in BASELINES]
+    if config.step_times:
+        spent = {"branch": sum(own(chain.recorded(name))[1]["max_steps"] for name in chain.experts if name != "seed")}
+        matched = read_matched(config.step_times, {**spent, "mixture": own(chain.btx)[1]["max_steps"]})
+        train_dense(config, chain, "compare/dense-tm", steps=matched["dense-tm"])
+        train_upcycled(config, chain, "compare/upcycle-tm", steps=matched["upcycle-tm"])
+    return [chain.path(f"compare/{name}") for name in (*BASELINES, *(TIMED if config.step_times else ()))]
 
 
 def sweep(config, chain):

@@ -25,7 +25,7 @@ COUNTS = {
     "train_flops": "training FLOPs",
 }
 ORDER = (  # of the comparison's rows, the paper's
-    *("seed", "expert", "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "soup"),
+    *("seed", "expert", "dense-dm", "dense-cm", "dense-tm", "upcycle-dm", "upcycle-cm", "upcycle-tm", "soup"),
     *("btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"),
     *("btm-top1-cm", "btm-top2-cm", "btm-posterior-cm", "btm-posterior-prefix-cm"),
     *("mixed", "btx", "btx-paper", "btx-sample"),

@@ -8,6 +8,7 @@ from helpers import SHORT, must, read, read_json, read_log, run, weights
 
 from common.errors import UserError
 from study import compare
+from study.clock import read_matched
 from study.compare import Chain, CompareConfig, evaluate, sweep, train_baselines, write_report
 from study.cost import Run, bytes_sent, critical_seconds, lineage
 from study.tables import difference, home_lines, mean_and_std, verdict
@@ -84,8 +85,12 @@ def chain(work, seed, experts, mixed, btx):
 
 @pytest.fixture(scope="module")
 def config(work, configs):
+    """With the rows matched by time: two branches and a finetuning of 12 steps each, as long as 45 or 20 steps."""
+    times = {"spent_by_btx": {"branch": 24, "mixture": 12}, "matched_steps": {"dense-tm": 45, "upcycle-tm": 20}}
+    with open(f"{work}/step_times.json", "w") as file:
+        json.dump(times, file)
     rates = {"rates": "1e-3,3e-3", "sweep": ",".join(compare.SWEPT)}
-    return CompareConfig(configs=configs, out_dir=work, **rates)
+    return CompareConfig(configs=configs, out_dir=work, step_times=f"{work}/step_times.json", **rates)
 
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -93,7 +98,7 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 @pytest.fixture(scope="module")
 def baselines(config, chain, in_this_process):
-    return dict(zip(compare.BASELINES, train_baselines(config, chain), strict=True))
+    return dict(zip((*compare.BASELINES, *compare.TIMED), train_baselines(config, chain), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +133,24 @@ def test_compute_matched_rows_take_the_flops_of_btx(baselines, experts, btx):
     assert steps["dense-cm"] > steps["dense-dm"] == steps["upcycle-dm"] == 36 > steps["upcycle-cm"]
 
 
+def test_time_matched_rows_take_the_measured_steps(baselines):
+    """All else is as in the compute-matched rows."""
+    for name, steps in (("dense", 45), ("upcycle", 20)):
+        timed, computed = (
+            read_json(f"{baselines[f'{name}-{by}']}/run.json")["recipe"]["config"] for by in ("tm", "cm")
+        )
+        assert timed.pop("max_steps") == steps != computed.pop("max_steps")
+        del timed["out_dir"], computed["out_dir"]
+        assert timed == computed
+
+
+def test_step_times_of_another_btx_are_refused(work):
+    path = f"{work}/step_times.json"
+    assert read_matched(path, {"branch": 24, "mixture": 12}) == {"dense-tm": 45, "upcycle-tm": 20}
+    with pytest.raises(UserError, match=r"is of a BTX of .*24.* steps, not .*25.*; run study.clock again"):
+        read_matched(path, {"branch": 25, "mixture": 12})
+
+
 def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
     recipe = read_json(f"{baselines['btx-sample']}/run.json")["recipe"]
     assert recipe["config"]["router"] == "sample" and list(recipe["parents"]) == [mixed]
@@ -157,7 +180,7 @@ def test_report_of_a_chain(config, chain, baselines, longer, experts):
     os.makedirs(report)
     write_report(report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
     rows = {row["name"]: row for row in read_json(f"{report}/compare.json")["rows"]}
-    assert rows.keys() >= {"seed", "soup", "btm-top1", "btm-top2", "mixed", "btx", *compare.BASELINES}
+    assert rows.keys() >= {"seed", "soup", "btm-top1", "btm-top2", "mixed", "btx", *baselines}
     assert {"btm-top1-cm", "btm-posterior-prefix-cm"} < rows.keys()
     assert rows["btm-top1-cm"]["train_flops"] == pytest.approx(rows["btx"]["train_flops"], rel=0.02)
     own = {row["name"]: row for row in results["rows"]}
