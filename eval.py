@@ -39,21 +39,27 @@ CODE += ("common/generate.py", "common/decode.py", "data/task.py")
 
 
 @dataclasses.dataclass
-class EvalConfig:
+class ReadingConfig:
+    """Which held-out text to read with a model, and how: the keys of all that scores or looks on."""
+
+    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
+    domains: str = key("all", "the domains to read, separated by commas")
+    split: str = key("test", "held-out text and problems to read: val for searching, test for reporting", HELD_OUT)
+    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
+    eval_windows: int = key(128, "windows per domain", within="[1, inf)")
+    device: str = device_key()
+    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
+    threads: int = threads_key()
+
+
+@dataclasses.dataclass
+class EvalConfig(ReadingConfig):
     """Evaluate one or several checkpoints."""
 
     model: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; a row each, named after the folder")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
-    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    domains: str = key("all", "the domains to score, separated by commas")
-    split: str = key("test", "held-out text and problems to score: val for searching, test for reporting", HELD_OUT)
-    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
-    eval_windows: int = key(128, "windows per domain", within="[1, inf)")
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
-    device: str = device_key()
-    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
-    threads: int = threads_key()
     overwrite: bool = key(False, "discard the results.json that is there, and score everything anew")
     same_code: bool = key(False, "keep rows although the source changed: the change does not touch scores")
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.decode import Decoder
-from common.device import check_memory
+from common.device import check_memory, shapes_alone
 from common.errors import UserError
 from common.fused import IGNORE, attend, collect, dispatch, head_loss, lay_out, rotate
 from common.rope import rotary_table
@@ -445,16 +445,18 @@ class Transformer(nn.Module):
         to use instead of the folder's own, such as another router."""
         files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
         check_memory(folder, 4 * sum(torch.Size(shape).numel() for shape in expected_tensors(files.config).values()))
-        with torch.device("meta"):  # neither memory nor random numbers for weights that are about to be read
+        with shapes_alone():  # weights are about to be read
             model = cls(ModelConfig.from_pretrained(folder, **changes))
-        model.to_empty(device="cpu").set_up()
+        weights = {}
         for name, parameter in model.named_parameters():
             prefix, matrix = name.rsplit(".", 1)
             if ".experts." in name:
                 value = torch.stack([files[f"{prefix}.{e}.{matrix}.weight"] for e in range(len(parameter))])
             else:
                 value = files[name]
-            parameter.data.copy_(value)
+            weights[name] = value.to(torch.float32, copy=True)
+        model.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
+        model.set_up()
         return model
 
     def save_pretrained(self, folder, weights=None):

@@ -1,11 +1,13 @@
 """Where to compute and in which precision, and the signals that stop a run."""
 
+import contextlib
 import math
 import os
 import signal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from common.config import key
 from common.errors import UserError
@@ -67,6 +69,19 @@ def place(model, device, dtype):
     return model.to(device)
 
 
+@contextlib.contextmanager
+def shapes_alone():
+    """Modules made inside have shapes, but neither memory nor numbers: they are on the meta device, where nothing is
+    drawn either, since torch would load its compiler for that, which takes a second."""
+    draw = nn.init.normal_
+    nn.init.normal_ = lambda tensor, *_, **__: tensor
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        nn.init.normal_ = draw
+
+
 def free_memory():
     """Bytes that a process can still take, as Linux estimates them; infinite where the system does not say."""
     try:
@@ -88,17 +103,28 @@ def check_memory(folder, needed):
 
 
 def compiled(model, choice, device):
-    """The model as torch.compile makes it where `choice` (see compile_key) says so, else the model itself. A mixture in
-    float32 stays as it is: torch.compile takes grouped_mm in bfloat16 alone."""
-    wanted = choice == "on" or (choice == "auto" and device.type == "cuda")
-    possible = model.compute_dtype == torch.bfloat16 or not model.config.num_local_experts
-    if not (wanted and possible):
+    """The model for training steps: as torch.compile makes it where `choice` (see compile_key) says so, else itself.
+
+    It is compiled as a whole, or layer by layer where no graph may reach: between layers, where several processes
+    gather weights, and into experts in float32, whose grouped_mm torch.compile takes in bfloat16 alone.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return model
-    if dist.is_initialized():  # weights are gathered between the layers, where no graph may reach
-        for layer in model.model.layers:
-            layer.forward = torch.compile(layer.forward)
-        return model
-    return torch.compile(model)
+    plain_experts = model.config.num_local_experts and model.compute_dtype != torch.bfloat16
+    if not (plain_experts or dist.is_initialized()):
+        return torch.compile(model)
+    for layer in model.model.layers:
+        if plain_experts:
+            experts = layer.block_sparse_moe.experts
+            experts.forward = torch.compiler.disable(experts.forward)
+        layer.forward = compiled_in_training(layer.forward)
+    return model
+
+
+def compiled_in_training(forward):
+    """A layer's forward pass that is compiled where gradients are wanted, and plain in evaluations, which are short."""
+    quick = torch.compile(forward)
+    return lambda *arguments: (quick if torch.is_grad_enabled() else forward)(*arguments)
 
 
 def send(tensor, device):

@@ -30,11 +30,13 @@ SCALINGS = {
 
 
 def rotary_table(config):
-    """cos and sin of every position's angles, each (max_position_embeddings, K / 2). config: a model.ModelConfig."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    """cos and sin of every position's angles, each (max_position_embeddings, K / 2), on the CPU. config: a
+    model.ModelConfig."""
+    dimensions = torch.arange(0, config.head_dim, 2, device="cpu").float()
+    frequencies = config.rope_theta ** (-dimensions / config.head_dim)
     if config.rope_scaling:
         settings = {**config.rope_scaling}
         scale, _ = SCALINGS[settings.pop("rope_type")]
         frequencies = scale(frequencies, **settings)
-    angles = torch.arange(config.max_position_embeddings).float()[:, None] * frequencies
+    angles = torch.arange(config.max_position_embeddings, device="cpu").float()[:, None] * frequencies
     return angles.cos(), angles.sin()

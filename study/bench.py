@@ -6,7 +6,8 @@
 
 All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A
 mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
-the checkouts run as their authors run them in bfloat16, under autocast. Subjects take turns step by step, a step's
+the checkouts run as their authors run them in bfloat16, under autocast. --compile=on adds our models and nanoGPT as
+torch.compile makes them. Subjects take turns step by step, a step's
 time is compared with that of the others in the same turn, and medians of these ratios count. What our step consists of,
 and what a run costs beside its steps, is in study/parts.py.
 """
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import key, parse, split_list
-from common.device import compile_key, compiled, device_key, pick_device, threads_key
+from common.device import compiled, device_key, pick_device, threads_key
 from common.errors import UserError, command
 from common.files import write_atomically, write_json
 from common.generate import generate
@@ -34,6 +35,7 @@ from study.parts import beside, in_turns, shares, start_up
 
 EXPERTS, CHOSEN = 4, 2
 HEAD_SIZE = 32
+COMPILED = ", compiled"  # behind a name
 
 
 @dataclasses.dataclass
@@ -53,7 +55,7 @@ class BenchConfig:
     nanogpt: str = key("", "a checkout of nanoGPT; empty leaves it out")
     nanomoe: str = key("", "a checkout of nanoMoE; empty leaves it out")
     clock: str = key("wall", "wall, or cpu: the processor's time for this process; use one thread", ("wall", "cpu"))
-    compile: str = compile_key()
+    compile: str = key("off", "whether to measure what torch.compile makes of the models, too", ("on", "off"))
     device: str = device_key()
     threads: int = threads_key()
 
@@ -91,10 +93,10 @@ def optimizer_of(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
 
-def ours(config, model_config, device, dtype):
+def ours(model_config, device, dtype, compile="off"):
     model = Transformer(model_config).to(device)
     model.compute_dtype = dtype
-    run = compiled(model, config.compile, device)
+    run = compiled(model, compile, device)
 
     def loss(inputs, targets):
         output = run(inputs, targets, step=torch.zeros((), device=device) if model.training else None)
@@ -139,7 +141,7 @@ def hugging_face(config, model_config, device, dtype, experts_implementation=Non
     return Subject(model, optimizer_of(model), loss, make)
 
 
-def checkout(folder, config, width, device, dtype, **extra):
+def checkout(folder, config, width, device, dtype, compile="off", **extra):
     """GPT of a nanoGPT-like checkout's model.py. It generates without a cache, so that is left out."""
     path = os.path.join(folder, "model.py")
     if not os.path.exists(path):
@@ -155,20 +157,22 @@ def checkout(folder, config, width, device, dtype, **extra):
     sizes = {"block_size": config.sequence_length, "vocab_size": config.vocab_size, "n_layer": config.layers}
     sizes |= {"n_head": max(1, width // HEAD_SIZE), "n_embd": width, "dropout": 0.0, "bias": False}
     model = module.GPT(module.GPTConfig(**sizes, **extra)).to(device)
+    run = torch.compile(model) if compile == "on" else model
 
     def loss(inputs, targets):
         with autocast(device, dtype):
-            return model(inputs, targets)[1]
+            return run(inputs, targets)[1]
 
     return Subject(model, optimizer_of(model), loss, None)
 
 
 def subjects(config, width, device, dtype):
     """{name: Subject} of everything that can be measured here."""
-    dense, mixture = shape(config, width), shape(config, width, experts=EXPERTS)
-    found = {"dense": ours(config, dense, device, dtype)}
-    found[f"dense, {CHOSEN}x wide"] = ours(config, shape(config, width, wide=CHOSEN), device, dtype)
-    found["mixture"] = ours(config, mixture, device, dtype)
+    dense, wide = shape(config, width), shape(config, width, wide=CHOSEN)
+    mixture = shape(config, width, experts=EXPERTS)
+    found = {"dense": ours(dense, device, dtype)}
+    found[f"dense, {CHOSEN}x wide"] = ours(wide, device, dtype)
+    found["mixture"] = ours(mixture, device, dtype)
     if config.transformers:
         found["HF Llama"] = hugging_face(config, dense, device, dtype)
         for way in ("eager", "grouped_mm"):
@@ -178,6 +182,11 @@ def subjects(config, width, device, dtype):
     if config.nanomoe:
         extra = {"n_exp": EXPERTS, "top_k": CHOSEN, "stride": 1, "use_aux_loss": True}
         found["nanoMoE"] = checkout(config.nanomoe, config, width, device, dtype, **extra)
+    if config.compile == "on":
+        for name, one in {"dense": dense, f"dense, {CHOSEN}x wide": wide, "mixture": mixture}.items():
+            found[name + COMPILED] = ours(one, device, dtype, "on")
+        if config.nanogpt:
+            found["nanoGPT" + COMPILED] = checkout(config.nanogpt, config, width, device, dtype, "on")
     return found
 
 
@@ -204,8 +213,9 @@ def measure(config, found, device):
         return {name: lambda name=name: function(found[name]) for name in names}
 
     result = {"train": in_turns(config, device, tasks(train, found))}
-    result["evaluate"] = in_turns(config, device, tasks(evaluate, found))
-    speakers = [name for name, subject in found.items() if subject.generate and config.new_tokens]
+    plain = [name for name in found if not name.endswith(COMPILED)]  # in training alone does it pay
+    result["evaluate"] = in_turns(config, device, tasks(evaluate, plain))
+    speakers = [name for name in plain if found[name].generate and config.new_tokens]
     for count in (1, 32) if speakers else ():
         prompts = torch.randint(config.vocab_size, (count, 16)).tolist()
         result[f"generate {count}"] = in_turns(
@@ -237,15 +247,16 @@ def table(config, row):
         speed = tokens / statistics.median(times)
         mfu = f"{speed * row['flops'][name] / row['matmul_flops']:.0%}" if name in row["flops"] else ""
         cells = [f"{speed:,.0f}", f"{ratio(row['times']['train'], name, 'dense'):.2f}", mfu]
-        cells.append(f"{tokens / statistics.median(row['times']['evaluate'][name]):,.0f}")
-        for count in (1, 32):
-            made = row["times"].get(f"generate {count}", {}).get(name)
-            cells.append(f"{count * config.new_tokens / statistics.median(made):,.0f}" if made else "")
+        sizes = {"evaluate": tokens, "generate 1": config.new_tokens, "generate 32": 32 * config.new_tokens}
+        for task, size in sizes.items():
+            taken = row["times"].get(task, {}).get(name)
+            cells.append(f"{size / statistics.median(taken):,.0f}" if taken else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     train = row["times"]["train"]
-    lines.append(
-        f"\nMixture over dense of equal active FLOPs: {ratio(train, 'mixture', f'dense, {CHOSEN}x wide'):.2f}."
-    )
+    lines.append("")
+    for way in ("", COMPILED) if "mixture" + COMPILED in train else ("",):
+        speed = ratio(train, "mixture" + way, f"dense, {CHOSEN}x wide{way}")
+        lines.append(f"Mixture over dense of equal active FLOPs{way}: {speed:.2f}.")
     for name, parts in row["shares"].items():
         lines.append(f"Shares of a step, {name}: " + ", ".join(f"{part} {s:.0%}" for part, s in parts.items()) + ".")
     for name, costs in row["beside"].items():

@@ -18,37 +18,29 @@ from tqdm import tqdm
 
 from common.config import key, parse
 from common.corpus import Corpus
-from common.device import device_key, pick_device, threads_key
+from common.device import pick_device, shapes_alone
 from common.errors import UserError, command
 from common.files import write_json
 from common.fused import head_loss
 from common.hub import local_folder
 from common.rope import rotary_table
-from common.split import HELD_OUT
 from common.weights import WeightFiles, same_tokenizer
+from eval import ReadingConfig
 from model import Layer, ModelConfig, RMSNorm
 
 
 @dataclasses.dataclass
-class ByLayerConfig:
+class ByLayerConfig(ReadingConfig):
     """Bits per byte of one checkpoint of any size."""
 
     model: str = key("", "the checkpoint, a folder or hf:OWNER/NAME")
     out_dir: str = key("out/cpu/report", "where by_layer.json goes")
-    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    domains: str = key("all", "the domains to score, separated by commas")
-    split: str = key("test", "held-out text to score", HELD_OUT)
-    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
-    eval_windows: int = key(128, "windows per domain", within="[1, inf)")
     batch_size: int = key(16, "windows in one forward pass", within="[1, inf)")
-    device: str = device_key()
-    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
-    threads: int = threads_key()
 
 
 def read_layer(files, config, number):
     """The Layer of that number, on the CPU in float32."""
-    with torch.device("meta"):
+    with shapes_alone():
         layer = Layer(config)
     layer.to_empty(device="cpu")
     for name, parameter in layer.named_parameters():

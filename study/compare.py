@@ -270,7 +270,9 @@ def evaluate(config, chain, folders, longer):
     run("-m study.btm", *settings, f"--experts={','.join(longer)}", "--suffix=-cm")
     results = read_json(os.path.join(scores, "results.json"), "run again")
     names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
-    results["rows"] = [row for row in results["rows"] if row["name"] in names]  # eval.py keeps others, too
+    results["rows"] = tables.in_order(
+        row for row in results["rows"] if row["name"] in names
+    )  # eval.py keeps others, too
     for row in results["rows"]:
         behind = [folder for folder in (*own_models, *folders) if os.path.basename(folder) == row["name"]]
         ensemble = longer if row["name"].endswith("-cm") else split_list(experts)
@@ -287,7 +289,7 @@ def summarize(chains):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
         counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
         rows.append({"name": same[0]["name"], **tables.mean_and_std(same), **counts})
-    return tables.in_order(rows)
+    return rows
 
 
 def write_report(folder, found):

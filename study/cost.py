@@ -5,8 +5,7 @@ Tokens, FLOPs and seconds of one run are in its run.json (model.flops_per_token 
 
 from typing import NamedTuple
 
-import torch
-
+from common.device import shapes_alone
 from common.runs import read_run
 from model import ModelConfig, Transformer
 from train import freeze
@@ -56,7 +55,7 @@ def lineage(folders):
         found |= {name: one for name, one in lineage(parents).items() if name not in found}
         known = [name for name in parents if name in found]
         before = frozenset(known).union(*(found[name].before for name in known))
-        with torch.device("meta"):
+        with shapes_alone():
             model = Transformer(ModelConfig.from_pretrained(folder))
         freeze(model, run["recipe"]["config"].get("freeze", "none"))
         found[folder] = Run(tuple(known), before, own_cost(run)["seconds"], run.get("step", 0), trained_numbers(model))

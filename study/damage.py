@@ -16,30 +16,25 @@ import torch
 from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.device import device_key, pick_device, place, threads_key
+from common.device import pick_device, place
 from common.errors import UserError, command
 from common.files import write_atomically, write_json
 from common.split import HELD_OUT
 from common.weights import group_of, same_tokenizer
-from eval import bits_per_byte
+from eval import ReadingConfig, bits_per_byte
 from model import ModelConfig, Transformer
 from study.draw import plot_damage
 from study.tables import markdown_table
 
 
 @dataclasses.dataclass
-class DamageConfig:
+class DamageConfig(ReadingConfig):
     """Measure what averaging each group of tensors costs the experts at home."""
 
     experts: str = key("", "the branches of one seed, separated by commas, and last the seed itself")
     out_dir: str = key("out/cpu/report", "where damage.json, damage.md and damage.png go")
-    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     split: str = key("val", "held-out text to score", HELD_OUT)
-    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(32, "windows per domain", within="[1, inf)")
-    device: str = device_key()
-    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
-    threads: int = threads_key()
 
 
 def groups_of(names, num_layers):
@@ -72,12 +67,16 @@ def measure(config, corpus, folders):
         mixture = runs.trained_on(folder)
         homes.append(max(mixture, key=mixture.get))
     size = config.split, config.sequence_length, config.eval_windows
-    windows = {domain: corpus.windows(domain, *size) for domain in homes}
+    windows = {domain: corpus.windows(domain, *size) for domain in homes if domain in corpus.domains}
+    if not windows:
+        raise UserError(f"--domains={config.domains}: the branches are of {', '.join(homes)}; name some of these")
 
     def at_home(names, replacement):
         """{domain: its expert's bits per byte with the tensors `names` taken from `replacement`, "avg": their mean}."""
         scores = {}
         for expert, domain in zip(experts, homes, strict=True):
+            if domain not in windows:
+                continue
             for name, parameter in parameters.items():
                 parameter.data.copy_(replacement[name] if name in names else expert[name])
             scores[domain], _ = bits_per_byte(model, *windows[domain], corpus.token_bytes)
@@ -112,7 +111,7 @@ def main():
     for folder, shape in zip(folders, shapes, strict=True):
         if shape.num_local_experts or shape != shapes[0]:
             raise UserError(f"{folder} is no dense model of the shape of {folders[0]}; name branches of one seed")
-    corpus = Corpus(config.data_dir)
+    corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     with torch.no_grad():
         found = measure(config, corpus, folders)

@@ -16,11 +16,11 @@ import torch
 from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.device import device_key, pick_device, place, threads_key
+from common.device import pick_device, place
 from common.errors import UserError, command
 from common.files import read_json, write_json
-from common.split import HELD_OUT
 from common.weights import same_tokenizer
+from eval import ReadingConfig
 from model import ModelConfig, Transformer
 from study.tables import dead_experts
 from study.tokens import check_mixture, expert_names, show_experts
@@ -32,19 +32,11 @@ PAGE_WINDOWS = 2  # windows on a domain's page of tokens
 
 
 @dataclasses.dataclass
-class RouteConfig:
+class RouteConfig(ReadingConfig):
     """Measure and draw the routing of one or several mixtures."""
 
     model: str = key("out/cpu/btx", "checkpoint folders of mixtures, separated by commas")
     out_dir: str = key("out/cpu/report", "where routing.json, the pictures and the pages go")
-    data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
-    domains: str = key("all", "the domains to read, separated by commas")
-    split: str = key("test", "held-out text to read: val for searching, test for reporting", HELD_OUT)
-    sequence_length: int = key(256, "tokens per window", within="[1, inf)")
-    eval_windows: int = key(128, "windows per domain", within="[1, inf)")
-    device: str = device_key()
-    dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
-    threads: int = threads_key()
 
 
 @torch.no_grad()

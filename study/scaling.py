@@ -13,9 +13,8 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import torch
-
 from common.config import key, parse
+from common.device import shapes_alone
 from common.errors import command
 from model import ModelConfig, Transformer
 from study.cost import NUMBER_BYTES, exchange_bytes, step_bytes
@@ -73,7 +72,7 @@ def models(vocabulary, width, hidden, layers, heads, kv_heads, length, tie=False
     shape = ModelConfig(vocabulary, width, hidden, layers, heads, kv_heads, length, tie_word_embeddings=tie)
     found = []
     for experts, speed in ((0, 1.0), (EXPERTS, MIXTURE_SPEED)):
-        with torch.device("meta"):
+        with shapes_alone():
             model = Transformer(dataclasses.replace(shape, num_local_experts=experts))
         placed = [parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name]
         rows = shape.num_experts_per_tok * layers if experts else 0

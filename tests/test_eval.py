@@ -29,15 +29,15 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def command(work, data, seed, experts, mixed, btx):
     models = f"--model={','.join([seed, *experts, mixed, btx])}"
-    return ["eval.py", *FLAGS, models, f"--data_dir={data}", f"--out_dir={work}/report"]
+    return ["eval.py", *FLAGS, models, f"--data_dir={data}", f"--out_dir={work}/scores"]
 
 
 @pytest.fixture(scope="module")
 def results(work, command, data, seed, experts):
     must(run(*command))
     ensembles = f"--experts={','.join([*experts, seed])}"
-    must(run("study/btm.py", *FLAGS, ensembles, f"--data_dir={data}", f"--out_dir={work}/report"))
-    return read_json(os.path.join(work, "report", "results.json"))
+    must(run("study/btm.py", *FLAGS, ensembles, f"--data_dir={data}", f"--out_dir={work}/scores"))
+    return read_json(os.path.join(work, "scores", "results.json"))
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_loads_are_the_routers_choices(rows, btx, data):
 
 
 def test_again_does_nothing_and_other_settings_are_refused(results, command, work):
-    path = os.path.join(work, "report", "results.json")
+    path = os.path.join(work, "scores", "results.json")
     before = read(path), os.stat(path).st_mtime_ns
     must(run(*command))
     message = error_line(run(*command, "--eval_windows=6"))

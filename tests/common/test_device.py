@@ -6,6 +6,8 @@ place where the host would wait for the device is counted. (Fake CUDA tensors ne
 autograd has no engine for them in a CPU build.) What remains for a real GPU is in test_cuda.py.
 """
 
+import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -132,12 +134,43 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch):
     [("auto", "cuda", True), ("auto", "cpu", False), ("off", "cuda", False), ("on", "cpu", True)],
 )
 def test_what_is_compiled(choice, device, wanted, monkeypatch):
-    """All but a mixture in float32, which torch.compile does not take."""
-    monkeypatch.setattr(torch, "compile", lambda model: "compiled")
-    found = []
+    """The whole model, but the layers of a mixture in float32, whose experts torch.compile does not take."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda part: calls.append(part) or part)
     for experts in (0, 4):
         for dtype in (torch.float32, torch.bfloat16):
             model = Transformer(shape(num_local_experts=experts))
             model.compute_dtype = dtype
-            found.append(compiled(model, choice, torch.device(device)) == "compiled")
-    assert found == ([True, True, False, True] if wanted else [False] * 4)
+            calls.clear()
+            layers = [layer.forward for layer in model.model.layers]
+            assert compiled(model, choice, torch.device(device)) is model
+            parts = layers if experts and dtype == torch.float32 else [model]
+            assert calls == (parts if wanted else [])
+
+
+def test_a_mixture_in_float32_is_compiled_around_its_experts(monkeypatch):
+    """All three layers share the few graphs before the experts and behind them; none for an evaluation; the same
+    gradients."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
+    torch.manual_seed(1)
+    plain = Transformer(shape(num_local_experts=4, num_hidden_layers=3))
+    quick = copy.deepcopy(plain)
+    run, ids = compiled(quick, "on", torch.device("cpu")), torch.randint(80, (2, 30))
+    with torch.no_grad():
+        assert run(ids, ids).loss == plain(ids, ids).loss and not graphs
+    for step in range(2):
+        losses = []
+        for model in (run, plain):
+            output = model(ids, ids, step=torch.tensor(step))
+            (output.loss + output.aux_loss).backward()
+            losses.append(output.loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert 2 <= len(graphs) <= 4
+    for ours, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()

@@ -1,6 +1,7 @@
 """The benchmark at toy size: every subject runs, and the report holds what it promises."""
 
 import pytest
+import torch
 from helpers import must, read_json, run
 
 TINY = "--widths=32", "--layers=1", "--vocab_size=64", "--batch_size=2", "--sequence_length=16", "--turns=1"
@@ -25,14 +26,18 @@ class GPT(torch.nn.Module):
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bench_measures_everyone(dtype, tmp_path):
+@pytest.mark.parametrize(("dtype", "compile"), [("float32", "on"), ("bfloat16", "off")])
+def test_bench_measures_everyone(dtype, compile, tmp_path, monkeypatch):
+    """Compiled models at no compiler's expense: what it makes is in test_device.py and test_routing.py."""
+    monkeypatch.setattr(torch, "compile", lambda part: part)
     (tmp_path / "model.py").write_text(PEER)
     flags = *TINY, f"--dtypes={dtype}", "--new_tokens=2", f"--nanogpt={tmp_path}", "--clock=cpu", "--device=cpu"
+    flags += (f"--compile={compile}",)
     done = must(run("study/bench.py", *flags, f"--out_dir={tmp_path}/out"))
     row = read_json(tmp_path / "out" / "bench.json")["rows"][0]
     names = {"dense", "dense, 2x wide", "mixture", "HF Llama", "HF Mixtral, eager", "HF Mixtral, grouped_mm", "nanoGPT"}
-    assert row["times"]["train"].keys() == row["times"]["evaluate"].keys() == names
+    twins = {f"{name}, compiled" for name in ("dense", "dense, 2x wide", "mixture", "nanoGPT") if compile == "on"}
+    assert row["times"]["train"].keys() == names | twins and row["times"]["evaluate"].keys() == names
     assert row["times"]["generate 32"].keys() == names - {"nanoGPT"}
     assert all(share > 0 for parts in row["shares"].values() for share in parts.values())
     parts = {"attention", "mixture", "of these, routing", "sorting", "experts", "head and loss", "optimizer"}
@@ -41,4 +46,4 @@ def test_bench_measures_everyone(dtype, tmp_path):
         assert costs.keys() == {"a batch of data", "a checkpoint", "imports", "model", "first step"}
         assert costs["imports"] > costs["a batch of data"] > 0 and min(costs.values()) > 0
     text = (tmp_path / "out" / "bench.md").read_text()
-    assert done.out.strip() in text and all(f"| {name} |" in text for name in names)
+    assert done.out.strip() in text and all(f"| {name} |" in text for name in names | twins)
