@@ -7,7 +7,7 @@
 #   bash run.sh lesson   the course's size, 2 minutes: exercises/lesson.sh
 #   bash run.sh smollm   from a published model: config/smollm, config/llama2-7b (a README.md in each)
 #   bash run.sh cpu chain     stop after the finetuning: nothing is evaluated
-#   bash run.sh cpu ablate    after that, every variant of the paper: about 40 minutes more
+#   bash run.sh cpu ablate    after that, every variant of the paper: an hour more
 #   bash run.sh cpu compare   the paper's comparison: three random seeds, dense training and upcycling beside them
 #   bash run.sh gpu check     what only a GPU can tell: three parts of at most ten minutes, into results/gpu
 #   bash run.sh cpu regime    when does branching pay? Smaller chains of their own, at many budgets

@@ -11,6 +11,8 @@ import json
 import os
 import re
 
+import numpy as np
+
 from common.errors import UserError
 from common.files import read_json
 
@@ -64,9 +66,8 @@ class JsonEncoding:
     def encode_ordinary(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_ordinary_batch(self, texts, num_threads=1):
-        """The ids of each text; the package itself chooses how many threads to use."""
-        return [one.ids for one in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.encode_ordinary(text), np.uint32)
 
     def encode_single_token(self, text):
         return self.vocab[text]

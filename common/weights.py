@@ -16,7 +16,7 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -192,12 +192,16 @@ def write_file(path, shapes, tensors, dtype):
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     arrays = (tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors)
-    digest = hashlib.sha256()
+    digest, head = hashlib.sha256(), len(text).to_bytes(8, "little") + text
+    digest.update(head)
     with atomic_file(path) as file, ThreadPoolExecutor(1) as beside:
-        for part in chain([len(text).to_bytes(8, "little") + text], arrays):
-            hashed = beside.submit(digest.update, part)  # takes about as long as the writing
+        file.write(head)
+        hashed = None
+        for part in arrays:
+            if hashed:
+                hashed.result()  # of the part before: while it ran, that was written and this one made
+            hashed = beside.submit(digest.update, part)
             file.write(part)
-            hashed.result()
     return digest.hexdigest()
 
 

@@ -158,13 +158,13 @@ def write_domain(domain, encoding, config):
     """Tokenize a domain and write its folder; meta.json comes last."""
     os.makedirs(domain.folder, exist_ok=True)
     dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
-    end = [encoding.eot_token]
+    end = np.array([encoding.eot_token], dtype)
     digest, counts = hashlib.sha256(), {}
     for split, texts in domain.texts.items():
         parts = []
         digest.update(split.encode() + b"\0")
         for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None):
-            parts += [np.array(encoding.encode_ordinary(text), dtype), np.array(end, dtype)]
+            parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), end]
             digest.update(text.encode() + b"\0")
         tokens = np.concatenate(parts)
         counts[split] = {

@@ -7,13 +7,21 @@ writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepar
 (requirements-extra.txt). Text is never in memory as a whole: tokens are appended to files as documents come, and a run
 that was stopped goes on from its last note of where it stood. A document's text alone decides its split, so the same
 text from another source, or twice in this one, is never both learned from and scored on.
+
+With --processes=N the source's shards (most often files) are cut into N runs of neighbours. Each process reads one run,
+up to its Nth of the tokens and of the held-out text, and what they wrote is joined in the order of the source. So text
+that comes to less than that gives the same files for any N.
 """
 
+import atexit
 import dataclasses
 import glob
-import hashlib
+import multiprocessing
 import os
+import signal
+import time
 from importlib.metadata import version
+from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import numpy as np
@@ -21,17 +29,17 @@ from tqdm import tqdm
 
 from common.config import key, parse
 from common.errors import UserError, command
-from common.files import read_json, write_json
+from common.files import read_json
 from common.hub import local_folder
 from common.runs import locked
-from common.split import SPLITS, split_of
+from common.split import split_of
 from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
 from common.weights import copy_tokenizer
+from data.parts import Part, check_notes, join_parts, part_folder, remove_parts
 from data.prepare import MAX_HELD_OUT_BYTES, print_table
 
-DOCUMENTS = 512  # tokenized together, on all threads
+DOCUMENTS = 512  # from one look at whether there are enough tokens to the next
 NOTE_EVERY = 20  # of those; a stopped run repeats no more
-PROGRESS = "progress.json"
 
 
 class Source(NamedTuple):
@@ -62,7 +70,7 @@ class PublicConfig:
     tokens: float = key(1e8, "training tokens to stop after", within="[1, inf)")
     out_dir: str = key("out/public/data", "the data folder")
     tokenizer: str = key("", "a checkpoint or data folder, or hf:OWNER/NAME; empty is what out_dir has")
-    threads: int = key(2, "threads that tokenize", within="[1, 1024]")
+    processes: int = key(1, "processes that read and tokenize, a core each", within="[1, 1024]")
     overwrite: bool = key(False, "prepare again what is there already")
 
 
@@ -73,6 +81,9 @@ def open_stream(config):
     except ImportError:
         raise UserError("data.public needs the package datasets; pip install -r requirements-extra.txt") from None
     disable_progress_bars()
+    # pyarrow reads on for a moment after nobody asks any more: Python then hangs or aborts at its end if that is sooner
+    atexit.unregister(time.sleep)
+    atexit.register(time.sleep, 0.5)
     if config.source in SOURCES:
         source = SOURCES[config.source]
         column, options = source.column, {"path": source.id, "name": source.config}
@@ -126,70 +137,6 @@ def use_tokenizer(config):
     return load_tokenizer(config.out_dir)
 
 
-class Writer:
-    """Token files that grow, and a note of how far they and the stream have come.
-
-    note: {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash}}. What is in the files
-    beyond a note was written after it and is cut off.
-    """
-
-    def __init__(self, folder, recipe, dtype):
-        self.folder, self.dtype = folder, np.dtype(dtype)
-        empty = {split: {"documents": 0, "tokens": 0, "bytes": 0, "hash": ""} for split in SPLITS}
-        self.note = {"recipe": recipe, "state": None, "splits": empty}
-        path = os.path.join(folder, PROGRESS)
-        if os.path.exists(path):
-            found = read_json(path, "delete it to begin anew")
-            if isinstance(found, dict) and found.get("recipe") == recipe:
-                self.note = found
-            else:
-                raise UserError(f"{path} is of a run with other settings; delete it to begin anew, or repeat that run")
-        self.files = {split: self.reopen(split) for split in SPLITS}
-
-    def reopen(self, split):
-        """The file of a split, to append to what the note says is in it."""
-        path, final = self.part(split), os.path.join(self.folder, f"{split}.bin")
-        size = self.note["splits"][split]["tokens"] * self.dtype.itemsize
-        if size and not os.path.exists(path) and os.path.exists(final):  # killed while files got their names
-            os.replace(final, path)
-        if size > (os.path.getsize(path) if os.path.exists(path) else 0):
-            raise UserError(f"{path} has lost tokens; delete {os.path.join(self.folder, PROGRESS)} to begin anew")
-        file = open(path, "ab")  # noqa: SIM115 (it stays open while documents come)
-        file.truncate(size)
-        return file
-
-    def part(self, split):
-        return os.path.join(self.folder, f"{split}.part")
-
-    def add(self, split, text, ids):
-        counts = self.note["splits"][split]
-        self.files[split].write(np.array(ids, self.dtype).tobytes())
-        sizes = {"documents": 1, "tokens": len(ids), "bytes": len(text.encode())}
-        counts |= {name: counts[name] + size for name, size in sizes.items()}
-        counts["hash"] = hashlib.sha256(f"{counts['hash']} {text}".encode()).hexdigest()
-
-    def save(self, state):
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        write_json(os.path.join(self.folder, PROGRESS), {**self.note, "state": state})
-
-    def finish(self, meta):
-        """Give the files their names; meta.json comes last, and the note goes."""
-        splits = self.note["splits"]
-        if lacking := [split for split in SPLITS if not splits[split]["documents"]]:
-            raise UserError(f"{self.folder}: nothing came for {' and '.join(lacking)}; raise --tokens or add text")
-        for split, file in self.files.items():
-            file.close()
-            os.replace(self.part(split), os.path.join(self.folder, f"{split}.bin"))
-        hashes = "".join(splits[split].pop("hash") for split in SPLITS)
-        meta |= {**splits, "dtype": str(self.dtype), "content_hash": hashlib.sha256(hashes.encode()).hexdigest()}
-        write_json(os.path.join(self.folder, "meta.json"), meta, indent=2)
-        if os.path.exists(note := os.path.join(self.folder, PROGRESS)):
-            os.remove(note)
-        return meta
-
-
 def batches(stream, column):
     """Lists of up to DOCUMENTS texts."""
     texts = []
@@ -203,29 +150,72 @@ def batches(stream, column):
         yield texts
 
 
-def fill(writer, stream, column, encoding, config):
-    """Append documents until there are enough training tokens, or no more text."""
-    if writer.note["state"]:
-        stream.load_state_dict(writer.note["state"])
-    splits = writer.note["splits"]
-    bar = tqdm(desc=writer.folder, total=int(config.tokens), initial=splits["train"]["tokens"], unit="token")
-    bar.unit_scale = True
-    for number, texts in enumerate(batches(stream, column), start=1):
-        wanted = [(split, text) for text in texts if (split := split_of(text)) == "train" or has_room(splits[split])]
-        encoded = encoding.encode_ordinary_batch([text for _, text in wanted], num_threads=config.threads)
-        for (split, text), ids in zip(wanted, encoded, strict=True):
-            if split == "train" or has_room(splits[split]):
-                writer.add(split, text, [*ids, encoding.eot_token])
-        bar.update(splits["train"]["tokens"] - bar.n)
-        if splits["train"]["tokens"] >= config.tokens:
-            break
-        if number % NOTE_EVERY == 0:
-            writer.save(stream.state_dict())
-    bar.close()
+def write_part(config, folder, number, recipe):
+    """Read and tokenize one process's share of the source, until it has its share of the tokens or no more text."""
+    stream, column, _ = open_stream(config)
+    stream = stream.shard(config.processes, number)
+    encoding = load_tokenizer(config.out_dir)
+    tokens, held_out = config.tokens / config.processes, MAX_HELD_OUT_BYTES / config.processes
+    with locked(part_folder(folder, number), create=True):
+        part = Part(folder, number, recipe, token_dtype(encoding))
+        if part.note["done"]:
+            return
+        if part.note["state"]:
+            stream.load_state_dict(part.note["state"])
+        splits, parent = part.note["splits"], multiprocessing.parent_process()
+        options = {"initial": splits["train"]["tokens"], "unit": "token", "unit_scale": True, "position": number}
+        bar = tqdm(desc=part.folder, total=int(tokens), **options)
+        for count, texts in enumerate(batches(stream, column), start=1):
+            for text in texts:
+                split = split_of(text)
+                if split == "train" or splits[split]["bytes"] < held_out:
+                    # an array where encode_ordinary makes a list, which takes a quarter longer
+                    ids = encoding.encode_to_numpy(text, disallowed_special=())
+                    part.add(split, text, np.append(ids, encoding.eot_token))
+            bar.update(splits["train"]["tokens"] - bar.n)
+            if splits["train"]["tokens"] >= tokens:
+                break
+            if count % NOTE_EVERY == 0:
+                part.save(stream.state_dict())
+            if parent and not parent.is_alive():
+                raise SystemExit("the process that started this one is gone")
+        part.save(None, done=True)
+        bar.close()
 
 
-def has_room(counts):
-    return counts["bytes"] < MAX_HELD_OUT_BYTES
+def worker(*arguments):
+    """write_part in a process of its own: it leaves Ctrl-C to the process that started it, and says what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command(lambda: write_part(*arguments))
+
+
+def write_parts(config, folder, recipe):
+    """write_part in as many processes as asked for; they end with this one, and with the first that fails."""
+    if config.processes == 1:
+        return write_part(config, folder, 0, recipe)
+    spawn = multiprocessing.get_context("spawn")  # a fork would lack the threads of what is imported already
+    started = [
+        spawn.Process(target=worker, args=(config, folder, number, recipe), daemon=True)
+        for number in range(config.processes)
+    ]
+    for process in started:
+        process.start()
+    running = {process.sentinel: number for number, process in enumerate(started)}
+    while running:
+        for sentinel in wait(running):
+            number = running.pop(sentinel)
+            started[number].join()
+            if started[number].exitcode == 2:
+                raise SystemExit(2)  # it has said why
+            if started[number].exitcode:
+                raise UserError(
+                    f"the process of {part_folder(folder, number)} was stopped (exit code {started[number].exitcode}); "
+                    "the same command continues"
+                )
+
+
+def token_dtype(encoding):
+    return "uint16" if encoding.n_vocab <= 2**16 else "uint32"
 
 
 def main():
@@ -233,22 +223,27 @@ def main():
     name = config.domain or os.path.splitext(os.path.basename(os.path.normpath(config.source)))[0]
     folder = os.path.join(config.out_dir, name)
     encoding = use_tokenizer(config)
-    stream, column, about = open_stream(config)
-    recipe = {"domain": name, "source": about, "tokens": config.tokens, "tokenizer": tokenizer_hash(config.out_dir)}
+    stream, _, about = open_stream(config)
+    if config.processes > stream.num_shards:
+        have = f"--source={config.source} has {stream.num_shards} shards to share out"
+        raise UserError(f"--processes={config.processes}, but {have}; use as many at most")
+    recipe = {"domain": name, "source": about, "tokens": config.tokens, "processes": config.processes}
+    recipe["tokenizer"] = tokenizer_hash(config.out_dir)
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
         meta = read_json(path, "use --overwrite=True")
+        if not config.overwrite and meta["recipe"] != recipe:
+            raise UserError(f"{folder} was prepared with other settings; use --overwrite=True or another --domain")
+        remove_parts(folder)  # which a kill may have left
         if not config.overwrite:
-            if meta["recipe"] != recipe:
-                raise UserError(f"{folder} was prepared with other settings; use --overwrite=True or another --domain")
             print(f"{folder}: already there, kept")
             return
         os.remove(path)
     with locked(folder, create=True):
-        writer = Writer(folder, recipe, "uint16" if encoding.n_vocab <= 2**16 else "uint32")
-        fill(writer, stream, column, encoding, config)
-        sources = {"datasets": version("datasets")}
-        meta = writer.finish({"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": sources})
+        check_notes(folder, recipe)
+        write_parts(config, folder, recipe)
+        about = {"tokenizer_hash": recipe["tokenizer"], "sources": {"datasets": version("datasets")}}
+        meta = join_parts(folder, config.processes, {"recipe": recipe, **about, "dtype": token_dtype(encoding)})
     print_table({name: meta})
 
 

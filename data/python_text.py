@@ -109,7 +109,7 @@ def without_docstrings(source, tree):
 def _is_mostly_data(text):
     """True for tables of numbers or strings, generated files and other text that nobody typed."""
     lines = [line for line in text.split("\n") if line.strip()]
-    data_lines = sum(bool(DATA_LINE.match(line)) for line in lines)
+    data_lines = sum(bool(DATA_LINE.match(line.lstrip())) for line in lines)  # on indentation it tries all ways
     digits = sum(map(text.count, "0123456789"))
     return (
         len(text) > MAX_BYTES
