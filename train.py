@@ -4,10 +4,9 @@
     python train.py config/cpu/expert.py --domain=code --init_from=out/cpu/seed --out_dir=out/cpu/expert-code
     torchrun --nproc_per_node=2 train.py config/cpu/seed.py     # the same batches, split over two processes
 
-`train` is the only training loop in this repository; finetune.py uses it for mixtures of experts.
-A run that was killed goes on from its last checkpoint when the same command is given again, and ends
-with the same weights, to the bit, as one that was never interrupted. (On CUDA within rounding: there, gradients of
-embeddings and attention are sums in no fixed order.)
+`train` is the only training loop here; finetune.py uses it for mixtures. A run that was killed goes on from its last
+checkpoint when the same command is given again, and ends with the same weights, to the bit, as one never interrupted.
+(On CUDA within rounding: there, gradients of embeddings and attention are sums in no fixed order.)
 """
 
 import contextlib
@@ -90,6 +89,7 @@ class TrainConfig:
     threads: int = threads_key()
     compile: str = compile_key()
     shard_size: int = key(1, "torchrun's processes that share one copy of the weights; 0 is all", within="[0, inf)")
+    expert_parallel: int = key(1, "torchrun's processes that divide a mixture's experts up", within="[1, inf)")
     checkpoint_activations: bool = key(False, "keep no activations inside a layer, compute them twice: less memory")
     dry_run: bool = key(False, "print the memory that the run will need, and stop")
     overwrite: bool = key(False, "start anew, discarding the run that --out_dir holds")
@@ -98,10 +98,10 @@ class TrainConfig:
 
 # what a run may be resumed or repeated without: keys that do not shape its result
 NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
-NOT_IN_RECIPE += ("shard_size", "checkpoint_activations", "dry_run")
+NOT_IN_RECIPE += ("shard_size", "expert_parallel", "checkpoint_activations", "dry_run")
 # the source that decides a run's result
 CODE = ("model.py", "train.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/weights.py")
-CODE += ("common/device.py", "common/parallel.py", "common/shards.py")
+CODE += ("common/device.py", "common/parallel.py", "common/shards.py", "common/expert_parallel.py")
 
 
 def make_recipe(config, corpus, mixture, code):
@@ -310,7 +310,7 @@ def train(config, make_model, code=CODE):
         if config.dry_run:
             report_memory(config, raw_model)
             return
-        processes.spread(raw_model, config.shard_size).to(device)
+        processes.spread(raw_model, config.shard_size, config.expert_parallel).to(device)
         stage = len(runs.history_of(config.init_from))  # how many runs came before: a branch draws other windows
         batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice, stage)
         optimizer = make_optimizer(config, raw_model)

@@ -52,14 +52,15 @@ class Processes:
             dist.broadcast_object_list(found)
         return found[0]
 
-    def spread(self, model, shard_size):
-        """Spread a model over the processes, in place: each `shard_size` neighbours, 0 for all, share one copy. A model
-        on the CPU goes to the device layer by layer. Its parameters are DTensors from here on."""
+    def spread(self, model, shard_size, expert_parallel):
+        """Spread a model over the processes, in place: each `shard_size` neighbours, 0 for all, share one copy, each
+        `expert_parallel` divide the experts up. A model on the CPU goes to the device layer by layer. Its parameters
+        are DTensors from here on."""
         if self.world == 1:
             return model
         from common import shards
 
-        shards.spread(model, self.device, self.world, shard_size or self.world)
+        shards.spread(model, self.device, self.world, shard_size or self.world, expert_parallel)
         return model
 
     def micro_batches(self, batch_size, micro_batch_size):
@@ -76,8 +77,11 @@ class Processes:
 
     def clip_gradients(self, model, max_norm):
         """Scale the gradients down to a norm of max_norm at most; returns the norm that they had, a tensor."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        return norm if self.world == 1 else norm.full_tensor()
+        if self.world == 1:
+            return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        from common import shards
+
+        return shards.clip_gradients(model, max_norm)
 
     def mean(self, tensor):
         """The mean of a tensor over all processes."""

@@ -7,6 +7,7 @@ which no other start need wait for.
 
 import warnings
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -17,19 +18,50 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from common.expert_parallel import place_experts
 
 
-def spread(model, device, world, shard_size):
+def spread(model, device, world, shard_size, expert_parallel):
     """See Processes.spread; shard_size is from 1 to world."""
     mesh = (world // shard_size, shard_size)
     mesh = init_device_mesh(device.type, mesh, mesh_dim_names=("copies", "shards"))
+    if expert_parallel > 1:
+        pieces = max(1, shard_size // expert_parallel)  # of each expert
+        places = (world // (pieces * expert_parallel), pieces, expert_parallel)
+        places = init_device_mesh(device.type, places, mesh_dim_names=("copies", "shards", "experts"))
+        for layer in model.model.layers:
+            experts = layer.block_sparse_moe.experts
+            place_experts(experts, places["experts"])
+            _shard(experts, places["copies", "shards"])
+    for module in (*model.model.layers, model):  # the model itself holds what no layer does
+        _shard(module, mesh)
+
+
+def _shard(module, mesh):
+    """fully_shard over the mesh's second dimension, whatever of a module is not spread yet."""
 
     def placement(parameter):  # stacked experts (E, F, D) are cut within each expert: E may be less than the shards
-        return Shard(1) if parameter.dim() == 3 and parameter.size(1) % shard_size == 0 else Shard(0)
+        return Shard(1) if parameter.dim() == 3 and parameter.size(1) % mesh.size(1) == 0 else Shard(0)
 
-    for module in (*model.model.layers, model):  # the model itself holds what no layer does
-        fully_shard(module, mesh=mesh, shard_placement_fn=placement)
-    model.set_force_sum_reduction_for_comms(True)  # gloo can add, and has no mean
+    fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    module.set_force_sum_reduction_for_comms(True)  # gloo can add; not every version of it has a mean
+
+
+def clip_gradients(model, max_norm):
+    """See Processes.clip_gradients. Experts may be spread over another mesh than the rest, and no operation takes both;
+    the first dimension of either counts the copies of a piece."""
+    meshes = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            meshes.setdefault(parameter.device_mesh, []).append(parameter)
+    pieces = {mesh: [parameter.grad.to_local() for parameter in found] for mesh, found in meshes.items()}
+    square = sum(get_total_norm(found).square() / mesh.size(0) for mesh, found in pieces.items())
+    dist.all_reduce(square)
+    for found in meshes.values():
+        clip_grads_with_norm_(found, max_norm, square.sqrt())
+    return square.sqrt()
 
 
 def whole_weights(model):

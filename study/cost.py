@@ -83,6 +83,17 @@ def step_bytes(parameters, workers, shard_size=1, micro_batches=1):
     return (within + across) * parameters * NUMBER_BYTES
 
 
+def exchange_bytes(rows, width, expert_parallel, number_bytes=NUMBER_BYTES):
+    """Bytes that a step's all-to-all sends, all workers together, where routing is even (common/expert_parallel.py).
+
+    rows: (token, expert) pairs in all layers, which is tokens times the sum of k; width: numbers in each; number_bytes:
+    bytes of one, in the activations' dtype. A row goes to its expert and back, and so do the two gradients; activations
+    that are computed twice add half as much. One in expert_parallel rows stays at home. With it, a step's gradients are
+    step_bytes of all else among the workers, and of the experts among workers / expert_parallel.
+    """
+    return 4 * rows * width * number_bytes * (expert_parallel - 1) / expert_parallel
+
+
 def bytes_sent(runs, workers=WORKERS):
     """Bytes that data-parallel training on `workers` machines would have sent, all of them together.
 

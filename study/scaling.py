@@ -17,7 +17,7 @@ from common.config import key, parse
 from common.device import shapes_alone
 from common.errors import command
 from model import ModelConfig, Transformer
-from study.cost import NUMBER_BYTES, step_bytes
+from study.cost import NUMBER_BYTES, exchange_bytes, step_bytes
 from study.draw import plot_scaling
 from study.tables import markdown_table
 
@@ -43,11 +43,15 @@ CORE = Site("CPU core", 75.4e9, 1e9, 0.0)
 
 
 class Model(NamedTuple):
-    """What a stage trains: parameters, training FLOPs a token, speed over a dense model's."""
+    """What a stage trains: parameters, training FLOPs a token, speed over a dense model's. Of a mixture also how many
+    parameters are in its experts, the rows that a token sends to them in all layers, and the numbers in a row."""
 
     parameters: int
     flops: float
     speed: float
+    experts: int = 0
+    rows: int = 0
+    width: int = 0
 
 
 class Size(NamedTuple):
@@ -70,7 +74,9 @@ def models(vocabulary, width, hidden, layers, heads, kv_heads, length, tie=False
     for experts, speed in ((0, 1.0), (EXPERTS, MIXTURE_SPEED)):
         with shapes_alone():
             model = Transformer(dataclasses.replace(shape, num_local_experts=experts))
-        found.append(Model(model.num_parameters()[1], model.flops_per_token(length), speed))
+        placed = [parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name]
+        rows = shape.num_experts_per_tok * layers if experts else 0
+        found.append(Model(model.num_parameters()[1], model.flops_per_token(length), speed, sum(placed), rows, width))
     return found
 
 
@@ -222,6 +228,31 @@ def crossing_table(found):
     return markdown_table(header, body)
 
 
+def expert_bytes(mixture, tokens):
+    """Bytes that each of EXPERTS cards sends in a micro-batch of `tokens`, where together they hold one copy of the
+    mixture: (all of it in pieces, an expert on each card and the rest in pieces). Rows travel in bfloat16."""
+    pieces = step_bytes(mixture.parameters, EXPERTS, EXPERTS)
+    placed = step_bytes(mixture.parameters - mixture.experts, EXPERTS, EXPERTS)
+    placed += exchange_bytes(EXPERTS * tokens * mixture.rows, mixture.width, EXPERTS, number_bytes=2)
+    return pieces / EXPERTS, placed / EXPERTS
+
+
+def level_tokens(mixture):
+    """The tokens in a card's micro-batch at which both ways of expert_bytes send the same."""
+    (pieces, none), (_, one) = (expert_bytes(mixture, tokens) for tokens in (0, 1))
+    return (pieces - none) / (one - none)
+
+
+def expert_table(found):
+    header = ["", "in pieces, GB", "an expert on each GPU, GB", "level at a micro-batch of"]
+    body = []
+    for name, size in found.items():
+        if size.site is MACHINE:
+            sent = expert_bytes(size.mixture, size.micro_batch / 8)  # eight cards
+            body.append([name, *(number(one / 1e9) for one in sent), f"{level_tokens(size.mixture):,.0f} tokens"])
+    return markdown_table(header, body)
+
+
 def tables(found):
     """{heading: table}, as docs/scaling.md shows them."""
     return {
@@ -229,6 +260,7 @@ def tables(found):
         "Hours": hours_table(found),
         "Thousand dollars": price_table(found),
         "Where BTX is done first": crossing_table(found),
+        "Experts in pieces or placed": expert_table(found),
     }
 
 

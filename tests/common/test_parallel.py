@@ -167,7 +167,7 @@ class Count(TorchDispatchMode):
             objects = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
             (group,) = [one for one in objects if "ProcessGroup" in str(one._type())]
             world = dist.ProcessGroup.unbox(group).size()
-            passes = {{"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1}}
+            passes = {{"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}}
             self.sent += passes[func.overloadpacket.__name__] * size * (world - 1) / world
         return func(*args, **(kwargs or {{}}))
 

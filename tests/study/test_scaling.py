@@ -9,8 +9,21 @@ import pytest
 from helpers import ROOT
 
 from study import scaling
-from study.cost import step_bytes
-from study.scaling import Model, Site, Size, crossing, curves, hours, plan, shard_size, stage_seconds, terabytes
+from study.cost import exchange_bytes, step_bytes
+from study.scaling import (
+    Model,
+    Site,
+    Size,
+    crossing,
+    curves,
+    expert_bytes,
+    hours,
+    level_tokens,
+    plan,
+    shard_size,
+    stage_seconds,
+    terabytes,
+)
 
 SITE = Site("toy", flops=100.0, memory=160.0, price=1.0)  # room for the state of ten parameters
 DENSE, MIXTURE = Model(10, 5.0, 1.0), Model(30, 10.0, 0.5)
@@ -32,6 +45,15 @@ def test_bytes_of_a_step_with_copies_and_pieces():
     # two copies of four pieces: in each, three passes of 3 P; across, four rings of two workers with P / 4 each
     assert step_bytes(1000, workers=8, shard_size=4) == (2 * 3 * 3 + 2) * 1000 * 4
     assert step_bytes(1000, workers=1) == step_bytes(1000, workers=0.5) == 0
+
+
+def test_bytes_of_rows_that_travel_to_experts():
+    """On each of four cards 5 tokens, with 6 rows of 2 numbers; a quarter of the rows stay at home."""
+    assert exchange_bytes(10, width=3, expert_parallel=2) == 4 * 10 * 3 * 4 / 2
+    mixture = Model(30, 10.0, 0.5, experts=20, rows=6, width=2)
+    rows = 4 * 6 * 2 * 2 * 3 / 4  # of a token: four passes in bfloat16
+    assert expert_bytes(mixture, 5) == (3 * 3 / 4 * 30 * 4, 3 * 3 / 4 * 10 * 4 + 5 * rows)
+    assert level_tokens(mixture) * rows == pytest.approx(3 * 3 / 4 * 20 * 4)
 
 
 def test_workers_that_hold_a_copy():
@@ -77,6 +99,11 @@ def test_the_page_shows_what_the_command_prints(page):
     for heading, table in scaling.tables(found).items():
         assert f"### {heading}\n\n{table}\n" in page, heading
     assert found["7 B"].dense.parameters == 6_738_415_616  # Llama 2's
+    mixture = found["7 B"].mixture
+    assert level_tokens(mixture) == pytest.approx(9 * 11008)
+    # eight GPUs, with a copy of the experts on each, or an expert on each and rows of 6 F tokens
+    saved = step_bytes(mixture.experts, 8) - step_bytes(mixture.experts, 8 / 4)
+    assert exchange_bytes(8 * 6 * 11008 * mixture.rows, mixture.width, 4, number_bytes=2) == pytest.approx(saved)
     lines = curves(found, "7 B", 64, points=5)
     assert all(times == sorted(times, reverse=True) for times in ([y for _, y in line] for line in lines.values()))
     assert "![Hours over network speed](scaling.png)" in page and os.path.exists(os.path.join(ROOT, "docs/scaling.png"))
@@ -84,7 +111,7 @@ def test_the_page_shows_what_the_command_prints(page):
 
 def test_the_scripts_of_the_page_are_bash(page):
     blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         assert subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True).stderr == ""
         for script, config in re.findall(r"(\w+\.py) (config/\S+\.py)", block):
