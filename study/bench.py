@@ -275,6 +275,7 @@ def main():
     for width in map(int, split_list(config.widths)):
         for dtype in (getattr(torch, name) for name in split_list(config.dtypes)):
             torch.manual_seed(1)
+            torch.compiler.reset()  # it keeps eight shapes of a function, and runs any more without compiling
             found = subjects(config, width, device, dtype)
             mine = {name: one for name, one in found.items() if isinstance(one.model, Transformer)}
             row = {"width": width, "dtype": str(dtype).removeprefix("torch.")}
