@@ -2,4 +2,4 @@
 
 out_dir = "out/llama2-7b/data"
 tokens = 2.1e11
-threads = 16
+processes = 16
