@@ -447,15 +447,7 @@ class Transformer(nn.Module):
         check_memory(folder, 4 * sum(torch.Size(shape).numel() for shape in expected_tensors(files.config).values()))
         with shapes_alone():  # weights are about to be read
             model = cls(ModelConfig.from_pretrained(folder, **changes))
-        weights = {}
-        for name, parameter in model.named_parameters():
-            prefix, matrix = name.rsplit(".", 1)
-            if ".experts." in name:
-                value = torch.stack([files[f"{prefix}.{e}.{matrix}.weight"] for e in range(len(parameter))])
-            else:
-                value = files[name]
-            weights[name] = value.to(torch.float32, copy=True)
-        model.load_state_dict(weights, strict=False, assign=True)  # a tied head is not among them
+        model.load_state_dict(files.read(model), strict=False, assign=True)  # a tied head is not among them
         model.set_up()
         return model
 

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -36,7 +36,6 @@ FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama'
 
 
 # ---- names and shapes ----
-
 
 GROUPS = ("embeddings", "head", "attention", "norms", "router", "feed-forward")
 
@@ -192,16 +191,12 @@ def write_file(path, shapes, tensors, dtype):
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
     arrays = (tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors)
-    digest, head = hashlib.sha256(), len(text).to_bytes(8, "little") + text
-    digest.update(head)
+    digest = hashlib.sha256()
     with atomic_file(path) as file, ThreadPoolExecutor(1) as beside:
-        file.write(head)
-        hashed = None
-        for part in arrays:
-            if hashed:
-                hashed.result()  # of the part before: while it ran, that was written and this one made
-            hashed = beside.submit(digest.update, part)
+        for part in chain([len(text).to_bytes(8, "little") + text], arrays):
+            hashed = beside.submit(digest.update, part)  # takes about as long as the writing
             file.write(part)
+            hashed.result()
     return digest.hexdigest()
 
 
@@ -299,6 +294,19 @@ class WeightFiles:
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"{self.folder}: {name} holds NaN or infinity; train or copy the checkpoint again")
         return tensor
+
+    def read(self, module, prefix=""):
+        """{name: value} for a module's parameters, in float32, experts stacked. prefix: of a part's names on disk."""
+        found = {}
+        for name, parameter in module.named_parameters():
+            found[name] = value = torch.empty(parameter.shape, device="cpu")
+            if ".experts." in name:
+                path, matrix = (prefix + name).rsplit(".", 1)
+                for e, expert in enumerate(value):
+                    expert.copy_(self[f"{path}.{e}.{matrix}.weight"])
+            else:
+                value.copy_(self[prefix + name])
+        return found
 
 
 def describe(file, names):

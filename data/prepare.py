@@ -154,10 +154,14 @@ def tokenizer_sample(domains):
             yield text
 
 
+def token_dtype(encoding):
+    return "uint16" if encoding.n_vocab <= 2**16 else "uint32"
+
+
 def write_domain(domain, encoding, config):
     """Tokenize a domain and write its folder; meta.json comes last."""
     os.makedirs(domain.folder, exist_ok=True)
-    dtype = "uint16" if encoding.n_vocab <= 2**16 else "uint32"
+    dtype = token_dtype(encoding)
     end = np.array([encoding.eot_token], dtype)
     digest, counts = hashlib.sha256(), {}
     for split, texts in domain.texts.items():

@@ -36,7 +36,7 @@ from common.split import split_of
 from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
 from common.weights import copy_tokenizer
 from data.parts import Part, check_notes, join_parts, part_folder, remove_parts
-from data.prepare import MAX_HELD_OUT_BYTES, print_table
+from data.prepare import MAX_HELD_OUT_BYTES, print_table, token_dtype
 
 DOCUMENTS = 512  # from one look at whether there are enough tokens to the next
 NOTE_EVERY = 20  # of those; a stopped run repeats no more
@@ -212,10 +212,6 @@ def write_parts(config, folder, recipe):
                     f"the process of {part_folder(folder, number)} was stopped (exit code {started[number].exitcode}); "
                     "the same command continues"
                 )
-
-
-def token_dtype(encoding):
-    return "uint16" if encoding.n_vocab <= 2**16 else "uint32"
 
 
 def main():

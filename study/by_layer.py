@@ -42,14 +42,7 @@ def read_layer(files, config, number):
     """The Layer of that number, on the CPU in float32."""
     with shapes_alone():
         layer = Layer(config)
-    layer.to_empty(device="cpu")
-    for name, parameter in layer.named_parameters():
-        prefix, matrix = f"model.layers.{number}.{name}".rsplit(".", 1)
-        if ".experts." in name:
-            for e, expert in enumerate(parameter.data):
-                expert.copy_(files[f"{prefix}.{e}.{matrix}.weight"])
-        else:
-            parameter.data.copy_(files[f"{prefix}.{matrix}"])
+    layer.load_state_dict(files.read(layer, f"model.layers.{number}."), assign=True)
     return layer
 
 

@@ -87,8 +87,9 @@ def matched_steps(spent, seconds):
 def read_matched(path, spent):
     """The "matched_steps" of a step_times.json; UserError unless BTX's steps after the seed were `spent` then, too."""
     found = read_json(path, "measure again: python -m study.clock")
-    if found["spent_by_btx"] != spent:
-        raise UserError(f"{path} is of a BTX of {found['spent_by_btx']} steps, not {spent}; run study.clock again")
+    theirs = found.get("spent_by_btx") if isinstance(found, dict) else None
+    if theirs != spent:
+        raise UserError(f"{path} is of a BTX of {theirs} steps, not {spent}; run study.clock again")
     return found["matched_steps"]
 
 

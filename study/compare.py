@@ -106,9 +106,11 @@ def own(recorded):
 def steps_for(run, like, tokens=None, flops=None, steps=None):
     """`steps`, or how many steps with the batches of `run` take so many tokens, or else so many training FLOPs, where a
     token costs what it did in `like`. (Both a run.json.)"""
+    if steps:
+        return steps
     settings = own(run)[1]
-    tokens = tokens or (flops or 0) / flops_per_token(like)
-    return steps or round(tokens / (settings["batch_size"] * settings["sequence_length"]))
+    tokens = tokens or flops / flops_per_token(like)
+    return round(tokens / (settings["batch_size"] * settings["sequence_length"]))
 
 
 def train_dense(config, chain, name, *flags, **budget):
@@ -213,6 +215,9 @@ def train_paper(config, chain, name, *flags):
 
 def train_baselines(config, chain):
     """Train all baselines of one chain; returns their folders."""
+    if config.step_times:  # looked at before hours of training
+        spent = {"branch": sum(own(chain.recorded(name))[1]["max_steps"] for name in chain.experts if name != "seed")}
+        matched = read_matched(config.step_times, {**spent, "mixture": own(chain.btx)[1]["max_steps"]})
     train_dense(config, chain, "compare/dense-dm", tokens=chain.tokens)
     train_dense(config, chain, "compare/dense-cm", flops=chain.flops)
     train_upcycled(config, chain, "compare/upcycle-dm", tokens=chain.tokens)
@@ -220,8 +225,6 @@ def train_baselines(config, chain):
     train_paper(config, chain, "compare/btx-paper")
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
     if config.step_times:
-        spent = {"branch": sum(own(chain.recorded(name))[1]["max_steps"] for name in chain.experts if name != "seed")}
-        matched = read_matched(config.step_times, {**spent, "mixture": own(chain.btx)[1]["max_steps"]})
         train_dense(config, chain, "compare/dense-tm", steps=matched["dense-tm"])
         train_upcycled(config, chain, "compare/upcycle-tm", steps=matched["upcycle-tm"])
     return [chain.path(f"compare/{name}") for name in (*BASELINES, *(TIMED if config.step_times else ()))]
@@ -270,9 +273,8 @@ def evaluate(config, chain, folders, longer):
     run("-m study.btm", *settings, f"--experts={','.join(longer)}", "--suffix=-cm")
     results = read_json(os.path.join(scores, "results.json"), "run again")
     names = {*map(os.path.basename, (*own_models, *folders)), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
-    results["rows"] = tables.in_order(
-        row for row in results["rows"] if row["name"] in names
-    )  # eval.py keeps others, too
+    rows = [row for row in results["rows"] if row["name"] in names]  # eval.py keeps others, too
+    results["rows"] = tables.in_order(rows)
     for row in results["rows"]:
         behind = [folder for folder in (*own_models, *folders) if os.path.basename(folder) == row["name"]]
         ensemble = longer if row["name"].endswith("-cm") else split_list(experts)

@@ -58,25 +58,24 @@ def relative_drift(names, expert, seed):
 def measure(config, corpus, folders):
     """{label: {"averaged": {domain: bits per byte, "avg"}, "seed": the same, "drift": mean over the experts}}."""
     device = pick_device(config.device, config.threads)
-    *experts, seed = [dict(Transformer.from_pretrained(folder).named_parameters()) for folder in folders]
-    mean = {name: sum(one[name].detach().double() for one in (*experts, seed)) / len(folders) for name in seed}
+    *branches, seed = [dict(Transformer.from_pretrained(folder).named_parameters()) for folder in folders]
+    mean = {name: sum(one[name].detach().double() for one in (*branches, seed)) / len(folders) for name in seed}
     model = place(Transformer.from_pretrained(folders[-1]), device, config.dtype)
     parameters = dict(model.named_parameters())
     homes = []
     for folder in folders[:-1]:
         mixture = runs.trained_on(folder)
         homes.append(max(mixture, key=mixture.get))
-    size = config.split, config.sequence_length, config.eval_windows
-    windows = {domain: corpus.windows(domain, *size) for domain in homes if domain in corpus.domains}
-    if not windows:
+    experts = [(domain, one) for domain, one in zip(homes, branches, strict=True) if domain in corpus.domains]
+    if not experts:
         raise UserError(f"--domains={config.domains}: the branches are of {', '.join(homes)}; name some of these")
+    size = config.split, config.sequence_length, config.eval_windows
+    windows = {domain: corpus.windows(domain, *size) for domain, _ in experts}
 
     def at_home(names, replacement):
         """{domain: its expert's bits per byte with the tensors `names` taken from `replacement`, "avg": their mean}."""
         scores = {}
-        for expert, domain in zip(experts, homes, strict=True):
-            if domain not in windows:
-                continue
+        for domain, expert in experts:
             for name, parameter in parameters.items():
                 parameter.data.copy_(replacement[name] if name in names else expert[name])
             scores[domain], _ = bits_per_byte(model, *windows[domain], corpus.token_bytes)
@@ -84,7 +83,7 @@ def measure(config, corpus, folders):
 
     found = {}
     for label, names in groups_of(list(seed), model.config.num_hidden_layers).items():
-        drifts = [relative_drift(names, expert, seed) for expert in experts]
+        drifts = [relative_drift(names, expert, seed) for _, expert in experts]
         scores = {"averaged": at_home(names, mean), "seed": at_home(names, seed)}
         found[label] = {**scores, "drift": sum(drifts) / len(drifts)}
         print(f"{label:40s} averaged {scores['averaged']['avg']:.3f}   the seed's {scores['seed']['avg']:.3f}")

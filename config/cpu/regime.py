@@ -1,6 +1,6 @@
 """BTX, upcycling and dense training at equal FLOPs, over widths, budgets, shares of the branches and domains.
 
-About an hour and a half of one core that has nothing else to do, small chains first.
+The budgets took 100 minutes of a shared core; shares and sets of domains come on top. Small chains first.
 """
 
 widths = "32,64"

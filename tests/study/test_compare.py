@@ -151,6 +151,13 @@ def test_step_times_of_another_btx_are_refused(work):
         read_matched(path, {"branch": 25, "mixture": 12})
 
 
+def test_a_file_without_step_times_is_refused(tmp_path):
+    for text in ("{}", "[1]"):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(UserError, match=r"is of a BTX of None steps.*; run study.clock again"):
+            read_matched(tmp_path / "other.json", {"branch": 24, "mixture": 12})
+
+
 def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
     recipe = read_json(f"{baselines['btx-sample']}/run.json")["recipe"]
     assert recipe["config"]["router"] == "sample" and list(recipe["parents"]) == [mixed]
