@@ -14,6 +14,7 @@ each, this trains what the paper compares with, from the same seed model:
     btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning, nothing frozen
     btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
     btx-sample    BTX with the sample top-1 router
+    btx-even      BTX for the same FLOPs, with as many tokens in its finetuning as in its branches together
 
 (Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine, with the stage's config (expert.py for what is
 dense, finetune.py for what is mixed) and this row's own flags: each method has the settings that are best for it.
@@ -32,11 +33,11 @@ from common.runs import read_log, read_run, trained_on
 from study import tables
 from study.btm import ENSEMBLES
 from study.clock import read_matched
-from study.cost import bytes_sent, critical_seconds, flops_per_token, lineage, own_cost
+from study.cost import bytes_sent, critical_seconds, flops_per_token, lineage, own_cost, split_budget
 from study.draw import plot_differences
 from study.stages import StudyConfig, parse_study, run
 
-BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-paper", "btx-sample"
+BASELINES = "dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm", "btx-paper", "btx-sample", "btx-even"
 TIMED = "dense-tm", "upcycle-tm"
 SWEPT = "dense-cm", "upcycle-cm", "btx-paper", "btx"
 COUNTS = "active_params", "total_params", "train_tokens", "train_flops", "seconds", "critical_seconds", "bytes_sent"
@@ -51,6 +52,7 @@ class CompareConfig(StudyConfig):
     upcycle_flags: str = key("", "flags of the upcycled rows, on top of finetune.py")
     branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py")
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py")
+    even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py")
     step_times: str = key("", "study.clock's step_times.json; with it come the rows matched by device time")
     sweep: str = key("", f"rows to train with all of --rates instead, from {', '.join(SWEPT)}")
     rates: str = key("1e-3,3e-3,6e-3", "the learning rates of --sweep, the same for every row")
@@ -72,7 +74,8 @@ class Chain:
         experts = split_list(mixed["config"]["experts"])
         self.experts_per_token = mixed["config"]["num_experts_per_tok"]
         self.experts = [os.path.basename(expert) for expert in experts]
-        self.branch = self.recorded(next(name for name in self.experts if name != "seed"))
+        self.branches = [name for name in self.experts if name != "seed"]
+        self.branch = self.recorded(self.branches[0])
         spent = {name: cost for name, cost in self.btx["history"].items() if name not in self.seed["history"]}
         self.tokens = sum(cost["tokens"] for cost in spent.values())
         self.flops = sum(cost["flops"] for cost in spent.values())
@@ -129,16 +132,17 @@ def train_dense(config, chain, name, *flags, **budget):
     )
 
 
+def mix(chain, name, experts, *settings):
+    """Mix some experts as the chain's own are; returns the mixture's folder."""
+    mixed = chain.path(name)
+    flags = f"--num_experts_per_tok={chain.experts_per_token}", f"--out_dir={mixed}", f"--seed={chain.random_seed}"
+    run("mix.py", *settings, f"--experts={','.join(experts)}", *flags)
+    return mixed
+
+
 def train_upcycled(config, chain, name, *flags, **budget):
     """Go on from copies of the seed model as the experts, with the data that BTX saw."""
-    copies = chain.path("compare/upcycled")
-    run(
-        "mix.py",
-        f"--experts={','.join([chain.path('seed')] * len(chain.experts))}",
-        f"--num_experts_per_tok={chain.experts_per_token}",
-        f"--out_dir={copies}",
-        f"--seed={chain.random_seed}",
-    )
+    copies = mix(chain, "compare/upcycled", [chain.path("seed")] * len(chain.experts))
     run(
         "finetune.py",
         config.stage("finetune"),
@@ -152,12 +156,10 @@ def train_upcycled(config, chain, name, *flags, **budget):
     )
 
 
-def train_branches(config, chain, folder, steps):
-    """The chain's branches once more, all tensors trained, with another number of steps; returns their folders."""
+def train_branches(config, chain, folder, steps, *flags):
+    """The chain's branches once more, with another number of steps or other flags; returns all experts' folders."""
     branches = []
-    for name in chain.experts:
-        if name == "seed":
-            continue
+    for name in chain.branches:
         domain = own(chain.recorded(name))[1]["domain"]
         branches.append(chain.path(f"compare/{folder}/{name}"))
         run(
@@ -168,55 +170,56 @@ def train_branches(config, chain, folder, steps):
             f"--domain={domain}",
             f"--max_steps={steps}",
             f"--seed={chain.random_seed}",
-            "--freeze=none",
-            *config.branch_flags.split(),
+            *flags,
         )
-    return branches
+    return [*branches, chain.path("seed")]
+
+
+def train_whole_branches(config, chain, folder, steps):
+    """Branches in which all tensors train."""
+    return train_branches(config, chain, folder, steps, "--freeze=none", *config.branch_flags.split())
 
 
 def train_longer_branches(config, chain):
     """Branches that share all FLOPs that BTX spends after the seed, for ensembles; returns all experts' folders."""
-    count = len(chain.experts) - ("seed" in chain.experts)
-    steps = steps_for(chain.branch, chain.seed, flops=chain.flops / count)
-    return [*train_branches(config, chain, "longer", steps), chain.path("seed")]
+    steps = steps_for(chain.branch, chain.seed, flops=chain.flops / len(chain.branches))
+    return train_whole_branches(config, chain, "longer", steps)
 
 
-def mix_as_printed(config, chain):
-    """The paper's own mixture: of branches in which all tensors train, with random routers; returns its folder."""
-    experts = [*train_branches(config, chain, "paper", own(chain.branch)[1]["max_steps"]), chain.path("seed")]
-    mixed = chain.path("compare/paper/mixed")
-    run(
-        "mix.py",
-        f"--experts={','.join(experts)}",
-        f"--num_experts_per_tok={chain.experts_per_token}",
-        f"--out_dir={mixed}",
-        f"--seed={chain.random_seed}",
-    )
-    return mixed
-
-
-def train_btx(config, chain, name, *flags, mixed=None):
-    """Finetune the chain's mixture once more, or another one, with flags."""
+def train_btx(config, chain, name, *flags, mixed=None, steps=None):
+    """Finetune the chain's mixture once more, or another one, with flags or another number of steps."""
     run(
         "finetune.py",
         config.stage("finetune"),
         f"--init_from={mixed or chain.path('mixed')}",
         f"--out_dir={chain.path(name)}",
-        f"--max_steps={own(chain.btx)[1]['max_steps']}",
+        f"--max_steps={steps or own(chain.btx)[1]['max_steps']}",
         f"--seed={chain.random_seed}",
         *flags,
     )
 
 
 def train_paper(config, chain, name, *flags):
-    """BTX as printed."""
-    train_btx(config, chain, name, *config.paper_flags.split(), *flags, mixed=mix_as_printed(config, chain))
+    """BTX as printed: branches in which all tensors train, random routers."""
+    experts = train_whole_branches(config, chain, "paper", own(chain.branch)[1]["max_steps"])
+    mixed = mix(chain, "compare/paper/mixed", experts)
+    train_btx(config, chain, name, *config.paper_flags.split(), *flags, mixed=mixed)
+
+
+def train_even(config, chain, name, *flags):
+    """BTX for the same FLOPs, half of its tokens in the branches and half in the finetuning."""
+    costs = flops_per_token(chain.branch), flops_per_token(chain.btx)
+    branches, finetuning = split_budget(chain.flops, 0.5, *costs)
+    each = steps_for(chain.branch, chain.branch, tokens=branches / len(chain.branches))
+    mixed = mix(chain, "compare/even/mixed", train_branches(config, chain, "even", each), config.stage("mix"))
+    steps = steps_for(chain.btx, chain.btx, tokens=finetuning)
+    train_btx(config, chain, name, *config.even_flags.split(), *flags, mixed=mixed, steps=steps)
 
 
 def train_baselines(config, chain):
     """Train all baselines of one chain; returns their folders."""
     if config.step_times:  # looked at before hours of training
-        spent = {"branch": sum(own(chain.recorded(name))[1]["max_steps"] for name in chain.experts if name != "seed")}
+        spent = {"branch": sum(own(chain.recorded(name))[1]["max_steps"] for name in chain.branches)}
         matched = read_matched(config.step_times, {**spent, "mixture": own(chain.btx)[1]["max_steps"]})
     train_dense(config, chain, "compare/dense-dm", tokens=chain.tokens)
     train_dense(config, chain, "compare/dense-cm", flops=chain.flops)
@@ -224,6 +227,7 @@ def train_baselines(config, chain):
     train_upcycled(config, chain, "compare/upcycle-cm", flops=chain.flops)
     train_paper(config, chain, "compare/btx-paper")
     train_btx(config, chain, "compare/btx-sample", "--router=sample")
+    train_even(config, chain, "compare/btx-even")
     if config.step_times:
         train_dense(config, chain, "compare/dense-tm", steps=matched["dense-tm"])
         train_upcycled(config, chain, "compare/upcycle-tm", steps=matched["upcycle-tm"])

@@ -36,6 +36,13 @@ def flops_per_token(run):
     return own_cost(run)["flops"] / own_cost(run)["tokens"]
 
 
+def split_budget(flops, share, branch, mixture):
+    """(tokens of all branches, tokens of the finetuning) that take `flops` together, the branches a `share` of the
+    tokens. branch, mixture: FLOPs a token."""
+    tokens = flops / (share * branch + (1 - share) * mixture)
+    return share * tokens, (1 - share) * tokens
+
+
 def trained_numbers(model):
     """How many numbers of a model get gradients, which is what workers send."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

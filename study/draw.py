@@ -23,6 +23,7 @@ WORDS = {  # rows' names in words, for pictures
     "soup": "average of all weights",
     "mixed": "mixture, not finetuned",
     "btx": "Branch-Train-MiX",
+    "btx-even": "Branch-Train-MiX, half of it finetuning",
     "btx-paper": "Branch-Train-MiX as printed",
     "btx-sample": "Branch-Train-MiX, sample top-1",
     "dense-dm": "dense, same tokens",

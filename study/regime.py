@@ -21,7 +21,7 @@ from common.files import read_json, write_json
 from common.runs import read_log, read_run, versions
 from finetune import FinetuneConfig
 from study.compare import CompareConfig
-from study.cost import flops_per_token, own_cost
+from study.cost import flops_per_token, own_cost, split_budget
 from study.draw import plot_regime
 from study.regime_tables import ROWS, all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
@@ -114,13 +114,6 @@ def steps_for(config, stage, tokens):
     """How many steps of a stage take so many tokens."""
     settings = settings_of(config, stage)
     return tokens / (settings.batch_size * settings.sequence_length)
-
-
-def split_budget(flops, share, branch, mixture):
-    """(tokens of all branches, tokens of the finetuning) that take `flops` together, the branches a `share` of the
-    tokens. branch, mixture: FLOPs a token."""
-    tokens = flops / (share * branch + (1 - share) * mixture)
-    return share * tokens, (1 - share) * tokens
 
 
 class Trainer:

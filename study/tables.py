@@ -28,7 +28,7 @@ ORDER = (  # of the comparison's rows, the paper's
     *("seed", "expert", "dense-dm", "dense-cm", "dense-tm", "upcycle-dm", "upcycle-cm", "upcycle-tm", "soup"),
     *("btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"),
     *("btm-top1-cm", "btm-top2-cm", "btm-posterior-cm", "btm-posterior-prefix-cm"),
-    *("mixed", "btx", "btx-paper", "btx-sample"),
+    *("mixed", "btx", "btx-even", "btx-paper", "btx-sample"),
 )
 BASE = "top-2"  # the ablation that every other one is held against
 

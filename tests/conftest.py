@@ -92,12 +92,14 @@ def eval_config(work, data):
 
 
 @pytest.fixture(scope="session")
-def configs(work, short_config, eval_config):
+def configs(work, data, short_config, eval_config):
     """A folder of configs for the studies, whose every stage takes a moment."""
     folder = os.path.join(work, "configs")
     os.makedirs(folder)
     for name in ("seed", "expert", "finetune", "eval"):
         shutil.copy(eval_config if name == "eval" else short_config, os.path.join(folder, f"{name}.py"))
+    with open(os.path.join(folder, "mix.py"), "w") as file:
+        file.write(f"data_dir = {data!r}\nrouter_init = 'ridge'\n")
     return folder
 
 

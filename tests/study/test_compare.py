@@ -164,6 +164,17 @@ def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
     assert recipe["config"]["max_steps"] == 12
 
 
+def test_the_even_row_has_as_many_tokens_in_its_finetuning_for_the_flops_of_btx(baselines, work, experts, btx):
+    branches = [read_log(f"{work}/compare/even/{os.path.basename(expert)}")[-1] for expert in experts]
+    finetuning = read_log(baselines["btx-even"])[-1]
+    assert branches[0]["tokens"] == branches[1]["tokens"]
+    of_a_step = finetuning["tokens"] / finetuning["step"]
+    assert abs(sum(log["tokens"] for log in branches) - finetuning["tokens"]) <= 1.5 * of_a_step  # half a step a run
+    logs = [*branches, finetuning]
+    ours = sum(read_log(folder)[-1]["flops"] for folder in (*experts, btx))
+    assert abs(sum(log["flops"] for log in logs) - ours) <= sum(log["flops"] / log["step"] for log in logs) / 2
+
+
 def test_the_row_as_printed_has_random_routers(baselines, work, seed, experts):
     recipe = read_json(f"{work}/compare/paper/mixed/run.json")["recipe"]
     branches = [f"{work}/compare/paper/{os.path.basename(expert)}" for expert in experts]
