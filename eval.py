@@ -141,6 +141,13 @@ def task_scores(model, corpus, config):
     return scores
 
 
+def log_likelihood(model, ids, targets):
+    """The log-probability of each target behind its token, (B, T). Both (B, T). Ensembles have a way of their own."""
+    if hasattr(model, "log_likelihood"):
+        return model.log_likelihood(ids, targets)
+    return model(ids).logits.float().log_softmax(dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
 @torch.no_grad()
 def choice_scores(model, corpus, config, passage=0, batch_size=32):
     """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte, "avg":
@@ -166,8 +173,7 @@ def choice_scores(model, corpus, config, passage=0, batch_size=32):
             rows = [(prompt_ids + choice_ids)[-length - 1 :] for prompt_ids, choice_ids in pairs]
             width = max(map(len, rows))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
-            log_p = model(ids[:, :-1]).logits.float().log_softmax(dim=-1)  # (B, T, V)
-            log_p = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1)  # (B, T)
+            log_p = log_likelihood(model, ids[:, :-1], ids[:, 1:])  # (B, T)
             for (_, choice), (_, choice_ids), row, row_log_p in zip(batch, pairs, rows, log_p, strict=True):
                 # the choice's own tokens, without prompt and padding
                 own = row_log_p[len(row) - 1 - len(choice_ids) : len(row) - 1]

@@ -58,12 +58,14 @@ class Ensemble(nn.Module):
     """N models that predict as one. Has the forward pass, cache and counts of model.Transformer.
 
     k: how many of them a token is predicted with. Subclasses say in `log_weights` which, and how much each counts.
+    readings: what the models said of whole texts, which is the same however they are weighed; ensembles of the same
+    models may share it, and then each text is read once for all of them.
     """
 
     def __init__(self, models, k):
         super().__init__()
         self.models = nn.ModuleList(models)
-        self.config, self.k = models[0].config, k
+        self.config, self.k, self.readings = models[0].config, k, {}
 
     @property
     def compute_dtype(self):
@@ -86,12 +88,9 @@ class Ensemble(nn.Module):
         """
         raise NotImplementedError
 
-    def read(self, ids, targets=None, cache=None):
-        """Each expert's log-probabilities, N of (B, T, V) in fp32, and the log weights (B, T, N).
-
-        With targets (B, T) only theirs are kept, N of (B, T, 1).
-        """
-        cache = cache or self.new_cache(*ids.shape)
+    def ask(self, ids, targets, cache):
+        """What each expert says behind each token, N of (B, T, V) log-probabilities in fp32, with targets N of
+        (B, T, 1); and what it had expected of the ids themselves, (B, T, N)."""
         experts, likelihood = [], []
         for n, model in enumerate(self.models):
             log_p = model(ids, cache=cache.caches[n]).logits.float().log_softmax(dim=-1)  # (B, T, V)
@@ -100,13 +99,37 @@ class Ensemble(nn.Module):
             likelihood.append(torch.cat((first, rest), dim=1))
             cache.expected[n] = log_p[:, -1].clone()  # a view would keep all of log_p
             experts.append(log_p if targets is None else log_p.gather(-1, targets.unsqueeze(-1)))
-        return experts, self.log_weights(ids, torch.stack(likelihood, dim=-1), cache)
+        return experts, torch.stack(likelihood, dim=-1)
+
+    def read(self, ids, targets=None, cache=None):
+        """Each expert's log-probabilities, N of (B, T, V) in fp32, and the log weights (B, T, N).
+
+        With targets (B, T) only theirs are kept, N of (B, T, 1), and remembered if there is no cache.
+        """
+        alone = cache is None
+        cache = cache or self.new_cache(*ids.shape)
+        if targets is None or not alone:
+            experts, likelihood = self.ask(ids, targets, cache)
+        else:
+            text = ids.shape, *(part.cpu().numpy().tobytes() for part in (ids, targets))
+            if text not in self.readings:
+                self.readings[text] = self.ask(ids, targets, cache)
+            experts, likelihood = self.readings[text]
+        return experts, self.log_weights(ids, likelihood, cache)
+
+    def weigh(self, ids, targets=None, cache=None):
+        """The log-probabilities of all tokens behind each of ids, (B, T, V) in fp32, or of the targets, (B, T, 1)."""
+        experts, log_weights = self.read(ids, targets, cache)
+        weighted = [log_p + log_weights[..., n : n + 1] for n, log_p in enumerate(experts)]
+        return functools.reduce(torch.logaddexp, weighted)
+
+    def log_likelihood(self, ids, targets):
+        """The log-probability of each target behind its token, (B, T). Both (B, T)."""
+        return self.weigh(ids, targets).squeeze(-1)
 
     def forward(self, ids, targets=None, cache=None):
         """As Transformer's; `logits` are log-probabilities, (B, T, V) in fp32, and every target counts."""
-        experts, log_weights = self.read(ids, targets, cache)
-        weighted = [log_p + log_weights[..., n : n + 1] for n, log_p in enumerate(experts)]
-        log_p = functools.reduce(torch.logaddexp, weighted)  # (B, T, V), or (B, T, 1) of the targets
+        log_p = self.weigh(ids, targets, cache)
         return Output(log_p, None, 0.0, None, {}) if targets is None else Output(None, -log_p.mean(), 0.0, None, {})
 
     def new_cache(self, batch_size, length):
@@ -249,11 +272,16 @@ class EnsembleConfig(EvalConfig):
     suffix: str = key("", "what to add to the rows' names, to tell two sets of experts apart")
 
 
-def ensemble_entry(name, folders, corpus, config, device):
-    """The Entry of one of ENSEMBLES."""
+def ensemble_entry(name, folders, corpus, config, device, readings):
+    """The Entry of one of ENSEMBLES. readings: those that all ensembles of these experts share."""
     parents = [runs.parent_of(folder) for folder in folders]
     identity = runs.hash_of([name, runs.code_hashes("study/btm.py"), [one for one, _ in parents]])
-    load = functools.partial(ENSEMBLES[name], folders, corpus, config.sequence_length, device)
+
+    def load():
+        ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device)
+        ensemble.readings = readings
+        return ensemble
+
     return Entry(name + config.suffix, identity, runs.joint_history(history for _, history in parents), load)
 
 
@@ -265,7 +293,8 @@ def main():
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     device = pick_device(config.device, config.threads)
-    evaluate(config, corpus, [ensemble_entry(name, folders, corpus, config, device) for name in ENSEMBLES])
+    readings = {}
+    evaluate(config, corpus, [ensemble_entry(name, folders, corpus, config, device, readings) for name in ENSEMBLES])
 
 
 if __name__ == "__main__":

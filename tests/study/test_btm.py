@@ -98,6 +98,24 @@ def test_a_mixture_of_domains_has_the_mean_profile():
     np.testing.assert_allclose(profiles.numpy(), expected, rtol=1e-6)
 
 
+def test_ensembles_of_the_same_experts_read_a_text_once(models, ids, monkeypatch):
+    """Scores are those of ensembles that read for themselves; other texts, other targets and caches are read anew."""
+    texts = [(ids[:, :-1], ids[:, 1:]), (ids[:, :-1], ids[:, :-1]), (ids[:, 1:], ids[:, :-1])]
+    ensembles = [PosteriorEnsemble(models, PRIOR), PosteriorEnsemble(models, PRIOR, prefix=True)]
+    with torch.no_grad():
+        alone = [[one.log_likelihood(*text) for text in texts] for one in ensembles]
+        whole = [[one(text).logits.gather(-1, to[..., None])[..., 0] for text, to in texts] for one in ensembles]
+        ensembles[0].readings = ensembles[1].readings = {}
+        calls, forward = [], Transformer.forward
+        monkeypatch.setattr(Transformer, "forward", lambda *a, **b: calls.append(1) or forward(*a, **b))
+        shared = [[one.log_likelihood(*text) for text in texts] for one in ensembles]
+        assert len(calls) == len(models) * len(texts)
+        ensembles[0].read(*texts[0], ensembles[0].new_cache(*texts[0][0].shape))
+        assert len(calls) == len(models) * (len(texts) + 1)
+    torch.testing.assert_close(shared, alone, rtol=0, atol=0)
+    torch.testing.assert_close(shared, whole)
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_cached_generation_equals_reading_it_all_again(k, folders, data):
     ensemble = load_nearest(folders, Corpus(data), k)
