@@ -310,11 +310,12 @@ def write_report(folder, found):
     text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]
     text += ["What guessing scores:\n", *tables.baseline_lines(found["baselines"])]
     text += ["\n![how far each row is behind BTX](compare.png)\n"]
-    verdicts = tables.verdict_table(rows, chains)
-    text += ["## Who wins\n", verdicts, ""]
-    cells = sum(line.count(" | ") - 1 for line in verdicts.splitlines()[2:])
+    verdicts = [tables.verdict_table(rows, chains, ours) for ours in ("btx", "btx-even")]
+    cells = sum(line.count(" | ") - 1 for table in verdicts for line in table.splitlines()[2:])
+    text += ["## Who wins\n", "\n\n".join(verdicts), ""]
     text += ["Mean difference within a chain ± half of its 95 % interval (paired, Student's t); a tie is an interval"]
     text += [f"that holds zero. These are {cells} cells: by chance alone, one in twenty would not be a tie.\n"]
+    text += ["If a share of all windows changes its subject:\n", *tables.crossing_lines(rows), ""]
     text += tables.home_lines(rows)
     text += ["\n## What it cost\n", tables.cost_table(rows), tables.versions_line(found, "compare.json")]
     write_atomically(os.path.join(folder, "compare.md"), "\n".join(text) + "\n")

@@ -144,6 +144,7 @@ def headline_table(rows):
         "upcycle-cm": "sparse upcycling, cm",
         "btm-posterior-prefix-cm": "Branch-Train-Merge, best ensemble, cm",
         "btx": "**Branch-Train-MiX**",
+        "btx-even": "**Branch-Train-MiX**, half of it finetuning",
     }
     columns = {
         ("bpb", "avg"): "bpb",
@@ -243,7 +244,7 @@ def cost_table(rows):
     return markdown_table(header, body)
 
 
-def difference(chains, name, metric, column):
+def difference(chains, name, metric, column, ours="btx"):
     """(how far BTX is ahead of the row `name`, half the width of the 95 % interval), from the rows of each chain.
 
     Differences are taken within a chain, whose rows share a seed model and its luck: a paired comparison. With one
@@ -253,16 +254,16 @@ def difference(chains, name, metric, column):
     for rows in chains:
         named = {row["name"]: row for row in rows}
         sign = -1 if metric in BITS else 1
-        ahead.append(sign * (named["btx"][metric][column] - named[name][metric][column]))
+        ahead.append(sign * (named[ours][metric][column] - named[name][metric][column]))
     n = len(ahead)
     if n == 1:
         return ahead[0], 0.0
     return statistics.mean(ahead), T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(ahead) / n**0.5
 
 
-def verdict(chains, name, metric, column):
+def verdict(chains, name, metric, column, ours="btx"):
     """'ahead by 0.012 ± 0.004', '**behind by ...**' or 'tie (+0.001 ± 0.004)': a tie is an interval that holds zero."""
-    ahead, half = difference(chains, name, metric, column)
+    ahead, half = difference(chains, name, metric, column, ours)
     scale, digits, unit = (1, 3, "") if metric in BITS else (100, 1, " points")
     if abs(ahead) <= half:
         return f"tie ({scale * ahead:+.{digits}f} ± {scale * half:.{digits}f}{unit})"
@@ -270,13 +271,32 @@ def verdict(chains, name, metric, column):
     return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
 
 
-def verdict_table(rows, chains):
-    """BTX against every other row that may hold all domains: on the averages first."""
+def crossing(ours, theirs):
+    """The share of spliced windows at which two rows have equal bits per byte; None where one is always ahead.
+
+    With a share p of spliced windows a row has (1 - p) of its bits per byte on pure windows and p of those on spliced.
+    """
+    pure, spliced = (ours[metric]["avg"] - theirs[metric]["avg"] for metric in BITS)
+    return pure / (pure - spliced) if pure * spliced < 0 else None
+
+
+def crossing_lines(rows):
+    """From which share of spliced windows on BTX is ahead of rows that are better on pure ones."""
+    named, lines = {row["name"]: row for row in rows}, []
+    for ours in (name for name in ("btx", "btx-even") if name in named):
+        shares = {row["name"]: crossing(named[ours], row) for row in rows if "bpb" in row and "spliced" in row}
+        better = [name for name in shares if shares[name] and named[name]["bpb"]["avg"] < named[ours]["bpb"]["avg"]]
+        lines += [f"- {ours} has fewer bits than {name} from {shares[name]:.1%} on" for name in better]
+    return lines
+
+
+def verdict_table(rows, chains, ours="btx"):
+    """BTX, or another row of its kind, against every row that may hold all domains: on the averages first."""
     columns = main_columns(rows)
     columns.sort(key=lambda column: column[1] != "avg")
     others = [row["name"] for row in rows if kind(row) not in ("btx", "expert")]
-    body = [[name, *(verdict(chains, name, *column) for column in columns)] for name in others]
-    return markdown_table(["btx against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
+    body = [[name, *(verdict(chains, name, *column, ours) for column in columns)] for name in others]
+    return markdown_table([f"{ours} against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
 
 
 # ---- the ablations ----

@@ -11,7 +11,7 @@ from study import compare
 from study.clock import read_matched
 from study.compare import Chain, CompareConfig, evaluate, sweep, train_baselines, write_report
 from study.cost import Run, bytes_sent, critical_seconds, lineage
-from study.tables import difference, home_lines, mean_and_std, verdict
+from study.tables import crossing, crossing_lines, difference, home_lines, mean_and_std, verdict
 
 # ---- cost ----
 
@@ -246,6 +246,21 @@ def row(name, bpb, accuracy=0.5):
 def test_verdicts(btx, other, expected):
     chains = [[row("btx", ours), row("dense-dm", theirs)] for ours, theirs in zip(btx, other, strict=True)]
     assert verdict(chains, "dense-dm", "bpb", "avg") == expected
+
+
+def test_another_row_may_be_held_against_the_others():
+    chains = [[row("btx", 9.0), row("btx-even", 1.0), row("soup", 1.2)]] * 2
+    assert verdict(chains, "soup", "bpb", "avg", "btx-even") == "ahead by 0.200 ± 0.000"
+
+
+def test_rows_cross_where_their_mixed_text_has_equal_bits():
+    """0.9 (1 - p) + 1.0 p = 0.8 (1 - p) + 1.3 p at p = 1 / 4."""
+    ours, theirs = ({"bpb": {"avg": pure}, "spliced": {"avg": spliced}} for pure, spliced in ((0.9, 1.0), (0.8, 1.3)))
+    assert crossing(ours, theirs) == crossing(theirs, ours) == pytest.approx(0.25)
+    ahead = {"bpb": {"avg": 0.8}, "spliced": {"avg": 0.9}}
+    assert crossing(ours, ahead) is crossing(ahead, ours) is crossing(ours, ours) is None
+    rows = [{"name": "btx", **ours}, {"name": "btm-top1", **theirs}, {"name": "dense-dm", **ahead}]
+    assert crossing_lines(rows) == ["- btx has fewer bits than btm-top1 from 25.0% on"]
 
 
 def test_higher_accuracy_is_ahead():
