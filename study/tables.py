@@ -294,7 +294,7 @@ def verdict_table(rows, chains, ours="btx"):
     """BTX, or another row of its kind, against every row that may hold all domains: on the averages first."""
     columns = main_columns(rows)
     columns.sort(key=lambda column: column[1] != "avg")
-    others = [row["name"] for row in rows if kind(row) not in ("btx", "expert")]
+    others = [row["name"] for row in rows if kind(row) not in ("btx", "expert") and row["name"] != ours]
     body = [[name, *(verdict(chains, name, *column, ours) for column in columns)] for name in others]
     return markdown_table([f"{ours} against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
 
