@@ -121,7 +121,7 @@ class Ensemble(nn.Module):
         """The log-probabilities of all tokens behind each of ids, (B, T, V) in fp32, or of the targets, (B, T, 1)."""
         experts, log_weights = self.read(ids, targets, cache)
         weighted = [log_p + log_weights[..., n : n + 1] for n, log_p in enumerate(experts)]
-        return functools.reduce(torch.logaddexp, weighted)
+        return functools.reduce(torch.logaddexp, weighted)  # (B, T, V), or (B, T, 1) of the targets
 
     def log_likelihood(self, ids, targets):
         """The log-probability of each target behind its token, (B, T). Both (B, T)."""
