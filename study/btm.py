@@ -106,9 +106,9 @@ class Ensemble(nn.Module):
 
         With targets (B, T) only theirs are kept, N of (B, T, 1), and remembered if there is no cache.
         """
-        alone = cache is None
+        whole = targets is not None and cache is None
         cache = cache or self.new_cache(*ids.shape)
-        if targets is None or not alone:
+        if not whole:
             experts, likelihood = self.ask(ids, targets, cache)
         else:
             text = ids.shape, *(part.cpu().numpy().tobytes() for part in (ids, targets))
