@@ -14,6 +14,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -28,15 +29,16 @@ from common.tokenizer_json import END_OF_TEXT
 from common.weights import copy_tokenizer
 from data.bpe import save_tokenizer
 from data.code_task import code_task
-from data.encyclopedia import wiki_documents, wiki_task
+from data.encyclopedia import WORLDS, world_documents, world_task
 from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, prose_documents, python_sources
 
-BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
-ENDLESS = ("math", "wiki")
+BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents}
+BUILT_IN |= {world: partial(world_documents, world=world) for world in WORLDS}
+ENDLESS = ("math", *WORLDS)
 OWN_TOKENIZERS = ("bpe", "gpt2")
-TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
+TASKS = {"code": code_task, "math": math_task, **{world: partial(world_task, world=world) for world in WORLDS}}
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
 
@@ -46,7 +48,7 @@ class DataConfig:
     """Prepare the training data of one or more domains."""
 
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
-    domains: str = key("code,math,wiki", "comma list of built-in domains (code, prose, math, wiki) or NAME=PATH")
+    domains: str = key("code,math,wiki", f"comma list of built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH")
     tokenizer: str = key(
         "bpe", "bpe trains a small one here, gpt2 is GPT-2's; else that of a checkpoint, a folder or hf:OWNER/NAME"
     )

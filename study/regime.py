@@ -2,6 +2,7 @@
 
     bash run.sh cpu regime        # or, with data prepared and other random seeds:
     python -m study.regime --size=cpu --seeds=4,5     # other random seeds
+    python -m study.regime config/cpu/worlds.py       # two to six worlds with facts of their own
 
 A point is a chain with the pipeline's configs but another width and budget: all steps, warm-up included, times a scale.
 From one seed model come BTX (branches, mixture, finetuning), upcycling and dense training, both for the FLOPs that BTX
@@ -25,7 +26,7 @@ from study.cost import flops_per_token, own_cost, split_budget
 from study.draw import plot_regime
 from study.regime_tables import ROWS, all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
-from study.tables import BITS
+from study.tables import METRICS
 
 
 @dataclasses.dataclass
@@ -43,6 +44,8 @@ class RegimeConfig(StudyConfig):
     btx_rates: str = key("7e-4", "peak learning rates of BTX's finetuning; the best on validation text counts")
     upcycle_rates: str = key("3e-3", "those of upcycling")
     dense_rates: str = key("3e-3", "those of dense training")
+    seed_domains: str = key("", "what the seed model is trained on, such as prose:2,math; empty is a point's domains")
+    problems: int = key(1, "problems a domain; at small budgets answers are at chance level", within="[1, inf)")
     comparison: str = key("", "a compare.json to take one point more from: the configs as they are")
 
 
@@ -116,16 +119,25 @@ def steps_for(config, stage, tokens):
     return tokens / (settings.batch_size * settings.sequence_length)
 
 
+def names_of(mixture):
+    """The domains of a mixture such as prose:2,math."""
+    return [entry.partition(":")[0] for entry in split_list(mixture)]
+
+
 class Trainer:
     """Trains one point with one random seed: what is finished is skipped. Folders are named after their rates."""
 
     def __init__(self, config, point, number):
         self.config, self.point, self.number = config, point, number
-        names = "-".join(point.domains)
-        self.folder = config.path(f"regime/width-{point.width}/{names}/scale-{point.scale:g}/seed{number}")
-        self.seed = f"{self.folder}/seed"
+        self.folder = self.folder_of("-".join(point.domains))
+        shared = "-".join(names_of(config.seed_domains))  # one seed model for all sets of domains
+        self.seed = f"{self.folder_of(shared) if shared else self.folder}/seed"
         self.data = f"--data_dir={data_folder(config)}"
         self.rivals = parse(CompareConfig, [config.stage("compare")])  # its rows' flags, but for the rates
+
+    def folder_of(self, names):
+        point = self.point
+        return self.config.path(f"regime/width-{point.width}/{names}/scale-{point.scale:g}/seed{self.number}")
 
     def start(self, script, stage, out_dir, *flags):
         """Run a script with a stage's config (none if empty) into a folder; returns the folder."""
@@ -148,7 +160,8 @@ class Trainer:
     def train_seed(self):
         settings = settings_of(self.config, "seed")
         shape = shape_flags(self.point.width, settings)
-        self.train("train.py", "seed", self.seed, self.point.scale * settings.max_steps, *shape)
+        domains = split_list(self.config.seed_domains)
+        self.train("train.py", "seed", self.seed, self.point.scale * settings.max_steps, *shape, domains=domains)
 
     def usual_lengths(self):
         """(steps of each branch, steps of the finetuning): the configs', scaled. Sets of domains share the steps that
@@ -223,8 +236,8 @@ def measure(config, point, number):
         f"--model={','.join(best.values())}",
         f"--domains={','.join(sorted(point.domains))}",
         f"--out_dir={folder}/scores",
-        "--task_problems=1",  # at these budgets answers are at chance level, and take longer than all the rest
-        "--max_new_tokens=1",
+        f"--task_problems={config.problems}",
+        *(["--max_new_tokens=1"] if config.problems == 1 else []),  # nothing to be learned from one answer
     )
     scored = {row["name"]: row for row in read_json(f"{folder}/scores/results.json", "run again")["rows"]}
     found = []
@@ -239,7 +252,7 @@ def row_of(name, scored, seed):
     """A row of regime.json from one of results.json; tokens and FLOPs are those after the seed model's own (`seed`)."""
     return {
         "name": name,
-        **{metric: scored[metric] for metric in BITS},
+        **{metric: scored[metric] for metric in METRICS if metric in scored},
         "tokens": scored["train_tokens"] - seed["tokens"],
         "flops": scored["train_flops"] - seed["flops"],
         "parameters": scored["total_params"],
@@ -277,7 +290,7 @@ def main():
     config = parse_study(RegimeConfig, "regime")
     points, numbers = points_of(config), [int(number) for number in split_list(config.seeds)]
     known = dict([from_comparison(config)]) if config.comparison else {}
-    names = sorted({name for point in points for name in point.domains})
+    names = sorted({*names_of(config.seed_domains), *(name for point in points for name in point.domains)})
     prepare(config.stage("data"), data_folder(config), names)
     report = config.path("report")
     os.makedirs(report, exist_ok=True)

@@ -30,8 +30,10 @@ class StudyConfig:
 
 
 def parse_study(cls, name):
-    """A study's config from the command line, on top of config/SIZE/<name>.py where there is one."""
+    """A study's config from the command line, on top of config/SIZE/<name>.py where there is one and no other is given."""
     flags = sys.argv[1:]
+    if flags and not flags[0].startswith("-"):
+        return parse(cls, flags)
     settings = parse(cls, flags).stage(name)
     return parse(cls, [settings, *flags] if os.path.exists(settings) else flags)
 

@@ -17,7 +17,7 @@ from common.corpus import Corpus
 from common.split import HELD_OUT, SPLITS, split_of
 from common.tokenizer import END_OF_TEXT, load_tokenizer
 from data import code_task as lines
-from data.encyclopedia import PEOPLE, PLACES, make_world, unasked_facts, wiki_documents, wiki_task
+from data.encyclopedia import PEOPLE, THINGS, make_world, unasked_facts, world_documents, world_task
 from data.math_problems import math_documents, math_task
 from data.task import Task, edit_similarity, exact_match, mean_score, read_answer
 from eval import EvalConfig, task_scores
@@ -39,7 +39,7 @@ VALUE = {
 def documents():
     """The first 6,000 documents of the encyclopedia, by split."""
     texts = {split: [] for split in SPLITS}
-    for split, read_text in itertools.islice(wiki_documents(0), 6000):
+    for split, read_text in itertools.islice(world_documents(0), 6000):
         texts[split].append(read_text())
     return texts
 
@@ -80,7 +80,7 @@ def stated(text):
 
 
 def test_the_world_can_be_checked_and_guessed():
-    assert len(ENTITIES) == PEOPLE + PLACES == len(BY_NAME)
+    assert len(ENTITIES) == PEOPLE + THINGS == len(BY_NAME)
     assert len(VALUES) == sum(len(attribute.values) for kind in ATTRIBUTES for attribute in ATTRIBUTES[kind])
     words = [word for name in BY_NAME for word in name.split()[-1:]]
     assert len(set(words)) == len(words)
@@ -119,7 +119,7 @@ def test_no_question_of_the_task_was_ever_asked(documents):
     quizzed = {fact[:2] for text in everything if text.startswith("Question:") for fact in stated(text)}
     told, asked = "\n".join(everything), []
     for seed, split in ((0, "val"), (1, "test")):  # which facts a split has does not depend on the seed
-        task = wiki_task(documents, split, seed)
+        task = world_task(documents, split, seed)
         assert len(task.rows) == len({row["prompt"] for row in task.rows}) == len(unasked_facts(split)) > 240
         for row in task.rows:
             ((name, attribute, value),) = stated(f"{row['prompt']} {row['answer']}\n")
@@ -136,14 +136,14 @@ def test_no_question_of_the_task_was_ever_asked(documents):
 
 
 def test_the_same_seed_gives_the_same_text(documents):
-    again = [read_text() for _, read_text in itertools.islice(wiki_documents(0), 200)]
-    other = [read_text() for _, read_text in itertools.islice(wiki_documents(1), 200)]
+    again = [read_text() for _, read_text in itertools.islice(world_documents(0), 200)]
+    other = [read_text() for _, read_text in itertools.islice(world_documents(1), 200)]
     assert set(again) <= set(itertools.chain(*documents.values())) and not set(again) & set(other)
-    assert wiki_task({}, "val", 0).rows == wiki_task({}, "val", 0).rows != wiki_task({}, "val", 1).rows
+    assert world_task({}, "val", 0).rows == world_task({}, "val", 0).rows != world_task({}, "val", 1).rows
 
 
 def test_wiki_baselines_by_counting():
-    task = wiki_task({}, "test", 0, count=200)
+    task = world_task({}, "test", 0, count=200)
     right = chance = 0
     for row in task.rows:
         kind = "place" if row["kind"] in ENTITIES[0].facts else "person"
