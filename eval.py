@@ -28,7 +28,7 @@ from common.weights import same_tokenizer
 from data.task import CHOICES, METRICS, mean_score, read_answer
 from model import Transformer
 
-GENERATED_ROWS = 256  # answered together: generation is bound by the number of steps, not by their size
+GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
 CHOICE_TOKENS = 128  # of a question and one of its choices
 PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, and how many questions are asked so
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
@@ -128,14 +128,14 @@ def task_scores(model, corpus, config):
             raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
         problems = corpus.problems(domain, config.split, config.task_problems)
         stop = {encoding.eot_token} if task["marker"] else {encoding.eot_token, *line_ends}
-        answers = []
-        for start in range(0, len(problems), GENERATED_ROWS):
-            prompts = [
-                encoding.encode_ordinary(problem["prompt"])[-room:]
-                for problem in problems[start : start + GENERATED_ROWS]
-            ]
-            texts = map(encoding.decode, generate(model, prompts, new_tokens, stop))
-            answers += [read_answer(text, task["marker"]) for text in texts]
+        prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems]
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers = [""] * len(prompts)
+        for start in range(0, len(prompts), GENERATED_ROWS):
+            chosen = by_length[start : start + GENERATED_ROWS]
+            texts = map(encoding.decode, generate(model, [prompts[i] for i in chosen], new_tokens, stop))
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = read_answer(text, task["marker"])
         for metric in METRICS.keys() & task["baselines"][config.split].keys():
             scores[metric][domain] = mean_score(metric, answers, problems)
     return scores

@@ -29,6 +29,7 @@ FIRST_NAMES = 50  # surnames are never shared
 SHAPES = {"article": 4, "mention": 3, "quiz": 3}  # of documents, by weight
 MENTIONED, QUIZ_LENGTH = (2, 3), 3  # facts in a mention, at least and at most; questions in a quiz
 
+
 @dataclass
 class Attribute:
     """What can be said of an entity of some kind; see data/worlds/wiki.txt."""

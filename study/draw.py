@@ -209,7 +209,9 @@ def plot_regime(lines, path):
     }
     rivals = {"upcycle-cm": "against upcycling", "dense-cm": "against dense training"}
     texts = {"bpb": ("-", "windows of one domain"), "spliced": ("--", "windows spliced from two")}
-    axes = [axis for axis in labels if any(line["axis"] == axis for line in lines)]
+    several = {line["axis"] for line in lines if len(line["x"]) > 1}
+    axes = [axis for axis in labels if axis in several] or ["budget"]
+    lines = [line for line in lines if line["axis"] in axes]
     widths = list(dict.fromkeys(line["width"] for line in lines))
     size = max(7, 4 * len(axes) + 0.6), 6.6
     figure, panels = plt.subplots(len(rivals), len(axes), figsize=size, sharey="row", sharex="col", squeeze=False)
@@ -236,7 +238,7 @@ def plot_regime(lines, path):
         for panel in row:
             panel.axhline(0, color="black", linewidth=0.8)
             panel.grid(alpha=0.3)
-    handles, names = panels[0][axes.index("budget")].get_legend_handles_labels()
+    handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="lower center", ncols=2, handlelength=3, frameon=False)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
     save(figure, path)

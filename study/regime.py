@@ -14,6 +14,7 @@ and can be stopped and continued like every other stage. docs/regime.md has what
 
 import dataclasses
 import os
+import statistics
 from typing import NamedTuple
 
 from common.config import key, parse, split_list
@@ -24,9 +25,9 @@ from finetune import FinetuneConfig
 from study.compare import CompareConfig
 from study.cost import flops_per_token, own_cost, split_budget
 from study.draw import plot_regime
-from study.regime_tables import ROWS, all_tables, lines_of
+from study.regime_tables import ROWS, TASKS, all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
-from study.tables import METRICS
+from study.tables import BITS
 
 
 @dataclasses.dataclass
@@ -244,7 +245,16 @@ def measure(config, point, number):
     for name, path in best.items():
         rate = float(os.path.basename(path).removeprefix(f"{name}-"))
         row = row_of(name, scored[os.path.basename(path)], own_cost(read_run(trainer.seed)))
+        if config.problems > 1:
+            row |= task_scores(scored[os.path.basename(path)])
         found.append({**row, "rate": rate, "last_run_tokens": own_cost(read_run(path))["tokens"]})
+    return found
+
+
+def task_scores(scored):
+    """The TASKS of a row of results.json, with the mean of what was recalled under "avg"."""
+    found = {metric: dict(scored[metric]) for metric in TASKS}
+    found["accuracy"]["avg"] = statistics.mean(scored["accuracy"].values())
     return found
 
 
@@ -252,7 +262,7 @@ def row_of(name, scored, seed):
     """A row of regime.json from one of results.json; tokens and FLOPs are those after the seed model's own (`seed`)."""
     return {
         "name": name,
-        **{metric: scored[metric] for metric in METRICS if metric in scored},
+        **{metric: scored[metric] for metric in BITS},
         "tokens": scored["train_tokens"] - seed["tokens"],
         "flops": scored["train_flops"] - seed["flops"],
         "parameters": scored["total_params"],

@@ -12,6 +12,7 @@ from study.tables import BITS, METRICS, T_95, bold, difference, markdown_table, 
 ROWS = "btx", "upcycle-cm", "dense-cm"
 RIVALS = {"upcycle-cm": "upcycling", "dense-cm": "dense"}
 AXES = "budget", "share", "domains"
+TASKS = "choice", "switched", "accuracy"  # of points that were asked problems
 # Liew, Kato and Takase 2025 (arXiv 2502.03009), equation 12 with the numbers of table 2
 LAW_DENSE = {"scale": 8.83, "tokens": 0.088, "parameter_scale": 12.3, "parameters": 0.116}
 LAW_UPCYCLED = {"scale": 16.3, "seed": 0.043, "tokens": 0.085, "interaction": 7.98e-4}
@@ -73,17 +74,19 @@ def lines_of(points):
 
 
 def lead(chains, rival, metric):
-    """'+0.012' with one random seed; '+0.012 ± 0.020' with several, bold where the 95 % interval excludes zero."""
-    ahead, half = difference(chains, rival, metric, "avg")
+    """'+0.012' with one random seed; '+0.012 ± 0.020' with several, bold where the 95 % interval excludes zero. Tasks
+    in points: '+12.3 ± 4.5'."""
+    scale, digits = (1, 3) if metric in BITS else (100, 1)
+    ahead, half = (scale * number for number in difference(chains, rival, metric, "avg"))
     if len(chains) == 1:
-        return f"{ahead:+.3f}"
-    return bold(f"{ahead:+.3f} ± {half:.3f}", abs(ahead) > half)
+        return f"{ahead:+.{digits}f}"
+    return bold(f"{ahead:+.{digits}f} ± {half:.{digits}f}", abs(ahead) > half)
 
 
-def regime_table(points, axis):
+def regime_table(points, axis, metrics=BITS):
     """One axis: BTX's scores, and how far it is ahead of its rivals."""
     header = ["width", "scale", "domains", "branches' share", "parameters", "tokens per parameter", "random seeds"]
-    for metric in BITS:
+    for metric in metrics:
         header += [f"BTX, {METRICS[metric]}", *(f"ahead of {words}" for words in RIVALS.values())]
     body = []
     for point in on_axis(points, axis):
@@ -91,8 +94,9 @@ def regime_table(points, axis):
         scores = mean_and_std([next(row for row in rows if row["name"] == "btx") for rows in chains])
         cells = [str(point["width"]), f"{point['scale']:g}", " ".join(point["domains"]), f"{point['share']:.0%}"]
         cells += [short(point["parameters"]), f"{point['tokens_per_parameter']:.0f}", str(len(chains))]
-        for metric in BITS:
-            cells += [f"{scores[metric]['avg']:.3f}", *(lead(chains, rival, metric) for rival in RIVALS)]
+        for metric in metrics:
+            style = ".3f" if metric in BITS else ".1%"
+            cells += [f"{scores[metric]['avg']:{style}}", *(lead(chains, rival, metric) for rival in RIVALS)]
         body.append(cells)
     return markdown_table(header, body)
 
@@ -136,4 +140,6 @@ def law_table(points):
 def all_tables(points):
     """The tables of docs/regime.md, {name: Markdown}."""
     tables = {axis: regime_table(points, axis) for axis in AXES if on_axis(points, axis)}
+    asked = [point for point in points if "choice" in point["chains"][0][0]]
+    tables |= {f"{axis}, tasks": regime_table(asked, axis, TASKS) for axis in AXES if on_axis(asked, axis)}
     return {**tables, "law": law_table(points)}

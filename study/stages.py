@@ -30,7 +30,7 @@ class StudyConfig:
 
 
 def parse_study(cls, name):
-    """A study's config from the command line, on top of config/SIZE/<name>.py where there is one and no other is given."""
+    """A study's config from the command line, on top of the config file given, or else config/SIZE/<name>.py."""
     flags = sys.argv[1:]
     if flags and not flags[0].startswith("-"):
         return parse(cls, flags)

@@ -25,9 +25,16 @@ from study.regime import (
     split_budget,
     summarize,
 )
-from study.regime_tables import law_dense, law_table, law_upcycled, lead, lines_of, pooled, regime_table
+from study.regime_tables import all_tables, law_dense, law_table, law_upcycled, lead, lines_of, pooled, regime_table
 
-SET = {"sets": "math+rain", "btx_rates": "1e-3,3e-3", "upcycle_rates": "3e-3", "dense_rates": "3e-3"}
+SET = {
+    "sets": "math+rain",
+    "seed_domains": "rain:3,math",
+    "problems": 2,
+    "btx_rates": "1e-3,3e-3",
+    "upcycle_rates": "3e-3",
+    "dense_rates": "3e-3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +77,27 @@ def test_more_domains_share_the_steps_of_the_branches(config):
     assert steps("math", "rain") == (6, 6) and steps("a", "b", "c", "d") == (3, 6)
 
 
+def test_one_seed_model_for_all_sets(config, measured):
+    """Trained on what --seed_domains says."""
+    pair, more = (Trainer(config, Point("domains", 16, 0.5, names), 1) for names in (("math", "rain"), ("a", "b")))
+    assert pair.seed == more.seed and pair.folder != more.folder
+    assert read_json(f"{pair.seed}/run.json")["recipe"]["config"]["domain"] == "rain:3,math"
+    assert read_json(f"{pair.folder}/expert-math/run.json")["recipe"]["config"]["domain"] == "math"
+    own = Trainer(dataclasses.replace(config, seed_domains=""), Point("domains", 16, 0.5, ("a", "b")), 1)
+    assert own.seed == f"{own.folder}/seed"
+
+
+def test_problems_are_asked_and_tabled(measured):
+    """math alone asks; of two questions none, one or both are right."""
+    for row in measured[0]:
+        assert row["accuracy"]["avg"] == row["accuracy"]["math"] and row["choice"]["avg"] in (0, 0.5, 1)
+    points = [summarize(POINT, {1: measured[0], 2: measured[0]})]
+    tables = all_tables(points)
+    btx = next(row for row in measured[0] if row["name"] == "btx")
+    assert f"| {btx['choice']['avg']:.1%} |" in tables["budget, tasks"] and "tasks" not in tables["budget"]
+    assert "budget, tasks" not in all_tables([summarize(POINT, CHAINS)])
+
+
 def test_a_budget_split_by_hand():
     """20 and 40 FLOPs a token: 100 tokens at 3 : 1 take 75 x 20 + 25 x 40."""
     assert split_budget(2500, 0.75, 20, 40) == pytest.approx((75, 25))
@@ -95,7 +123,8 @@ def test_shares_are_what_was_asked_for(measured):
 
 
 def test_settings_of_the_rivals(config, measured):
-    folder = Trainer(config, POINT, 1).folder
+    trainer = Trainer(config, POINT, 1)
+    folder = trainer.folder
     dense, upcycled, branch, mixed = (
         read_json(f"{folder}/{name}/run.json")["recipe"]["config"]
         for name in ("dense-cm-3e-3", "upcycle-cm-3e-3", "expert-rain", "upcycled")
@@ -104,7 +133,7 @@ def test_settings_of_the_rivals(config, measured):
     assert dense["domain"] == upcycled["domain"] == "math,rain" and branch["domain"] == "rain"
     assert (dense["splice"], upcycled["router_aux_loss_coef"]) == (0.5, 0.02)  # the comparison's, but for the rates
     assert dense["learning_rate"] == upcycled["learning_rate"] == 3e-3
-    assert mixed["experts"] == ",".join([f"{folder}/seed"] * 3) and mixed["router_init"] == "normal"
+    assert mixed["experts"] == ",".join([trainer.seed] * 3) and mixed["router_init"] == "normal"
 
 
 def test_the_best_rate_on_validation_text_counts(config, measured):
@@ -135,6 +164,8 @@ def test_leads_with_their_intervals():
     assert lead(chains, "upcycle-cm", "bpb") == "+0.200 ± 1.271"
     assert lead(chains[:1], "upcycle-cm", "spliced") == "+0.100"
     assert lead(chains, "dense-cm", "bpb") == "**-0.100 ± 0.000**"
+    asked = [[{**row, "choice": {"avg": row["bpb"]["avg"]}} for row in rows] for rows in chains]
+    assert lead(asked, "upcycle-cm", "choice") == "-20.0 ± 127.1"  # in points, and more is better
 
 
 def test_the_deviation_is_pooled_over_points():
