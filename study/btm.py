@@ -246,17 +246,18 @@ def held_out_prior(ensemble, corpus, length, windows=100):
     return torch.stack(priors).mean(dim=0)
 
 
-def load_posterior(folders, corpus, length, device="cpu", prefix=False):
+def load_posterior(folders, corpus, length, device="cpu", readings=None, prefix=False):
     """Read expert checkpoints into a PosteriorEnsemble on `device`, with held_out_prior's prior from windows of
-    `length` tokens."""
+    `length` tokens. readings: Ensemble's, to be shared."""
     models = [Transformer.from_pretrained(folder) for folder in folders]
     uniform = PosteriorEnsemble(models, torch.full((len(models),), 1 / len(models)), prefix).to(device)
+    uniform.readings = {} if readings is None else readings
     return PosteriorEnsemble(models, held_out_prior(uniform, corpus, length), prefix)
 
 
 # ---- the script ----
 
-ENSEMBLES = {  # rows of results.json: name -> function of checkpoint folders, corpus, tokens per window, and device
+ENSEMBLES = {  # rows of results.json: name -> function of folders, corpus, tokens per window, device, and readings
     "btm-top1": lambda folders, corpus, *_: load_nearest(folders, corpus, 1),
     "btm-top2": lambda folders, corpus, *_: load_nearest(folders, corpus, 2),
     "btm-posterior": load_posterior,
@@ -278,7 +279,7 @@ def ensemble_entry(name, folders, corpus, config, device, readings):
     identity = runs.hash_of([name, runs.code_hashes("study/btm.py"), [one for one, _ in parents]])
 
     def load():
-        ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device)
+        ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device, readings)
         ensemble.readings = readings
         return ensemble
 
