@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline, one plain command a stage; each also works when typed alone.
 #
-#   bash run.sh          config/cpu: 11 minutes on 2 CPU cores
+#   bash run.sh          config/cpu: 10 minutes on 2 CPU cores
 #   bash run.sh gpu      config/gpu: one CUDA GPU; gpu80 for a card of 80 GB and text of your own
 #   bash run.sh smoke    every stage at toy size, half a minute
 #   bash run.sh lesson   the course's size, 2 minutes: exercises/lesson.sh

@@ -41,6 +41,8 @@ def test_the_damage_comes_from_its_groups():
 def test_the_study_comes_from_its_points():
     points, page = json.loads(read("results", "cpu", "regime.json"))["points"], read("docs", "regime.md")
     assert [name for name, table in regime_tables.all_tables(points).items() if table not in page] == []
+    worlds = regime_tables.all_tables(json.loads(read("results", "cpu", "worlds.json"))["points"])
+    assert worlds["domains"] in page and worlds["domains, tasks"] in page
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))])
