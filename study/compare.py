@@ -284,7 +284,7 @@ def evaluate(config, chain, folders, longer):
         ensemble = longer if row["name"].endswith("-cm") else split_list(experts)
         chain_runs = lineage(behind or ensemble)
         row["critical_seconds"], row["bytes_sent"] = critical_seconds(chain_runs), bytes_sent(chain_runs)
-        row["accuracy"]["avg"] = sum(row["accuracy"].values()) / max(1, len(row["accuracy"]))
+        tables.add_average(row)
     return results
 
 

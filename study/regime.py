@@ -14,7 +14,6 @@ and can be stopped and continued like every other stage. docs/regime.md has what
 
 import dataclasses
 import os
-import statistics
 from typing import NamedTuple
 
 from common.config import key, parse, split_list
@@ -27,7 +26,7 @@ from study.cost import flops_per_token, own_cost, split_budget
 from study.draw import plot_regime
 from study.regime_tables import ROWS, TASKS, all_tables, lines_of
 from study.stages import StudyConfig, parse_study, prepare, run
-from study.tables import BITS
+from study.tables import BITS, add_average
 
 
 @dataclasses.dataclass
@@ -46,7 +45,9 @@ class RegimeConfig(StudyConfig):
     upcycle_rates: str = key("3e-3", "those of upcycling")
     dense_rates: str = key("3e-3", "those of dense training")
     seed_domains: str = key("", "what the seed model is trained on, such as prose:2,math; empty is a point's domains")
-    problems: int = key(1, "problems a domain; at small budgets answers are at chance level", within="[1, inf)")
+    problems: int = key(
+        1, "problems a domain; 1: none are tabled, as small budgets leave answers at chance level", within="[1, inf)"
+    )
     comparison: str = key("", "a compare.json to take one point more from: the configs as they are")
 
 
@@ -246,15 +247,9 @@ def measure(config, point, number):
         rate = float(os.path.basename(path).removeprefix(f"{name}-"))
         row = row_of(name, scored[os.path.basename(path)], own_cost(read_run(trainer.seed)))
         if config.problems > 1:
-            row |= task_scores(scored[os.path.basename(path)])
+            row |= {metric: scored[os.path.basename(path)][metric] for metric in TASKS}
+            add_average(row)
         found.append({**row, "rate": rate, "last_run_tokens": own_cost(read_run(path))["tokens"]})
-    return found
-
-
-def task_scores(scored):
-    """The TASKS of a row of results.json, with the mean of what was recalled under "avg"."""
-    found = {metric: dict(scored[metric]) for metric in TASKS}
-    found["accuracy"]["avg"] = statistics.mean(scored["accuracy"].values())
     return found
 
 

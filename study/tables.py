@@ -72,6 +72,12 @@ def versions_line(found, where):
 # ---- definitions ----
 
 
+def add_average(row):
+    """Put the mean of what a row of results.json recalled beside its parts, under "avg" as the other scores have it."""
+    recalled = row["accuracy"].values()
+    row["accuracy"]["avg"] = sum(recalled) / max(1, len(recalled))
+
+
 def mean_and_std(rows):
     """{metric: {name: mean}} of several rows of results.json that differ in a random seed, and the same form of
     standard deviations (of a sample; 0 for a single row) under "std"."""

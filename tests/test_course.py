@@ -54,6 +54,14 @@ def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(t
     }
 
 
+@pytest.mark.parametrize("folder", ["common", "data", "study"])
+def test_the_students_copy_has_all_that_is_read(folder):
+    """Also what lies in folders of folders: worlds are read when data is prepared."""
+    files = {os.path.join(path, name) for path, _, names in os.walk(os.path.join(ROOT, folder)) for name in names}
+    files = {os.path.relpath(path, ROOT) for path in files if "__pycache__" not in path}
+    assert files <= set(copied_files()) and len(files) > 10
+
+
 def test_methods_nested_indents_and_docstrings_survive():
     text = 'def f(x):\n    """Doc."""\n    # why\n    return x\n\n\n'
     text += 'class A:\n    def g(self):\n        """Two\n        lines."""\n'

@@ -7,7 +7,7 @@ import os
 import shutil
 
 import pytest
-from helpers import error_line, read, read_json, run
+from helpers import ROOT, error_line, read, read_json, run
 
 from common.errors import UserError
 from study.draw import plot_regime
@@ -26,6 +26,7 @@ from study.regime import (
     summarize,
 )
 from study.regime_tables import all_tables, law_dense, law_table, law_upcycled, lead, lines_of, pooled, regime_table
+from study.stages import parse_study
 
 SET = {
     "sets": "math+rain",
@@ -234,6 +235,18 @@ def test_points_that_are_asked_for(config):
     grid = [Point("budget", 16, 0.5, ("a", "b")), Point("budget", 32, 0.5, ("a", "b"))]
     shares = [Point("share", 16, 0.5, ("a", "b"), share) for share in (0.5, 0.2)]
     assert points_of(asked) == [*grid, *shares, Point("domains", 16, 0.5, ("b", "c"))]
+
+
+def test_a_config_file_that_is_given_takes_the_place_of_the_sizes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["regime", "config/cpu/worlds.py", "--seeds=7"])
+    given = parse_study(RegimeConfig, "regime")
+    assert (given.out_dir, given.widths, given.seeds, given.problems) == ("out/cpu/worlds", "64", "7", 100)
+    domains = [len(point.domains) for point in points_of(given)]
+    assert sorted(domains) == [2, 4, 6] and "prose" in given.seed_domains
+    monkeypatch.setattr("sys.argv", ["regime", "--size=cpu", "--seeds=7"])
+    usual = parse_study(RegimeConfig, "regime")
+    assert (usual.out_dir, usual.widths, usual.seeds, usual.problems) == ("out/cpu", "32,64", "7", 1)
 
 
 def test_what_makes_no_sense_is_named(tmp_path):
