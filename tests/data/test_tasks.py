@@ -351,6 +351,28 @@ def test_scores_of_equal_models_are_equal(prepared):
     assert task_scores(mixed, corpus, config) == scores == task_scores(ensemble, corpus, config)
 
 
+def test_every_answer_belongs_to_its_problem(prepared, monkeypatch):
+    """Prompts are sorted by length and answered seven at a time; each gets its own answer, and no other one."""
+    encoding, batches = load_tokenizer(prepared), []
+    rows = itertools.chain(*(rows_of(prepared, domain, "test") for domain in ("code", "math", "wiki")))
+    right = {row["prompt"]: row["answer"] for row in rows}
+
+    def write(model, prompts, max_new_tokens, stop):
+        batches.append([len(prompt) for prompt in prompts])
+        answers = [right[encoding.decode(prompt)] for prompt in prompts]
+        return [encoding.encode_ordinary(f"#### {one}" if len(stop) == 1 else f" {one}") for one in answers]
+
+    monkeypatch.setattr("eval.generate", write)
+    monkeypatch.setattr("eval.GENERATED_ROWS", 7)
+    model = Transformer(dataclasses.replace(tiny(0), max_position_embeddings=1024))
+    scores = task_scores(model, Corpus(prepared), EvalConfig(task_problems=40, max_new_tokens=20))
+    assert scores["accuracy"] == {"code": 1.0, "math": 1.0, "wiki": 1.0}
+    assert [len(batch) for batch in batches] == 3 * [7, 7, 7, 7, 7, 5]
+    for domain in (batches[:6], batches[6:12], batches[12:]):
+        lengths = list(itertools.chain(*domain))
+        assert lengths == sorted(lengths)
+
+
 def test_a_right_line_scores_one(prepared, monkeypatch):
     """Half of the answers are right; a line task stops at the end of the line, math at the end of the document."""
     encoding, stops = load_tokenizer(prepared), []
