@@ -15,27 +15,20 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common import runs
 from common.config import key, parse, split_list
-from common.corpus import Corpus
+from common.corpus import HELD_OUT, Corpus
 from common.device import device_key, pick_device, place, send, threads_key
-from common.errors import UserError, command
-from common.files import write_json
-from common.generate import generate
-from common.hub import local_folder
-from common.split import HELD_OUT
-from common.weights import same_tokenizer
+from common.errors import UserError, command, read_json, write_json
+from common.hf import local_folder, same_tokenizer
+from common.run import changed_files, locked, parent_of, source, total_cost, versions
 from data.task import CHOICES, METRICS, mean_score, read_answer
-from model import Transformer
+from model import Transformer, generate
 
 GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
 CHOICE_TOKENS = 128  # of a question and one of its choices
 PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, and how many questions are asked so
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
-# the source that decides a score
-CODE = ("model.py", "eval.py", "common/fused.py", "common/rope.py", "common/corpus.py")
-CODE += ("common/generate.py", "common/decode.py", "data/task.py")
 
 
 @dataclasses.dataclass
@@ -61,7 +54,6 @@ class EvalConfig(ReadingConfig):
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
     overwrite: bool = key(False, "discard the results.json that is there, and score everything anew")
-    same_code: bool = key(False, "keep rows although the source changed: the change does not touch scores")
 
 
 @torch.no_grad()
@@ -206,7 +198,7 @@ class Entry(NamedTuple):
 
 def checkpoint_entry(folder):
     """The Entry of a finished checkpoint folder."""
-    identity, history = runs.parent_of(folder)
+    identity, history = parent_of(folder)
     return Entry(
         os.path.basename(os.path.normpath(folder)), identity, history, lambda: Transformer.from_pretrained(folder)
     )
@@ -214,7 +206,7 @@ def checkpoint_entry(folder):
 
 def score(entry, model, validation, corpus, config):
     """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
-    cost = runs.total_cost(entry.history)
+    cost = total_cost(entry.history)
     active, total = model.num_parameters()
     scores = validation.scores(model)
     if "load" in scores:
@@ -228,6 +220,7 @@ def score(entry, model, validation, corpus, config):
         "train_flops": cost["flops"],
         "seconds": cost["seconds"],
         "runs": list(entry.history),
+        "source": source(),
         **scores,
         "spliced": spliced_scores(model, corpus, config),
         **task_scores(model, corpus, config),
@@ -236,8 +229,19 @@ def score(entry, model, validation, corpus, config):
     }
 
 
-def read_results(corpus, config):
-    """results.json as it stands, or an empty one; refused when its settings, data or code differ."""
+def read_results(path):
+    """results.json, as this script wrote it."""
+    found = read_json(path, "make it first: python eval.py --model=DIR,DIR")
+    rows = found.get("rows") if isinstance(found, dict) else None
+    needed = {"name", "id", "bpb", "accuracy", "runs"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
+        raise UserError(f"{path} is no results.json of eval.py; choose another folder or move it away")
+    return found
+
+
+def results_so_far(path, corpus, config):
+    """results.json as it stands, or an empty one; refused when its settings or data differ."""
+    tasks = {domain: meta["task"] for domain, meta in corpus.metas.items() if "task" in meta}
     fresh = {
         "rows": [],
         "config": {name: getattr(config, name) for name in SETTINGS},
@@ -245,46 +249,53 @@ def read_results(corpus, config):
             domain: {name: meta[name] for name in ("content_hash", "tokenizer_hash")}
             for domain, meta in corpus.metas.items()
         },
-        "baselines": {
-            domain: meta["task"]["baselines"][config.split] for domain, meta in corpus.metas.items() if "task" in meta
-        },
-        "code": runs.code_hashes(*CODE),
-        "versions": runs.versions(),
+        "baselines": {domain: task["baselines"][config.split] for domain, task in tasks.items()},
+        "versions": versions(),
     }
-    path = os.path.join(config.out_dir, "results.json")
-    if config.overwrite or not os.path.exists(path):
+    if not os.path.exists(path):
         return fresh
-    found = runs.read_results(path)
+    found = read_results(path)
     if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")):
         raise UserError(f"{path} was made with other settings or data; use --overwrite=True or another --out_dir")
-    runs.code_changed(path, found.get("code", {}), fresh["code"], config.same_code)
-    return {**found, "code": fresh["code"]}
+    return found
+
+
+def check_fits(entry, model, corpus, config):
+    """Raise UserError unless the model takes the windows and knows the tokens."""
+    if config.sequence_length > model.max_length:
+        raise UserError(
+            f"--sequence_length={config.sequence_length} is longer than {entry.name} takes: {model.max_length}"
+        )
+    if corpus.encoding.n_vocab > model.config.vocab_size:
+        has = f"{model.config.vocab_size} entries, the tokenizer of {corpus.folder} {corpus.encoding.n_vocab}"
+        raise UserError(f"{entry.name} knows {has}; evaluate it on data in its own vocabulary")
 
 
 def evaluate(config, corpus, entries):
-    """Bring results.json up to date with a row for each Entry, scoring only those that are not there yet."""
+    """Bring results.json up to date with a row for each Entry, scoring only those that are not there yet. Several
+    processes may do so at once."""
     if len({entry.name for entry in entries}) < len(entries):
         raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
     device = pick_device(config.device, config.threads)
-    results = read_results(corpus, config)
-    os.makedirs(config.out_dir, exist_ok=True)
-    rows = {row["name"]: row for row in results["rows"]}
+    path = os.path.join(config.out_dir, "results.json")
+    if config.overwrite and os.path.exists(path):
+        os.remove(path)
+    rows = {row["name"]: row for row in results_so_far(path, corpus, config)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
     validation = Validation(corpus, config.sequence_length, config.eval_windows, config.split) if todo else None
-    for entry in tqdm(todo, desc="evaluate", unit="model", disable=not todo):
+    for entry in tqdm(todo, desc="evaluate", unit="model", dynamic_ncols=True, disable=not todo):
         model = place(entry.load(), device, config.dtype)
-        if config.sequence_length > model.max_length:
-            raise UserError(
-                f"--sequence_length={config.sequence_length} is longer than {entry.name} takes: {model.max_length}"
-            )
-        if corpus.encoding.n_vocab > model.config.vocab_size:
-            has = f"{model.config.vocab_size} entries, the tokenizer of {corpus.folder} {corpus.encoding.n_vocab}"
-            raise UserError(f"{entry.name} knows {has}; evaluate it on data in its own vocabulary")
+        check_fits(entry, model, corpus, config)
         rows[entry.name] = score(entry, model, validation, corpus, config)
-        results["rows"] = list(rows.values())
-        write_json(os.path.join(config.out_dir, "results.json"), results)
+        with locked(config.out_dir, wait=True):
+            results = results_so_far(path, corpus, config)
+            others = {row["name"]: row for row in results["rows"]}
+            write_json(path, {**results, "rows": list({**others, entry.name: rows[entry.name]}.values())})
     for entry in entries:
         row = rows[entry.name]
+        if files := changed_files(row.get("source", {})):
+            names = " and ".join(files)
+            print(f"{path}: {entry.name} was scored before {names} changed; --overwrite=True scores all rows anew")
         scores = {f"{domain} bits per byte": value for domain, value in row["bpb"].items()}
         scores |= {f"{task} accuracy": value for task, value in row["accuracy"].items()}
         print(f"{entry.name:14s} " + "  ".join(f"{what} {value:.3f}" for what, value in scores.items()))

@@ -29,7 +29,7 @@ class FinetuneConfig(train.TrainConfig):
     router_z_loss_coef: float = key(0.0, "weight of the router z-loss, which keeps logits small", within="[0, inf)")
 
 
-def build_model(config, corpus):
+def load_mixture(config, corpus):
     """The mixed model of --init_from with the configured routing."""
     if not config.init_from:
         raise UserError("--init_from is empty; name the folder that mix.py wrote")
@@ -41,5 +41,9 @@ def build_model(config, corpus):
     return Transformer.from_pretrained(config.init_from, **routing)
 
 
+def main():
+    train.train(parse(FinetuneConfig), load_mixture)
+
+
 if __name__ == "__main__":
-    command(lambda: train.train(parse(FinetuneConfig), build_model, (*train.CODE, "finetune.py")))
+    command(main)

@@ -31,16 +31,13 @@ import functools
 import os
 import zlib
 
+import numpy as np
 import torch
 
-from common import runs
 from common.config import key, parse, split_list
-from common.corpus import Corpus
+from common.corpus import Corpus, cut
 from common.errors import UserError, command
-from common.hub import local_folder
-from common.router_start import FROM_TEXT, STARTS, normal_routers, routers_from_text
-from common.shape import write_config
-from common.weights import (
+from common.hf import (
     FEED_FORWARD,
     GROUPS,
     WeightFiles,
@@ -48,18 +45,21 @@ from common.weights import (
     expected_tensors,
     group_of,
     hidden_dim,
+    local_folder,
     same_tokenizer,
+    write_config,
     write_weights,
 )
+from common.run import Run, parent_of, trained_on
 from model import ModelConfig, Transformer
 
-CODE = ("mix.py", "common/router_start.py", "common/weights.py")  # what decides the result,
-FORWARD_CODE = (
-    "model.py",
-    "common/fused.py",
-    "common/rope.py",
-    "common/corpus.py",
-)  # and where routers start from text
+FROM_TEXT = ("contrast", "ridge")  # router starts that read training text
+STARTS = ("normal", "zero", *FROM_TEXT)
+MARGIN = 4.0  # how far the logit of an expert's own text stands above that of average text, with contrast
+WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 tokens is steady enough
+RIDGE_WINDOWS = 64  # a regression asks for more
+RIDGE = 1e-2  # lambda, as a share of the states' mean square
+RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values commit harder and learn less
 
 
 @dataclasses.dataclass
@@ -78,13 +78,12 @@ class MixConfig:
     keep: str = key("none", "parts that the last expert, the seed, gives instead of an average, such as embeddings")
     drop: float = key(0.0, "fraction of each expert's hidden units to draw anew", within="[0, 1]")
     router_init: str = key(
-        "normal", "normal, zero, or from each expert's text: domain, contrast, ridge (common/router_start.py)", STARTS
+        "normal", "normal, zero, or from each expert's training text: contrast, ridge (see new_routers)", STARTS
     )
     router_std: float = key(0.02, "standard deviation of the new routers' weights", within="[0, inf)")
-    data_dir: str = key("out/cpu/data", "where --router_init=domain, contrast and ridge find the training text")
+    data_dir: str = key("out/cpu/data", "where --router_init=contrast and ridge find the training text")
     seed: int = key(1, "random seed of routers and redrawn units", within="[0, inf)")
     overwrite: bool = key(False, "mix anew, discarding the checkpoint that --out_dir holds")
-    same_code: bool = key(False, "keep a mixture although the source changed: the change does not touch its result")
 
 
 # ---- the method ----
@@ -154,21 +153,93 @@ def redraw(name, tensor, share, seed):
     return tensor.index_copy(dim, dropped, new.to(tensor.dtype))
 
 
+# ---- how new routers start ----
+
+
 def new_routers(config, shapes, folders, experts, dense):
-    """{name: (E, D)} of the routers, which no expert has. shapes: those of the result. dense: the experts' config."""
+    """{name: (E, D)} of the routers, which no expert has. The chunks of a split expert share its row.
+
+        normal    drawn from a normal distribution, as in the BTX paper
+        zero      all logits are equal: every gate starts at 1 / k, and ties decide until training breaks them
+        contrast  row i is what sets expert i's mean hidden state apart from the mean over all experts
+        ridge     the linear map that best tells a token's expert from its hidden state (ridge regression)
+
+    contrast and ridge send most of a domain's tokens to its own expert from the first step. They need the averaged
+    model in memory, which is small beside the mixture, and some of the training text.
+    shapes: those of the result. dense: the experts' ModelConfig.
+    """
     shapes = {name: shape for name, shape in shapes.items() if name.endswith("block_sparse_moe.gate.weight")}
     if config.router_init == "zero":
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
     if config.router_init == "normal" or not shapes:
-        return normal_routers(shapes, config.router_std, config.seed)
+        random = torch.Generator().manual_seed(config.seed)
+        return {name: torch.normal(0.0, config.router_std, shape, generator=random) for name, shape in shapes.items()}
     averaged = Transformer(dense)
     parameters = dict(averaged.named_parameters())
     for name, tensor in mix(experts, expected_tensors(dense), {}, config):
         parameters[name].data.copy_(tensor)
-    mixtures = [runs.trained_on(folder) for folder in folders]
-    return routers_from_text(
-        config.router_init, shapes, config.router_std, averaged, experts, mixtures, Corpus(config.data_dir)
-    )
+    mixtures = [trained_on(folder) for folder in folders]
+    start = ridge_routers if config.router_init == "ridge" else contrast_routers
+    rows = start(averaged, experts, mixtures, Corpus(config.data_dir))  # L of (N, D)
+    chunks = [shape[0] // len(experts) for shape in shapes.values()]
+    return {name: row.repeat_interleave(n, dim=0) for name, row, n in zip(shapes, rows, chunks, strict=True)}
+
+
+@torch.no_grad()
+def hidden_states(model, corpus, domain, count):
+    """L tensors (S, D): what enters each layer's feed-forward sublayer in `count` windows of a domain's train text."""
+    length = min(LENGTH, model.max_length)
+    tokens = corpus.tokens(domain, "train", length)
+    windows, _ = cut(tokens, np.linspace(0, len(tokens) - length - 1, count).astype(int), length)
+    states = []
+    norms = [layer.post_attention_layernorm for layer in model.model.layers]
+    hooks = [norm.register_forward_hook(lambda _, x, h: states.append(h.flatten(0, 1))) for norm in norms]
+    model(windows, windows)  # with targets it keeps no logits
+    for hook in hooks:
+        hook.remove()
+    return states
+
+
+def contrast_routers(averaged, experts, mixtures, corpus):
+    """L of (N, D). With m_i the averaged model's mean state on expert i's text and c_i = m_i - mean over i of m_i, row
+    i is c_i MARGIN / (mean over i of |c_i|^2): on its own text, its logit is MARGIN above that on average text."""
+    states = {}  # (L, D) of each domain
+    for domain in dict.fromkeys(domain for mixture in mixtures for domain in mixture):
+        layers = hidden_states(averaged, corpus, domain, WINDOWS)
+        states[domain] = torch.stack([x.mean(dim=0) for x in layers])
+    own = torch.stack([sum(share * states[d] for d, share in mixture.items()) for mixture in mixtures])  # (N, L, D)
+    contrast = own - own.mean(dim=0)  # (N, L, D)
+    rows = contrast * MARGIN / contrast.pow(2).sum(dim=-1, keepdim=True).mean(dim=0)
+    return list(rows.unbind(dim=1))
+
+
+def ridge_routers(averaged, experts, mixtures, corpus):
+    """L of (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
+
+    The closed form is DUME's (arXiv 2603.29765). Theirs reads the averaged model; here a domain's text is read with the
+    feed-forwards of its own expert in the averaged model, since those are the states of a mixture that routes right.
+    Y's entry for expert i is the share that the domain had in its training, less the mean over experts: the seed, which
+    was trained on all N domains, gets 1 / N of what a domain's own expert gets.
+    averaged: a Transformer, left with other feed-forwards. experts: a list of {name: tensor}. mixtures: for each of
+    them the {domain: share} it was trained on.
+    """
+    parameters = dict(averaged.named_parameters())
+    squares = [0.0] * len(averaged.model.layers)
+    products = [0.0] * len(averaged.model.layers)
+    for domain in dict.fromkeys(domain for mixture in mixtures for domain in mixture):
+        shares = torch.tensor([mixture.get(domain, 0.0) for mixture in mixtures])  # (N,)
+        own = experts[int(shares.argmax())]
+        for name, parameter in parameters.items():
+            if ".mlp." in name:
+                parameter.data.copy_(own[name])
+        for layer, x in enumerate(hidden_states(averaged, corpus, domain, RIDGE_WINDOWS)):  # (S, D)
+            squares[layer] = squares[layer] + x.T @ x  # (D, D)
+            products[layer] = products[layer] + x.sum(dim=0).outer(shares - shares.mean())  # (D, N)
+    rows = []
+    for xx, xy in zip(squares, products, strict=True):
+        penalty = RIDGE * xx.diagonal().mean() * torch.eye(len(xx))
+        rows.append(RIDGE_SCALE * torch.linalg.solve(xx + penalty, xy).T)  # (N, D)
+    return rows
 
 
 # ---- the script ----
@@ -229,7 +300,7 @@ def mixed_config(config, dense, folders):
         raise UserError(f"--split={config.split}: {error}") from None
 
 
-def summarize(shapes):
+def print_counts(shapes):
     """Print how much was averaged, stacked and newly made."""
     kinds = {"averaged": [], "stacked": [], "new": []}
     for name in shapes:
@@ -241,15 +312,11 @@ def summarize(shapes):
 
 
 def make_recipe(config, folders):
-    """Everything that decides the result; see common/runs.py."""
-    settings = {
-        name: value for name, value in dataclasses.asdict(config).items() if name not in ("overwrite", "same_code")
-    }
-    parents = {folder: runs.parent_of(folder)[0] for folder in folders}
-    recipe = {"config": settings, "parents": parents, "code": runs.code_hashes(*CODE)}
+    """Everything but source code that decides the result."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"}
+    recipe = {"config": settings, "parents": {folder: parent_of(folder)[0] for folder in folders}}
     if config.router_init in FROM_TEXT:
-        recipe["code"] |= runs.code_hashes(*FORWARD_CODE)
-        domains = sorted({domain for folder in folders for domain in runs.trained_on(folder)})
+        domains = sorted({domain for folder in folders for domain in trained_on(folder)})
         recipe["data"] = Corpus(config.data_dir).hashes(domains)
         same_tokenizer([*folders, config.data_dir])
     return recipe
@@ -259,28 +326,24 @@ def main():
     config = parse(MixConfig)
     folders = [local_folder(name) for name in split_list(config.experts)]
     check_options(config, folders)
-    recipe = make_recipe(config, folders)
-    with runs.locked(config.out_dir):
-        run, _ = runs.find_run(config.out_dir, recipe, config.overwrite, config.same_code)
-        if run["finished"]:
+    with Run(config.out_dir, make_recipe(config, folders), config.overwrite) as run:
+        if run.finished:
             print(f"{config.out_dir} is finished, nothing to do")
             return
+        configs = [ModelConfig.from_pretrained(folder) for folder in folders]
+        check_same(folders, configs)
+        same_tokenizer(folders)
+        result = mixed_config(config, configs[0], folders)
+        experts = [WeightFiles(folder, configs[0]) for folder in folders]
+        shapes, dtype = expected_tensors(result), experts[0].dtype
+        routers = new_routers(config, shapes, folders, experts, configs[0])
 
-    configs = [ModelConfig.from_pretrained(folder) for folder in folders]
-    check_same(folders, configs)
-    same_tokenizer(folders)
-    result = mixed_config(config, configs[0], folders)
-    experts = [WeightFiles(folder, configs[0]) for folder in folders]
-    shapes, dtype = expected_tensors(result), experts[0].dtype
-    routers = new_routers(config, shapes, folders, experts, configs[0])
-    with runs.locked(config.out_dir, create=True):
-        runs.start_run(config.out_dir, run)
+        run.begin()
         weights = write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
         write_config(config.out_dir, result, dtype)
         copy_tokenizer(folders[0], config.out_dir)
-        history = runs.joint_history(runs.parent_of(folder)[1] for folder in folders)
-        runs.finish_run(config.out_dir, {**run, "history": history}, weights)
-    summarize(shapes)
+        run.finish(weights)
+    print_counts(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
 
 

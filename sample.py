@@ -12,10 +12,9 @@ import torch
 from common.config import key, parse
 from common.device import device_key, dtype_key, pick_device, place, threads_key
 from common.errors import UserError, command
-from common.generate import generate
-from common.hub import local_folder
+from common.hf import local_folder
 from common.tokenizer import load_tokenizer
-from model import Transformer
+from model import Transformer, generate
 
 
 @dataclasses.dataclass

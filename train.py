@@ -9,18 +9,13 @@ checkpoint when the same command is given again, and ends with the same weights,
 (On CUDA within rounding: there, gradients of embeddings and attention are sums in no fixed order.)
 """
 
-import contextlib
 import dataclasses
-import json
 import math
-import os
 import signal
-import time
 
 import torch
 from tqdm import tqdm
 
-from common import runs
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
 from common.device import (
@@ -35,12 +30,9 @@ from common.device import (
     threads_key,
 )
 from common.errors import UserError, command
-from common.files import write_atomically
-from common.fit import check_sizes, report_memory
-from common.hub import local_folder
+from common.hf import group_of, local_folder, same_tokenizer
 from common.parallel import Processes
-from common.state import load_state, new_state, save_state
-from common.weights import copy_tokenizer, group_of, same_tokenizer
+from common.run import Run, parent_of
 from eval import Validation
 from model import ModelConfig, Transformer
 
@@ -91,25 +83,19 @@ class TrainConfig:
     shard_size: int = key(1, "torchrun's processes that share one copy of the weights; 0 is all", within="[0, inf)")
     expert_parallel: int = key(1, "torchrun's processes that divide a mixture's experts up", within="[1, inf)")
     checkpoint_activations: bool = key(False, "keep no activations inside a layer, compute them twice: less memory")
-    dry_run: bool = key(False, "print the memory that the run will need, and stop")
     overwrite: bool = key(False, "start anew, discarding the run that --out_dir holds")
-    same_code: bool = key(False, "keep a run although the source changed: the change does not touch its result")
 
 
-# what a run may be resumed or repeated without: keys that do not shape its result
-NOT_IN_RECIPE = ("overwrite", "same_code", "device", "threads", "compile", "save_interval")
-NOT_IN_RECIPE += ("shard_size", "expert_parallel", "checkpoint_activations", "dry_run")
-# the source that decides a run's result
-CODE = ("model.py", "train.py", "common/fused.py", "common/rope.py", "common/corpus.py", "common/weights.py")
-CODE += ("common/device.py", "common/parallel.py", "common/shards.py", "common/expert_parallel.py")
+# keys that do not shape a run's result, so that a run may be resumed or repeated with others
+NOT_IN_RECIPE = ("overwrite", "device", "threads", "compile", "save_interval")
+NOT_IN_RECIPE += ("shard_size", "expert_parallel", "checkpoint_activations")
 
 
-def make_recipe(config, corpus, mixture, code):
-    """Everything that decides a run's result: its config, data and source, and the recipe of the weights before it."""
+def make_recipe(config, corpus, mixture):
+    """Everything but source code that decides a run's result: its config and data, and the weights before it."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_RECIPE}
-    parents = {config.init_from: runs.parent_of(config.init_from)[0]} if config.init_from else {}
-    data = {"data": corpus.hashes(mixture), "mixture": mixture}
-    return {"config": settings, **data, "parents": parents, "code": runs.code_hashes(*code)}
+    parents = {config.init_from: parent_of(config.init_from)[0]} if config.init_from else {}
+    return {"config": settings, "data": corpus.hashes(mixture), "mixture": mixture, "parents": parents}
 
 
 def build_model(config, corpus):
@@ -167,184 +153,159 @@ def learning_rate(config, step):
     return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def train_step(config, step, model, optimizer, batches, processes, stop):
-    """One optimizer step. Returns ({name: mean over the batch}, gradient norm, whether to stop).
+def check_sizes(config, corpus, model, processes):
+    """Raise UserError unless sequences and tokens fit the model, and batches and experts the processes."""
+    if config.sequence_length > model.max_length:
+        raise UserError(
+            f"--sequence_length={config.sequence_length} is longer than the model's "
+            f"max_position_embeddings={model.max_length}; shorten it"
+        )
+    entries = corpus.encoding.n_vocab
+    if entries > model.config.vocab_size:
+        raise UserError(
+            f"{corpus.folder} has a tokenizer of {entries} entries, the model's vocab_size is only "
+            f"{model.config.vocab_size}; prepare the data with the model's tokenizer"
+        )
+    share, rest = divmod(config.batch_size, processes.world)
+    if rest or share % min(share, config.micro_batch_size):
+        raise UserError(
+            f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
+            f"times {processes.world} process(es)"
+        )
+    shards = config.shard_size
+    parallel = config.expert_parallel
+    experts = model.config.num_local_experts
+    if parallel > 1 and not experts:
+        raise UserError(f"--expert_parallel={parallel} is for mixtures, and this model is dense; leave it out")
+    if parallel > 1 and experts % parallel:
+        raise UserError(f"--expert_parallel={parallel} does not divide the model's {experts} experts")
+    if shards % parallel and parallel % shards:
+        raise UserError(f"--expert_parallel={parallel}, --shard_size={shards}: one must be a multiple of the other")
+    for flag, size in (("--shard_size", shards), ("--expert_parallel", parallel)):
+        if size and processes.world % size:
+            raise UserError(f"{flag}={size} does not divide torchrun's {processes.world} process(es)")
 
-    The names are loss, aux_loss and those of the model's own statistics, which are numbers or lists of them. All that
-    the host wants to know is one vector on the device, read once, when everything has been launched. stop: a
-    StopSignal; its number is averaged like the rest, so that every process leaves at the same step.
+
+def train_step(config, step, model, optimizer, batches, processes):
+    """One optimizer step on the batch of `step`: minimizes output.loss + output.aux_loss.
+
+    Returns {name: mean over this process's part of the batch}, tensors on the device that nobody has waited for: loss,
+    aux_loss, the routers' statistics, and grad_norm, the gradient's norm before clipping.
     """
-    device, parts, sums = processes.device, processes.micro_batches(config.batch_size, config.micro_batch_size), {}
-    number = torch.full((), step, device=device)
-    for start, end in parts:
-        processes.expect(model, last=end == parts[-1][1])
-        inputs, targets = (send(part, device) for part in batches(step, start, end))
-        torch.manual_seed(hash((config.seed, step, start)))  # noise by place: a tuple of ints hashes alike everywhere
+    parts = processes.micro_batches(config.batch_size, config.micro_batch_size)
+    number = torch.full((), step, device=processes.device)
+    metrics = {}
+    for start, stop in parts:
+        processes.synchronize(model, gradients=stop == parts[-1][1])  # on the last micro-batch only
+        inputs, targets = (send(part, processes.device) for part in batches(step, start, stop))  # (B, T) each
+        # a router's noise depends on the place in the batch alone: a tuple of ints hashes alike everywhere
+        torch.manual_seed(hash((config.seed, step, start)))
         output = model(inputs, targets, step=number)
         ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
-            sums[name] = sums.get(name, 0) + value.detach().double() / len(parts)
-    norm = processes.clip_gradients(model, config.max_grad_norm)
+            metrics[name] = metrics.get(name, 0) + value.detach().double() / len(parts)
+    metrics["grad_norm"] = processes.clip_gradients(model, config.max_grad_norm).double()
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group["scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-    stopped = torch.full((1,), float(stop.number), dtype=torch.float64, device=device)
-    vector = processes.mean(torch.cat([*(value.flatten() for value in sums.values()), norm.double().view(1), stopped]))
-    *values, norm, stopped = vector.cpu().tolist()  # the only place where the host waits for the device
-    values, means = iter(values), {}
-    for name, value in sums.items():
-        means[name] = [next(values) for _ in range(len(value))] if value.dim() else next(values)
-    if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
-        raise UserError(
-            f"step {step}: the loss is {means['loss']}, the gradient's norm {norm}; {config.out_dir} keeps its last "
-            "good checkpoint; try a lower --learning_rate"
-        )
-    return means, norm, stopped > 0
+    return metrics
 
 
-class Recorder:
-    """What is done besides training: progress bar, evaluations, log.jsonl and checkpoints.
-
-    All processes take part, since each may hold but a piece of the weights; the first one prints and writes. log.jsonl
-    holds nothing that differs between two runs of one recipe; times go to run.json.
-    """
-
-    def __init__(self, config, run, corpus, model, optimizer, processes, state):
-        self.config, self.run, self.corpus, self.model, self.optimizer = config, run, corpus, model, optimizer
-        self.processes = processes
-        self.validation = Validation(corpus, config.sequence_length, config.eval_windows)
-        self.tokens_per_step = config.batch_size * config.sequence_length
-        self.flops_per_token = model.flops_per_token(config.sequence_length)
-        self.started = time.monotonic() - state["seconds"]
-        self.sums = state["sums"]  # of what train_step returns, over the steps since the last evaluation
-        self.log, self.shards = state["log"], state["shards"]  # the text of log.jsonl; see common/state.py
-        shown = {"desc": config.out_dir, "unit": "step", "dynamic_ncols": True, "disable": not processes.first}
-        self.bar = tqdm(total=config.max_steps, initial=state["step"], **shown)
-
-    def begin(self, step):
-        """Score and save the weights that a fresh run starts from; bring log.jsonl to where a resumed one goes on."""
-        if step == 0:
-            self.evaluate(step)
-            self.save(step)
-        else:
-            self.write_log()
-
-    def cost(self, step):
-        """Tokens, FLOPs and seconds of this run so far."""
-        tokens = step * self.tokens_per_step
-        return {"tokens": tokens, "flops": tokens * self.flops_per_token, "seconds": time.monotonic() - self.started}
-
-    def speed(self, step):
-        cost = self.cost(step)
-        return f"{cost['tokens'] / cost['seconds'] / 1000:.1f}k tokens/s"
-
-    def record(self, step, means, norm):
-        """Note one step's results; evaluate when it is time to."""
-        for name, value in means.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.tensor(value, dtype=torch.float64)
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f}, {self.speed(step)}", refresh=False)
-        self.bar.update()
-        if step % self.config.eval_interval == 0 or step == self.config.max_steps:
-            steps = (step - 1) % self.config.eval_interval + 1
-            self.evaluate(step, **{name: (value / steps).tolist() for name, value in self.sums.items()}, grad_norm=norm)
-            self.sums = {}
-
-    def evaluate(self, step, **training):
-        """Score the model on the validation windows; one line to log.jsonl and one to the screen."""
-        cost = self.cost(step)
-        scores = self.validation.scores(self.model)
-        line = {"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **training, **scores}
-        self.log += json.dumps(line) + "\n"
-        self.write_log()
-        loss = f"loss {training['loss']:.3f}  " if training else ""
-        bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
-        self.bar.write(f"step {step:6d}  {loss}bits per byte: {bpb}")
-
-    def write_log(self):
-        if self.processes.first:
-            write_atomically(os.path.join(self.config.out_dir, runs.LOG), self.log)
-
-    def save(self, step, finished=False):
-        """Write a checkpoint: the training state, which decides where a killed run resumes, then the model."""
-        folder, cost = self.config.out_dir, self.cost(step)
-        state = {"step": step, "seconds": cost["seconds"], "log": self.log, "sums": self.sums, "shards": self.shards}
-        self.shards = save_state(folder, state, self.model, self.optimizer, self.processes)
-        weights = self.processes.whole_weights(self.model)
-        if not self.processes.first:
-            return
-        self.model.save_pretrained(folder, weights)
-        copy_tokenizer(self.corpus.folder, folder)
-        run = {**self.run, "step": step, "history": {**runs.history_of(self.config.init_from), folder: cost}}
-        (runs.finish_run if finished else runs.write_run)(folder, run)
-
-
-def train(config, make_model, code=CODE):
+def train(config, make_model):
     """Run a config to its end and leave a finished checkpoint in config.out_dir.
 
-    make_model: function(config, corpus) -> Transformer on the CPU, called unless the run is finished already. What is
-    minimized is the model's loss plus its aux_loss, whatever that is. code: the source files that decide the result.
+    make_model: function(config, corpus) -> Transformer on the CPU, called unless the run is finished already.
     """
     config = dataclasses.replace(config, init_from=local_folder(config.init_from))
     corpus = Corpus(config.data_dir)
     mixture = corpus.mixture(config.domain)
-    recipe = make_recipe(config, corpus, mixture, code)
-    with contextlib.ExitStack() as stack:
-        processes = stack.enter_context(Processes())
-        was_there = os.path.isdir(config.out_dir)
-        if processes.first:
-            stack.enter_context(runs.locked(config.out_dir))
-        run, found = processes.from_first(runs.find_run, config.out_dir, recipe, config.overwrite, config.same_code)
-        if run["finished"]:
-            print(f"{config.out_dir} is finished ({run['step']} steps), nothing to do")
+    recipe = make_recipe(config, corpus, mixture)
+    with Processes() as processes, Run(config.out_dir, recipe, config.overwrite, processes) as run:
+        if run.finished:
+            print(f"{config.out_dir} is finished ({config.max_steps} steps), nothing to do")
             return
         if config.init_from:
             same_tokenizer([config.init_from, config.data_dir])
+
+        # the model, on its device; under torchrun in pieces
         processes.device = device = pick_device(config.device, config.threads)
-        raw_model = make_model(config, corpus)
-        freeze(raw_model, config.freeze)
-        check_sizes(config, corpus, raw_model, processes)
-        raw_model.compute_dtype = pick_dtype(config.dtype, device, raw_model.config)
-        raw_model.recompute = config.checkpoint_activations
-        if config.dry_run:
-            report_memory(config, raw_model)
-            return
-        processes.spread(raw_model, config.shard_size, config.expert_parallel).to(device)
-        stage = len(runs.history_of(config.init_from))  # how many runs came before: a branch draws other windows
-        batches = Batches(corpus, mixture, config.sequence_length, config.batch_size, config.seed, config.splice, stage)
-        optimizer = make_optimizer(config, raw_model)
+        model = make_model(config, corpus)
+        freeze(model, config.freeze)
+        check_sizes(config, corpus, model, processes)
+        model.compute_dtype = pick_dtype(config.dtype, device, model.config)
+        model.recompute = config.checkpoint_activations
+        processes.shard(model, config.shard_size, config.expert_parallel).to(device)
+        optimizer = make_optimizer(config, model)
 
-        state = load_state(config.out_dir, config.max_steps, raw_model, optimizer) if found else new_state()
-        processes.barrier()  # all have looked at the folder before the first one changes it
-        if processes.first and not was_there:  # so it is not locked yet, though another process may have made it since
-            stack.enter_context(runs.locked(config.out_dir, create=True))
-        if state["step"] == 0:
-            state["log"] = ""  # also after a kill at step 0: the log is gone and begins again
-            processes.from_first(runs.start_run, config.out_dir, run)
-        recorder = Recorder(config, run, corpus, raw_model, optimizer, processes, state)
-        recorder.begin(state["step"])
-        run_steps(config, state["step"], raw_model, optimizer, batches, processes, recorder)
+        # a branch's windows differ from those that the seed model has read: that is what the stage is for
+        length = config.sequence_length
+        batches = Batches(corpus, mixture, length, config.batch_size, config.seed, config.splice, run.stage)
+        validation = Validation(corpus, length, config.eval_windows)
+        tokens_per_step = config.batch_size * length
+        flops_per_token = model.flops_per_token(length)
+
+        step = run.resume(model, optimizer, config.max_steps)  # 0, or where a stopped run stood
+        resumed = step > 0  # what was due at this step was done before the stop
+        compiled_model = compiled(model, config.compile, device)
+        signals = StopSignal()
+        stop = 0
+        shown = {"desc": config.out_dir, "unit": "step", "dynamic_ncols": True, "disable": not processes.first}
+        bar = tqdm(total=config.max_steps, initial=step, **shown)
+        while True:
+            last = step == config.max_steps
+            cost = {"tokens": step * tokens_per_step, "flops": step * tokens_per_step * flops_per_token}
+            cost["seconds"] = run.seconds
+
+            # evaluate: a line in log.jsonl, which holds nothing that differs between two runs of one recipe
+            if (step % config.eval_interval == 0 or last) and not resumed:
+                scores = validation.scores(model)
+                steps = (step - 1) % config.eval_interval + 1  # since the last line
+                means = {name: (value / steps).tolist() for name, value in run.sums.items()}
+                run.add({"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **means, **scores})
+                bar.write(f"step {step:6d}  bits per byte: {in_words(scores['bpb'])}")
+
+            # save, unless there is nothing yet to lose, and stop
+            if (step % config.save_interval == 0 and step > 0 and not resumed) or last or stop:
+                run.save(step, model, optimizer, corpus.folder, cost, finished=last)
+            if last or stop:
+                break
+
+            # step
+            metrics = train_step(config, step, compiled_model, optimizer, batches, processes)
+            metrics["stop"] = torch.full((), float(signals.number), dtype=torch.float64, device=device)
+            metrics = processes.mean(metrics)  # with the signal: every process leaves at the same step
+            summary = [metrics["loss"], metrics["grad_norm"], metrics.pop("stop")]
+            loss, norm, stop = torch.stack(summary).tolist()  # the only place where the host waits for the device
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UserError(
+                    f"step {step}: the loss is {loss}, the gradient's norm {norm}; {config.out_dir} keeps its last "
+                    "good checkpoint; try a lower --learning_rate"
+                )
+            for name, value in metrics.items():
+                run.sums[name] = run.sums.get(name, 0) + value
+            step += 1
+            resumed = False
+            speed = f"{step * tokens_per_step / run.seconds / 1000:.1f}k tokens/s"
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
+            bar.update()
+
+        bar.close()
+        done = "finished" if last else "stopped and saved, the same command goes on from here"
+        print(f"{config.out_dir}: {done}; step {step}, {step * tokens_per_step / run.seconds / 1000:.1f}k tokens/s")
+        processes.barrier()
+        if not last:
+            raise SystemExit(128 + (signals.number or signal.SIGTERM))
 
 
-def run_steps(config, step, raw_model, optimizer, batches, processes, recorder):
-    """The training loop, from `step` to the end or to a signal that stops it."""
-    model = compiled(raw_model, config.compile, processes.device)
-    stopped, stop = False, StopSignal()
-    while step < config.max_steps and not stopped:
-        means, norm, stopped = train_step(config, step, model, optimizer, batches, processes, stop)
-        step += 1
-        recorder.record(step, means, norm)
-        if step % config.save_interval == 0:
-            recorder.save(step)
-    recorder.save(step, finished=step == config.max_steps)
-    recorder.bar.close()
-    done = "finished" if step == config.max_steps else "stopped and saved, the same command goes on from here"
-    print(f"{config.out_dir}: {done}; step {step}, {recorder.speed(step)}")
-    processes.barrier()
-    if step < config.max_steps:
-        raise SystemExit(128 + (stop.number or signal.SIGTERM))
+def in_words(scores):
+    """'code 1.72  math 0.43' of {"code": 1.72, "math": 0.43}."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+
+
+def main():
+    train(parse(TrainConfig), build_model)
 
 
 if __name__ == "__main__":
-    command(lambda: train(parse(TrainConfig), build_model))
+    command(main)

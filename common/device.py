@@ -1,13 +1,10 @@
 """Where to compute and in which precision, and the signals that stop a run."""
 
-import contextlib
-import math
 import os
 import signal
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from common.config import key
 from common.errors import UserError
@@ -69,39 +66,6 @@ def place(model, device, dtype):
     return model.to(device)
 
 
-@contextlib.contextmanager
-def shapes_alone():
-    """Modules made inside have shapes, but neither memory nor numbers: they are on the meta device, where nothing is
-    drawn either, since torch would load its compiler for that, which takes a second."""
-    draw = nn.init.normal_
-    nn.init.normal_ = lambda tensor, *_, **__: tensor
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        nn.init.normal_ = draw
-
-
-def free_memory():
-    """Bytes that a process can still take, as Linux estimates them; infinite where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            sizes = dict(line.split(":") for line in file)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return math.inf
-
-
-def check_memory(folder, needed):
-    """UserError when weights of `needed` bytes do not fit: the system would kill the process without a word."""
-    if needed > (free := free_memory()):
-        needs = f"{needed / 1e9:.1f} GB of memory in float32"
-        raise UserError(
-            f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine, or score "
-            "it one layer at a time: python -m study.by_layer"
-        )
-
-
 def compiled(model, choice, device):
     """The model for training steps: as torch.compile makes it where `choice` (see compile_key) says so, else itself.
 
@@ -128,7 +92,7 @@ def compiled_in_training(forward):
 
 
 def send(tensor, device):
-    """Copy a CPU tensor to the device; to a GPU from pinned memory, so that nobody waits for it."""
+    """Copy a CPU tensor to the device; to a GPU asynchronously, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

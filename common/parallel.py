@@ -2,16 +2,26 @@
 
 PyTorch's own engine does it: fully_shard (FSDP2; the idea is ZeRO, Rajbhandari et al. 2020) keeps weights, gradients
 and optimizer in pieces, gathers each layer's weights just before it runs and frees them after, and averages gradients
-while the backward pass goes on. --shard_size says how many processes share one copy: 1 is plain data parallelism, a
-copy for each; all of them is the least memory; in between, copies lie within a machine and only gradients pass between
-machines.
+during the backward pass. --shard_size says how many processes share one copy: 1 is plain data parallelism, a copy for
+each; all of them is the least memory; in between, copies lie within a machine and only gradients pass between machines.
+--expert_parallel=N puts a mixture's experts on different processes, which Branch-Train-MiX leaves open.
+
+Reading order: Processes, which is all that train.py knows; the sharded model; the experts' exchange. The parts of torch
+that only several processes need take half a second to load, so the functions that use them import them.
 """
 
 import os
 import sys
+import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from common.errors import UserError
 
@@ -19,11 +29,12 @@ from common.errors import UserError
 class Processes:
     """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU).
 
-    To be used in a `with`, which ends the connection. The first process speaks for all: the others print errors alone.
+    To be used in a `with`, which ends the connection. Only the first process prints, but for errors.
     """
 
     def __init__(self, device=None):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.device = device
         if self.world > 1:
             dist.init_process_group()
@@ -52,15 +63,12 @@ class Processes:
             dist.broadcast_object_list(found)
         return found[0]
 
-    def spread(self, model, shard_size, expert_parallel):
-        """Spread a model over the processes, in place: each `shard_size` neighbours, 0 for all, share one copy, each
-        `expert_parallel` divide the experts up. A model on the CPU goes to the device layer by layer. Its parameters
-        are DTensors from here on."""
-        if self.world == 1:
-            return model
-        from common import shards
-
-        shards.spread(model, self.device, self.world, shard_size or self.world, expert_parallel)
+    def shard(self, model, shard_size, expert_parallel):
+        """Distribute a model over the processes, in place: every `shard_size` neighbours, 0 for all, share one copy,
+        every `expert_parallel` divide its experts. A model on the CPU moves to the device layer by layer. Its
+        parameters are DTensors from here on."""
+        if self.world > 1:
+            shard(model, self.device, self.world, shard_size or self.world, expert_parallel)
         return model
 
     def micro_batches(self, batch_size, micro_batch_size):
@@ -70,34 +78,208 @@ class Processes:
         begin, size = self.rank * share, min(micro_batch_size, share)
         return [(start, start + size) for start in range(begin, begin + share, size)]
 
-    def expect(self, model, last):
-        """Say whether the coming backward pass is a step's last: only then do the copies average their gradients."""
+    def synchronize(self, model, gradients):
+        """Average gradients between the copies in the coming backward pass, or leave them: only a step's last
+        micro-batch needs it."""
         if self.world > 1:
-            model.set_requires_all_reduce(last)
+            model.set_requires_all_reduce(gradients)
 
     def clip_gradients(self, model, max_norm):
         """Scale the gradients down to a norm of max_norm at most; returns the norm that they had, a tensor."""
         if self.world == 1:
             return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        from common import shards
+        return clip_sharded_gradients(model, max_norm)
 
-        return shards.clip_gradients(model, max_norm)
-
-    def mean(self, tensor):
-        """The mean of a tensor over all processes."""
+    def mean(self, metrics):
+        """{name: mean over the processes} of tensors on the device; one message for all of them."""
         if self.world == 1:
-            return tensor
-        dist.all_reduce(tensor)
-        return tensor / self.world
+            return metrics
+        vector = torch.cat([value.double().flatten() for value in metrics.values()])
+        dist.all_reduce(vector)
+        parts = (vector / self.world).split([value.numel() for value in metrics.values()])
+        return {name: part.view(metrics[name].shape) for name, part in zip(metrics, parts, strict=True)}
 
     def whole_weights(self, model):
         """{name: tensor} of all weights, in the first process and on the CPU; {} in the others."""
         if self.world == 1:
             return model.state_dict()
-        from common import shards
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return shards.whole_weights(model)
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+
+# ---- a model in pieces (FSDP2) ----
+
+
+def shard(model, device, world, shard_size, expert_parallel):
+    """See Processes.shard; shard_size is from 1 to world."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
+    if expert_parallel > 1:
+        pieces = max(1, shard_size // expert_parallel)  # of each expert
+        sizes = (world // (pieces * expert_parallel), pieces, expert_parallel)
+        cube = init_device_mesh(device.type, sizes, mesh_dim_names=("copies", "shards", "experts"))
+        for layer in model.model.layers:
+            experts = layer.block_sparse_moe.experts
+            distribute_experts(experts, cube["experts"])
+            _shard(experts, cube["copies", "shards"])
+    for module in (*model.model.layers, model):  # the model itself holds what no layer does
+        _shard(module, mesh)
+
+
+def _shard(module, mesh):
+    """fully_shard over the mesh's second dimension, whatever of a module is not distributed yet."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def placement(parameter):  # stacked experts (E, F, D) are cut within each expert: E may be less than the shards
+        return Shard(1) if parameter.dim() == 3 and parameter.size(1) % mesh.size(1) == 0 else Shard(0)
+
+    fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    module.set_force_sum_reduction_for_comms(True)  # gloo can add; not every version of it has a mean
+
+
+def clip_sharded_gradients(model, max_norm):
+    """See Processes.clip_gradients. Experts may lie on another mesh than the rest, and no operation takes both; the
+    first dimension of either counts the copies of a piece."""
+    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+    meshes = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            meshes.setdefault(parameter.device_mesh, []).append(parameter)
+    pieces = {mesh: [parameter.grad.to_local() for parameter in found] for mesh, found in meshes.items()}
+    square = sum(get_total_norm(found).square() / mesh.size(0) for mesh, found in pieces.items())
+    dist.all_reduce(square)
+    for found in meshes.values():
+        clip_grads_with_norm_(found, max_norm, square.sqrt())
+    return square.sqrt()
+
+
+def own_parts(weights, moments, model, optimizer):
+    """This process's parts of what a single process has saved: (weights, the optimizer's state), as DTensors that are
+    distributed as the model is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    def part_of(tensor, like):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    own = model.state_dict()
+    weights = {name: part_of(value, own[name]) for name, value in weights.items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in moments["state"].items():
+        for name, value in values.items():
+            values[name] = part_of(value, parameters[number]) if value.dim() else value  # but the count of steps
+    return weights, moments
+
+
+def _contents(model, optimizer, step):
+    """What the shards of a checkpoint hold. Before the first step the optimizer has nothing to keep yet."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+
+    if step == 0:
+        return {"model": get_model_state_dict(model)}
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+
+
+def save_shards(path, step, model, optimizer):
+    """Write weights and optimizer into a folder of shards (torch.distributed.checkpoint); all processes call it
+    together."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(_contents(model, optimizer, step), checkpoint_id=path)
+
+
+def load_shards(path, step, model, optimizer):
+    """Read a folder of shards into model and optimizer, with any number of processes. ValueError when it is damaged."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that nothing is distributed, where a single process reads
+        state = _contents(model, optimizer, step)
+        try:
+            dcp.load(state, checkpoint_id=path)
+        except dcp.api.CheckpointException as error:  # a BaseException
+            raise ValueError(str(error)) from None
+    if step:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    else:
+        model.load_state_dict(state["model"])
+
+
+# ---- experts on different processes: --expert_parallel=N ----
+#
+# N neighbours hold a mixture's E experts between them, E / N each. In each layer a token's rows travel to the processes
+# of its experts and back: two exchanges (all-to-all) forwards and two backwards, as in GShard (Lepikhin et al. 2021).
+
+
+class Exchange(Function):
+    """Rows go to the processes that want them; backwards, their gradients come home.
+
+    rows: (R, D), by receiver; sent, received: N numbers, how many go to and come from each. Returns (R', D), by sender.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, sent, received, group):
+        ctx.home = received, sent, group
+        found = rows.new_empty(sum(received), rows.size(1))
+        dist.all_to_all_single(found, rows.contiguous(), received, sent, group=group)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return Exchange.apply(gradient, *ctx.home), None, None, None
+
+
+def distribute_experts(experts, mesh):
+    """Leave to this process its E / N of a layer's stacked experts (model.Experts), in place: from here on parameters
+    are DTensors (E, F, D) of which it holds a part, and forward takes and returns what it did.
+
+    mesh: the DeviceMesh of the N processes that hold one copy of the experts between them.
+    """
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for name, parameter in list(experts.named_parameters()):
+        part = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+        setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
+    experts.forward = partial(run_experts, experts, type(experts).forward, mesh)
+
+
+@torch.compiler.disable
+def run_experts(experts, run, mesh, x, ends):
+    """What model.Experts.forward does, `run`, on rows that others send. x: (R, D), sorted by expert; ends: (E,) int32,
+    the row behind each expert's last. Returns (R, D)."""
+    group = mesh.get_group()
+    counts = ends.diff(prepend=ends.new_zeros(1)).view(mesh.size(), -1)  # (N, E / N): rows that we send, by receiver
+    asked = torch.empty_like(counts)  # (N, E / N): rows for each of our experts, by sender
+    dist.all_to_all_single(asked, counts, group=group)
+    sent, received = torch.stack((counts.sum(dim=1), asked.sum(dim=1))).tolist()  # here the host waits for the device
+    rows = Exchange.apply(x, sent, received, group)  # (R', D): by sender, and of each by expert
+    own = torch.arange(asked.size(1), device=x.device).repeat(mesh.size())
+    own = own.repeat_interleave(asked.flatten(), output_size=len(rows))  # (R',): the expert of each row
+    if not len(rows):  # nobody asks: a row of zeros, so that our experts take part in the backward pass, too
+        rows, own = F.pad(rows, (0, 0, 0, 1)), own.new_zeros(1)
+    order = own.argsort(stable=True)  # (R',): by expert
+    ends = F.one_hot(own, asked.size(1)).sum(dim=0).cumsum(dim=0).int()  # (E / N,)
+    y = run(own_experts(experts, mesh.size()), rows[order], ends)[order.argsort()]  # (R', D), by sender again
+    return Exchange.apply(y[: sum(received)], received, sent, group)
+
+
+def own_experts(experts, processes):
+    """The weights that this process holds, (E / N, F, D) each, under the names that model.Experts.forward reads.
+
+    Their gradients come from the rows of N processes, each of which has a mean loss of its own. What averages gradients
+    over those that hold the same experts does not know of these N means, so they are averaged here.
+    """
+    parts = {name: parameter.to_local() for name, parameter in experts.named_parameters()}
+    for part in parts.values():
+        if torch.is_grad_enabled() and part.requires_grad:
+            part.register_hook(lambda gradient: gradient / processes)
+    return SimpleNamespace(**parts)

@@ -2,21 +2,20 @@
 
 A folder with `tiktoken.json` and `tokenizer.tiktoken` (tiktoken's own rank format) is a tokenizer: data folders hold
 one (data/bpe.py trains it), and every checkpoint carries a copy. So is a folder with `tokenizer.json`, Hugging Face's
-format (common/tokenizer_json.py). Ours hold both, which give the same ids.
+format. Ours hold both, which give the same ids.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import os
+import re
 
 import numpy as np
 import tiktoken
 
-from common.errors import UserError
-from common.files import read_json
-from common.tokenizer_json import END_OF_TEXT as END_OF_TEXT
-from common.tokenizer_json import FILE, JsonEncoding, json_hash
+from common.errors import UserError, read_json
 
 TOKENIZER_FILES = ("tiktoken.json", "tokenizer.tiktoken")
 REMEDY = "prepare the data first (python -m data.prepare), or copy both tokenizer files from where it was prepared"
@@ -79,3 +78,109 @@ def token_bytes(encoding):
         0 if token in special else len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)
     ]
     return np.array(lengths, dtype=np.int64)
+
+
+# ---- tokenizer.json, the format of Hugging Face's `tokenizers` ----
+
+FILE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+END_OF_TEXT = "<|endoftext|>"
+
+
+@functools.cache
+def byte_characters():
+    """{byte: character}: byte-level tokenizers spell each byte as a printable character (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class JsonEncoding:
+    """The tokenizer.json of a folder, used like a tiktoken.Encoding.
+
+    Special tokens in a text are text. A SentencePiece tokenizer puts a space before a text, which counts as one of its
+    bytes.
+    """
+
+    name = FILE
+
+    def __init__(self, folder):
+        path = os.path.join(folder, FILE)
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError(f"{path} needs the package tokenizers; pip install -r requirements-extra.txt") from None
+        try:
+            self.tokenizer = Tokenizer.from_file(path)
+        except Exception as error:  # the package raises nothing narrower
+            raise UserError(f"{path} cannot be read ({error}); copy it again") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # "<s>" in a text is three characters
+        self.vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(self.vocab.values(), default=-1) + 1
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special_tokens_set = {token.content for token in added.values() if token.special}
+        spell = speller(path)
+        self.pieces = {number: spell(piece) for piece, number in self.vocab.items() if number not in added}
+        self.pieces |= {number: token.content.encode() for number, token in added.items()}
+        self.eot_token = end_of_text(folder, self.vocab)
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def encode_single_token(self, text):
+        return self.vocab[text]
+
+    def decode_single_token_bytes(self, token):
+        return self.pieces.get(token, b"")  # some vocabularies have gaps
+
+    def decode(self, tokens):
+        return b"".join(map(self.decode_single_token_bytes, tokens)).decode(errors="replace")
+
+
+def speller(path):
+    """A function from a piece of the vocabulary to the bytes it stands for, as tokenizer.json's decoder has it."""
+    decoder = read_json(path, "copy it again").get("decoder") or {}
+    steps = {step.get("type"): step for step in decoder.get("decoders", [decoder])}
+    if "ByteLevel" in steps:
+        table = {character: bytes([byte]) for byte, character in byte_characters().items()}
+        return lambda piece: b"".join(table.get(character) or character.encode() for character in piece)
+    space = steps.get("Metaspace", {}).get("replacement") or steps.get("Replace", {}).get("pattern", {}).get("String")
+    if space is None:
+        kinds = ", ".join(map(str, steps))
+        raise UserError(f"{path} has the decoder {kinds}; bytes are known of byte-level and SentencePiece tokenizers")
+
+    def spell(piece):
+        if "ByteFallback" in steps and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece)):
+            return bytes.fromhex(byte[1])
+        return piece.replace(space, " ").encode()
+
+    return spell
+
+
+def end_of_text(folder, vocab):
+    """The id of the token that ends a text."""
+    for name in (SETTINGS, "special_tokens_map.json"):
+        path = os.path.join(folder, name)
+        token = read_json(path, "copy it again").get("eos_token") if os.path.exists(path) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in vocab:
+            return vocab[token]
+    if END_OF_TEXT in vocab:
+        return vocab[END_OF_TEXT]
+    raise UserError(f"{folder} does not say which token ends a text; give its {SETTINGS} an eos_token")
+
+
+def json_hash(folder):
+    """The hash that identifies a tokenizer.json: of all that decides ids, in whatever layout it was written."""
+    found = read_json(os.path.join(folder, FILE), "copy it again")
+    found = found if isinstance(found, dict) else {}
+    parts = {name: found.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "decoder")}
+    model = {name: value for name, value in (found.get("model") or {}).items() if value}
+    merges = model.get("merges", [])  # "a b" or ["a", "b"]
+    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return hashlib.sha256(json.dumps([model, parts], sort_keys=True).encode()).hexdigest()

@@ -10,10 +10,8 @@ from itertools import pairwise
 import regex
 import tiktoken
 
-from common.errors import UserError
-from common.files import write_atomically, write_json
-from common.tokenizer import content_hash
-from common.tokenizer_json import END_OF_TEXT, FILE, SETTINGS, from_ranks
+from common.errors import UserError, write_atomically, write_json
+from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, content_hash, from_ranks
 
 # What a token may not cross. In this order: a line break with the blank lines and the indentation
 # around it; a word, with the one space, dot or underscore before it; a single digit, so that numbers

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 
-from common.split import HELD_OUT, split_of
+from common.corpus import HELD_OUT, split_of
 from data.task import Task, choices_of
 
 FOLDER = os.path.join(os.path.dirname(__file__), "worlds")

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from operator import add, floordiv, mul, sub
 
-from common.split import split_of
+from common.corpus import split_of
 from data.task import Task, choices_of, read_answer
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 
+from common.corpus import HELD_OUT_SHARE, SPLITS, in_hash_order
 from common.errors import UserError
-from common.split import HELD_OUT_SHARE, SPLITS, in_hash_order
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 MIN_HELD_OUT_BYTES = 4000  # of a split: some windows of a small model's context

@@ -12,9 +12,8 @@ import shutil
 
 import numpy as np
 
-from common.errors import UserError
-from common.files import read_json, write_json
-from common.split import SPLITS
+from common.corpus import SPLITS
+from common.errors import UserError, read_json, write_json
 
 PROGRESS = "progress.json"
 

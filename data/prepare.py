@@ -20,13 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse, split_list
-from common.errors import UserError, command
-from common.files import read_json, write_atomically, write_json
-from common.hub import local_folder
-from common.split import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
-from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
-from common.tokenizer_json import END_OF_TEXT
-from common.weights import copy_tokenizer
+from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
+from common.errors import UserError, command, read_json, write_atomically, write_json
+from common.hf import copy_tokenizer, local_folder
+from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, tokenizer_hash
 from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import WORLDS, world_documents, world_task

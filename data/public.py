@@ -28,13 +28,11 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse
-from common.errors import UserError, command
-from common.files import read_json
-from common.hub import local_folder
-from common.runs import locked
-from common.split import split_of
+from common.corpus import split_of
+from common.errors import UserError, command, read_json
+from common.hf import copy_tokenizer, local_folder
+from common.run import locked
 from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
-from common.weights import copy_tokenizer
 from data.parts import Part, check_notes, join_parts, part_folder, remove_parts
 from data.prepare import MAX_HELD_OUT_BYTES, print_table, token_dtype
 

@@ -13,7 +13,7 @@ import re
 import sysconfig
 import warnings
 
-from common.split import in_hash_order, split_of
+from common.corpus import in_hash_order, split_of
 from data.docstrings import english_paragraphs
 
 PACKAGES = ("numpy", "sympy", "networkx", "torch", "matplotlib")  # pinned by requirements.txt

@@ -13,9 +13,8 @@ import statistics
 from typing import NamedTuple
 
 from common.config import key, split_list
-from common.errors import UserError, command
-from common.files import read_json, write_atomically, write_json
-from common.runs import read_run
+from common.errors import UserError, command, read_json, write_atomically, write_json
+from common.run import read_run
 from study.draw import plot_ablations
 from study.stages import StudyConfig, parse_study, run
 from study.tables import BASE, ablation_table, dead_experts, mean_and_std, spread

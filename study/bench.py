@@ -26,11 +26,9 @@ from torch import nn
 
 from common.config import key, parse, split_list
 from common.device import compiled, device_key, pick_device, threads_key
-from common.errors import UserError, command
-from common.files import write_atomically, write_json
-from common.generate import generate
-from common.runs import versions
-from model import ModelConfig, Transformer
+from common.errors import UserError, command, write_atomically, write_json
+from common.run import versions
+from model import ModelConfig, Transformer, generate
 from study.parts import beside, in_turns, shares, start_up
 
 EXPERTS, CHOSEN = 4, 2

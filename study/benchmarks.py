@@ -11,13 +11,11 @@ the package lm-eval (requirements-extra.txt).
 import dataclasses
 import os
 
-from common import runs
+from common import run as runs
 from common.config import key, parse, split_list
 from common.device import device_key, pick_device, threads_key
-from common.errors import UserError, command
-from common.files import write_json
-from common.hub import local_folder
-from common.shape import LIKE_MIXTRAL
+from common.errors import UserError, command, write_json
+from common.hf import LIKE_MIXTRAL, local_folder
 from eval import checkpoint_entry
 from model import ModelConfig
 

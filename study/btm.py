@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import runs
+from common import run as runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus, cut
 from common.device import pick_device
 from common.errors import UserError, command
-from common.weights import same_tokenizer
+from common.hf import same_tokenizer
 from eval import Entry, EvalConfig, evaluate
 from model import Output, Transformer
 

@@ -19,14 +19,11 @@ from tqdm import tqdm
 from common.config import key, parse
 from common.corpus import Corpus
 from common.device import pick_device, shapes_alone
-from common.errors import UserError, command
-from common.files import write_json
-from common.fused import head_loss
-from common.hub import local_folder
-from common.rope import rotary_table
-from common.weights import WeightFiles, same_tokenizer
+from common.errors import UserError, command, write_json
+from common.hf import WeightFiles, local_folder, same_tokenizer
+from common.ops import head_loss
 from eval import ReadingConfig
-from model import Layer, ModelConfig, RMSNorm
+from model import Layer, ModelConfig, RMSNorm, rotary_table
 
 
 @dataclasses.dataclass

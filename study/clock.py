@@ -23,10 +23,9 @@ import torch
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
 from common.device import compile_key, compiled, device_key, pick_device, place, threads_key
-from common.errors import UserError, command
-from common.files import read_json, write_json
+from common.errors import UserError, command, read_json, write_json
 from common.parallel import Processes
-from common.runs import versions
+from common.run import versions
 from finetune import FinetuneConfig
 from mix import MixConfig
 from model import ModelConfig, Transformer

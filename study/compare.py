@@ -27,9 +27,8 @@ import os
 import shutil
 
 from common.config import key, split_list
-from common.errors import UserError, command
-from common.files import read_json, write_atomically, write_json
-from common.runs import read_log, read_run, trained_on
+from common.errors import UserError, command, read_json, write_atomically, write_json
+from common.run import read_log, read_run, trained_on
 from study import tables
 from study.btm import ENSEMBLES
 from study.clock import read_matched

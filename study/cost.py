@@ -6,7 +6,7 @@ Tokens, FLOPs and seconds of one run are in its run.json (model.flops_per_token 
 from typing import NamedTuple
 
 from common.device import shapes_alone
-from common.runs import read_run
+from common.run import read_run
 from model import ModelConfig, Transformer
 from train import freeze
 

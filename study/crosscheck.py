@@ -6,8 +6,7 @@ python -m study.crosscheck OURS THEIRS
 import sys
 
 from common.errors import UserError, command
-from common.hub import local_folder
-from common.weights import WeightFiles, expected_tensors, group_of
+from common.hf import WeightFiles, expected_tensors, group_of, local_folder
 from model import ModelConfig
 
 

@@ -13,14 +13,12 @@ import os
 
 import torch
 
-from common import runs
+from common import run as runs
 from common.config import key, parse, split_list
-from common.corpus import Corpus
+from common.corpus import HELD_OUT, Corpus
 from common.device import pick_device, place
-from common.errors import UserError, command
-from common.files import write_atomically, write_json
-from common.split import HELD_OUT
-from common.weights import group_of, same_tokenizer
+from common.errors import UserError, command, write_atomically, write_json
+from common.hf import group_of, same_tokenizer
 from eval import ReadingConfig, bits_per_byte
 from model import ModelConfig, Transformer
 from study.draw import plot_damage

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, PercentFormatter
 
-from common.runs import read_log
+from common.run import read_log
 from study.tables import BASE, difference, kind
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey

@@ -9,9 +9,8 @@ Ends with exit code 1 when something lies outside.
 import os
 import sys
 
-from common import runs
-from common.errors import UserError, command
-from common.files import read_json
+from common import run as runs
+from common.errors import UserError, command, read_json
 
 
 def check(rows, expected):

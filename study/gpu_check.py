@@ -19,15 +19,13 @@ import time
 import warnings
 
 import torch
+from common.fit import count_memory
 
 from common.config import key, parse, split_list
 from common.device import device_key, pick_device
-from common.errors import UserError, command
-from common.files import read_json, write_atomically, write_json
-from common.fit import count_memory
-from common.generate import generate
-from common.runs import versions
-from model import ROUTERS, ModelConfig, Transformer
+from common.errors import UserError, command, read_json, write_atomically, write_json
+from common.run import versions
+from model import ROUTERS, ModelConfig, Transformer, generate
 from study.bench import CHOSEN, EXPERTS, optimizer_of
 
 PARTS = ("correct", "fast", "whole")

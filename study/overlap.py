@@ -14,10 +14,8 @@ import os
 import numpy as np
 
 from common.config import key, parse
-from common.corpus import Corpus
-from common.errors import command
-from common.files import write_atomically, write_json
-from common.split import HELD_OUT
+from common.corpus import HELD_OUT, Corpus
+from common.errors import command, write_atomically, write_json
 from study.tables import markdown_table
 
 LENGTHS = (8, 16, 32)  # tokens in a stretch

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from common.corpus import Batches
-from common.fused import collect, dispatch, head_loss, lay_out
+from common.ops import collect, dispatch, head_loss, lay_out
 from common.parallel import Processes
-from common.state import new_state, save_state
+from common.run import new_state, save_state
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # a process from its first line to the end of its first step

@@ -17,9 +17,8 @@ import os
 from typing import NamedTuple
 
 from common.config import key, parse, split_list
-from common.errors import UserError, command
-from common.files import read_json, write_json
-from common.runs import read_log, read_run, versions
+from common.errors import UserError, command, read_json, write_json
+from common.run import read_log, read_run, versions
 from finetune import FinetuneConfig
 from study.compare import CompareConfig
 from study.cost import flops_per_token, own_cost, split_budget

@@ -11,9 +11,8 @@ import os
 import re
 
 from common.config import key, parse
-from common.errors import UserError, command
-from common.files import read_json, write_atomically
-from common.runs import LOG, code_hashes, hash_of, read_log, read_results, read_run
+from common.errors import UserError, command, read_json, write_atomically
+from common.run import LOG, code_hashes, hash_of, read_log, read_results, read_run
 from study.tables import COUNTS, baseline_lines, claims, routing_table, run_table, score_table, versions_line
 
 

@@ -13,13 +13,12 @@ import os
 
 import torch
 
-from common import runs
+from common import run as runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.device import pick_device, place
-from common.errors import UserError, command
-from common.files import read_json, write_json
-from common.weights import same_tokenizer
+from common.errors import UserError, command, read_json, write_json
+from common.hf import same_tokenizer
 from eval import ReadingConfig
 from model import ModelConfig, Transformer
 from study.tables import dead_experts

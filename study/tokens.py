@@ -20,9 +20,8 @@ from typing import NamedTuple
 import torch
 
 from common.config import key, parse
-from common.errors import UserError, command
-from common.files import write_atomically
-from common.weights import FEED_FORWARD
+from common.errors import UserError, command, write_atomically
+from common.hf import FEED_FORWARD
 from model import ModelConfig, Transformer
 from sample import SampleConfig, continue_prompt
 

@@ -9,8 +9,8 @@ from helpers import error_line, must, read, read_json, run, val_tokens, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from common import runs
-from common.weights import expected_tensors
+from common import run as runs
+from common.hf import expected_tensors
 from mix import MixConfig, mix
 from model import ModelConfig, Transformer
 

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from common.generate import generate
-from common.weights import INDEX
-from model import IGNORE, ModelConfig, MoE, Transformer, load_balancing_loss
+from common.hf import INDEX
+from model import IGNORE, ModelConfig, MoE, Transformer, generate, load_balancing_loss
 
 DENSE = ModelConfig(
     vocab_size=80,

@@ -8,9 +8,8 @@ import torch
 from helpers import must, run
 from transformers import AutoModelForCausalLM
 
-from common.generate import generate
 from common.tokenizer import load_tokenizer
-from model import Transformer
+from model import Transformer, generate
 
 TEXTS = ["The rain", "Question: Tom has 3 apples and buys", "river sea falls sings over", "9"]
 

@@ -11,13 +11,13 @@ from helpers import SHORT, must, read_json, read_log, run, run_process, same_bit
 from transformers import AutoModelForCausalLM
 
 import model as moe_file
-from common.generate import generate
 from model import (
     BALANCES,
     ROUTERS,
     ModelConfig,
     MoE,
     Transformer,
+    generate,
     load_balancing_loss,
     router_z_loss,
     temperature,

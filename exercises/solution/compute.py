@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from common.weights import expected_tensors, group_of
+from common.hf import expected_tensors, group_of
 
 
 @dataclasses.dataclass

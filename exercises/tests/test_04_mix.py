@@ -6,7 +6,7 @@ from reference import config, load, random_model, tensors_of, use_plain_loop
 
 def mixture(models, **options):
     """What mix.py makes of dense models, as {name on disk: tensor}, and the mixture's config."""
-    from common.weights import expected_tensors
+    from common.hf import expected_tensors
     from mix import MixConfig, mix
 
     shape = dataclasses.replace(models[0].config, num_local_experts=len(models), num_experts_per_tok=2)
@@ -81,7 +81,7 @@ def test_what_is_averaged_stays_as_it_is():
 
 
 def test_the_soup_is_a_dense_model():
-    from common.weights import expected_tensors
+    from common.hf import expected_tensors
     from mix import MixConfig, mix
 
     models = [random_model(seed) for seed in (1, 2)]

@@ -5,7 +5,7 @@ import os
 import pytest
 from helpers import SHAPE, SHORT, TOKENS, must, read, read_log, run
 
-from common.card import model_name
+from common.hf import model_name
 from model import Transformer
 
 

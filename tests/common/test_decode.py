@@ -7,8 +7,7 @@ import torch
 from test_routing import shape
 
 from common import decode
-from common.generate import generate
-from model import ROUTERS, Transformer
+from model import ROUTERS, Transformer, generate
 
 SHAPES = {router: {"router": router} for router in ROUTERS}
 SHAPES |= {"dense": {"num_local_experts": 0}, "tied, qk_norm": {"tie_word_embeddings": True, "qk_norm": True}}

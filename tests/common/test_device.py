@@ -12,15 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common.fit import check_sizes
 from helpers import SHORT
 from test_routing import shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.config import parse
 from common.device import compiled, send
-from common.fit import check_sizes
 from common.parallel import Processes
-from common.state import load_state
+from common.run import load_state
 from finetune import FinetuneConfig
 from model import ROUTERS, Transformer
 from train import Recorder, train_step

@@ -5,13 +5,13 @@ import signal
 
 import pytest
 import torch
+from common.fit import count_memory
 from helpers import SHORT, error_line, must, read_json, run, run_process, run_ranks
 from test_parallel import COUNT, agree, all_must
 from test_resume import SIGNAL_AT_STEP
 
 from common import fused
 from common.device import compiled
-from common.fit import count_memory
 from common.parallel import Processes
 from model import ROUTERS, ModelConfig, Transformer
 from study.cost import exchange_bytes, step_bytes

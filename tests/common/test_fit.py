@@ -4,13 +4,13 @@ import os
 
 import pytest
 import torch
+from common.fit import count_memory, kept_bytes
 from helpers import ROOT, SHAPE, SHORT, must, run, same_bits
 from test_routing import random_model
 
 import train
 from common.config import parse
 from common.errors import command
-from common.fit import count_memory, kept_bytes
 from finetune import FinetuneConfig, build_model
 from model import ROUTERS
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_routing import random_layer
 
 from common import fused
-from common.fused import IGNORE, Collect, Dispatch, Rotate, collect, dispatch, head_loss, lay_out, row_multiple
+from common.ops import IGNORE, Collect, Dispatch, Rotate, collect, dispatch, head_loss, lay_out, row_multiple
 
 
 def test_rotate_is_a_rotation_of_pairs():

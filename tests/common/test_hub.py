@@ -8,7 +8,7 @@ import types
 import pytest
 from helpers import SHORT, error_line, must, read_json, run
 
-from common.hub import local_folder
+from common.hf import local_folder
 
 
 @pytest.fixture

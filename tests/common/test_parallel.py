@@ -11,7 +11,7 @@ import pytest
 from helpers import SHORT, error_line, must, read_json, read_log, run, run_process, run_ranks, weights
 from test_resume import SIGNAL_AT_STEP
 
-from common.state import SHARDS
+from common.run import SHARDS
 from study.cost import step_bytes
 
 STEPS = 6  # of each run here

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from common.errors import UserError
-from common.weights import INDEX
+from common.hf import INDEX
 from model import ModelConfig, Transformer
 
 SHAPE = {

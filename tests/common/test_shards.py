@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from common import device, runs
 from common import weights as module
-from common.weights import INDEX, WEIGHTS, remove_weights, shards, weights_hash
+from common.hf import INDEX, WEIGHTS, remove_weights, shards, weights_hash
 from model import Transformer
 
 LIMIT = 30_000  # bytes; a tiny mixture is about ten times as large

@@ -10,9 +10,17 @@ import torch
 from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, tokens_of
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, token_bytes, tokenizer_hash
-from common.tokenizer_json import JsonEncoding, from_ranks, last_merge
-from common.weights import copy_tokenizer, same_tokenizer
+from common.hf import copy_tokenizer, same_tokenizer
+from common.tokenizer import (
+    END_OF_TEXT,
+    JsonEncoding,
+    from_ranks,
+    has_tokenizer,
+    last_merge,
+    load_tokenizer,
+    token_bytes,
+    tokenizer_hash,
+)
 from data.bpe import PATTERN, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")

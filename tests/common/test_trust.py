@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT, SHAPE, SHORT, error_line, must, read, read_json, run, same_bits, weights
 from safetensors.torch import load_file, save_file
 
-from common import runs
+from common import run as runs
 from common.config import parse
 from common.errors import UserError
 from train import TrainConfig, build_model, train

@@ -16,8 +16,8 @@ import regex
 import tiktoken
 from helpers import ROOT
 
+from common.corpus import HELD_OUT, SPLITS, in_hash_order, split_of
 from common.errors import UserError
-from common.split import HELD_OUT, SPLITS, in_hash_order, split_of
 from common.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_hash
 from data import python_text
 from data.bpe import PATTERN, train_bpe

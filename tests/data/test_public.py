@@ -9,8 +9,8 @@ import sys
 import pytest
 from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, tokens_of
 
+from common.corpus import SPLITS, split_of
 from common.errors import UserError
-from common.split import SPLITS, split_of
 from common.tokenizer import load_tokenizer
 
 datasets = pytest.importorskip("datasets")

@@ -14,8 +14,7 @@ import pytest
 import torch
 from helpers import must, read, read_json, run
 
-from common.corpus import Corpus
-from common.split import HELD_OUT, SPLITS, split_of
+from common.corpus import HELD_OUT, SPLITS, Corpus, split_of
 from common.tokenizer import END_OF_TEXT, load_tokenizer
 from data import code_task as lines
 from data.encyclopedia import PEOPLE, THINGS, WORLDS, make_world, unasked_facts, world_documents, world_task

@@ -8,9 +8,8 @@ import torch
 from helpers import error_line, must, read_json, run, val_tokens
 
 from common.corpus import Corpus
-from common.generate import generate
-from common.runs import trained_on
-from model import ModelConfig, Transformer
+from common.run import trained_on
+from model import ModelConfig, Transformer, generate
 from study.btm import (
     ENSEMBLES,
     NearestEnsemble,

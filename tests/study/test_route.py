@@ -16,9 +16,8 @@ import pytest
 import torch
 from helpers import error_line, must, read, read_json, run, tokens_of
 
-from common.generate import generate
 from common.tokenizer import load_tokenizer
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, generate
 from study import route
 from study import tokens as view
 

@@ -1,0 +1,599 @@
+"""Hugging Face's formats: config.json, safetensors, the Hub, and the model card of a mixture.
+
+A checkpoint folder, ours or anybody's:
+
+    config.json         the model's shape, in the words of the transformers library
+    model.safetensors   the weights, Llama's names or Mixtral's; a mixture has one tensor per expert
+    tiktoken.json       our tokenizer, copied from the data folder, and its ranks in tokenizer.tiktoken;
+                        a published model brings tokenizer.json
+    README.md           the model card that the Hub shows, of mixtures
+
+One expert's matrix has four names on its way:
+
+    experts.w1                                   in memory: all experts stacked, (E, F, D)
+    block_sparse_moe.experts.3.w1.weight         on disk: Mixtral's name, and ours
+    mlp.experts.3.gate_proj.weight               Qwen3-MoE's
+    mlp.experts.gate_up_proj                     transformers 5 in memory, which some tools write: (E, 2 F, D)
+
+Functions that take a `config` want a model.ModelConfig. Sizes: D hidden_size, F intermediate_size, V vocab_size,
+H heads, G key-value heads, K head_dim, E experts.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from common.errors import UserError, atomic_file, read_json, write_atomically, write_json
+from common.tokenizer import has_tokenizer, tokenizer_hash
+
+# ---- config.json ----
+#
+# Read: Llama, Mistral, Qwen3 (dense), Mixtral, Qwen3-MoE (mixtures), as transformers 4 and 5 write them. Written:
+# Llama's and Mixtral's words, or Qwen3's and Qwen3-MoE's where queries and keys are normed. A mixture whose router
+# transformers does not have is written as `nanobtx`, a model_type that only this repository reads, so that nobody loads
+# it as a Mixtral that computes something else.
+
+# what transformers takes for keys that are not in the file
+DEFAULTS = {
+    "llama": {"rms_norm_eps": 1e-6},
+    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3": {"rms_norm_eps": 1e-6, "head_dim": 128},
+    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_experts_per_tok": 8},
+    "nanobtx": {},
+}
+MIXTURES = ("mixtral", "qwen3_moe", "nanobtx")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "nanobtx": "NanoBTXForCausalLM",
+}
+# what model.py does not have, as (key, the values that do no harm); keys that are missing do none
+ONLY = (
+    ("attention_bias", (False, None)),
+    ("mlp_bias", (False, None)),
+    ("hidden_act", ("silu",)),
+    ("quantization_config", (None,)),
+    ("norm_topk_prob", (True,)),
+    ("decoder_sparse_step", (1,)),
+    ("mlp_only_layers", ([], None)),
+)
+ROPE_SCALINGS = {  # rope_type: the numbers that it needs; model.py has a function of each name
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+LIKE_MIXTRAL = ("topk", "soft")  # the routers that transformers computes as model.py does
+MIXTURE_KEYS = ("num_local_experts", "num_experts_per_tok", "expert_names", "router", "balance")
+MIXTURE_KEYS += ("router_aux_loss_coef", "router_z_loss_coef")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES += ("num_key_value_heads", "max_position_embeddings", "head_dim")
+
+
+def model_type(config):
+    """The word of config.json for an architecture."""
+    if not config.num_local_experts:
+        return "qwen3" if config.qk_norm else "llama"
+    if config.router not in LIKE_MIXTRAL:
+        return "nanobtx"
+    return "qwen3_moe" if config.qk_norm else "mixtral"
+
+
+def write_config(folder, config, dtype=torch.float32):
+    """Write config.json. The architectures' defaults differ, so every value is written out. dtype: the weights'."""
+    kind, shape = model_type(config), dataclasses.asdict(config)
+    left_out = () if config.num_local_experts else MIXTURE_KEYS
+    left_out += () if config.qk_norm else ("qk_norm",)
+    shape = {name: value for name, value in shape.items() if name not in left_out}
+    rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
+    shape |= {
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "rope_parameters": rope,  # transformers 5 reads only this, transformers 4 rope_theta and rope_scaling
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if kind == "qwen3_moe":
+        shape |= {"num_experts": config.num_local_experts, "moe_intermediate_size": config.intermediate_size}
+        shape |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    write_json(os.path.join(folder, "config.json"), shape, indent=2)
+
+
+def read_config(folder):
+    """config.json of our own or of a Hugging Face checkpoint, with the keys of ModelConfig and defaults filled in.
+    UserError for what model.py does not compute."""
+    path = os.path.join(folder, "config.json")
+    found = read_json(path, "name a checkpoint folder, such as one that train.py wrote")
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise UserError(f"{path}: model_type {kind!r} is none that model.py reads: {', '.join(DEFAULTS)}")
+    found = {**DEFAULTS[kind], **found}
+    found["qk_norm"] = kind.startswith("qwen3") or bool(found.get("qk_norm"))
+    if kind == "qwen3_moe":
+        found["intermediate_size"] = found.get("moe_intermediate_size")
+        found["num_local_experts"] = found.get("num_experts", found.get("num_local_experts"))
+    if found.get("num_key_value_heads") is None:
+        found["num_key_value_heads"] = found.get("num_attention_heads")
+    try:
+        if found.get("head_dim") is None:
+            found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    except (KeyError, TypeError, ZeroDivisionError):
+        found["head_dim"] = 1  # the sizes that it follows from are refused below
+    for name in SIZES:
+        if type(found.get(name)) is not int or found[name] < 1:
+            raise UserError(f"{path}: {name} must be a whole number of at least 1, it is {found.get(name)!r}")
+    check_supported(path, found)
+    found["rope_scaling"] = read_rope(path, found)
+    for name in ("rope_theta", "rms_norm_eps"):
+        if not is_positive(found.get(name, 1.0)):
+            raise UserError(f"{path}: {name} must be a positive number, it is {found[name]!r}")
+    experts = found.setdefault("num_local_experts", 0)
+    if type(experts) is not int or experts < (kind in MIXTURES):
+        raise UserError(f"{path}: num_local_experts must be a whole number of at least 1, it is {experts!r}")
+    found["expert_names"] = tuple(found.get("expert_names", map(str, range(experts))))
+    return found
+
+
+def check_supported(path, found):
+    """UserError that names the key and the value of config.json that model.py does not compute."""
+    wrong = [key for key, harmless in ONLY if key in found and found[key] not in harmless]
+    window = found.get("sliding_window") if found.get("use_sliding_window", True) else None
+    if type(window) is int and window < found["max_position_embeddings"]:
+        wrong.append("sliding_window")
+    elif set(found.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        wrong.append("layer_types")
+    if wrong:
+        value = json.dumps(found[wrong[0]])
+        value = value if len(value) <= 100 else f"{value[:100]}..."
+        raise UserError(f"{path}: the checkpoint has {wrong[0]} {value}, which model.py does not compute")
+
+
+def read_rope(path, found):
+    """Set found["rope_theta"], and return ModelConfig's rope_scaling: None, or {"rope_type": ..., its numbers}."""
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters must be a table, it is {rope!r}")
+    if found.get("rope_theta") is None:
+        found["rope_theta"] = rope.get("rope_theta", 1e6 if found["model_type"] == "mixtral" else 1e4)
+    if (share := rope.get("partial_rotary_factor", found.get("partial_rotary_factor"))) not in (None, 1):
+        raise UserError(f"{path}: the checkpoint has partial_rotary_factor {share!r}, which model.py does not compute")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ROPE_SCALINGS:
+        known = ", ".join(("default", *ROPE_SCALINGS))
+        raise UserError(f"{path}: the checkpoint has rope_type {kind!r}, model.py computes {known}")
+    rope = {"original_max_position_embeddings": found["max_position_embeddings"], **rope}
+    scaling = {"rope_type": kind, **{name: rope.get(name) for name in ROPE_SCALINGS[kind]}}
+    for name in ROPE_SCALINGS[kind]:
+        if not is_positive(scaling[name]):
+            raise UserError(f"{path}: rope_type {kind} needs a positive {name}, it is {scaling[name]!r}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"{path}: rope_type llama3 needs a low_freq_factor below high_freq_factor, it has {rope!r}")
+    return scaling
+
+
+def is_positive(value):
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FILE_BYTES = 5_000_000_000  # what one file holds at most, unless a single tensor is larger
+TOKENIZER = r"(tiktoken|tokenizer|special_tokens|added_tokens|vocab|merges)[\w.]*\.(json|txt|model|tiktoken)"
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's name -> Mixtral's
+
+
+# ---- weights: names and shapes ----
+
+GROUPS = ("embeddings", "head", "attention", "norms", "router", "feed-forward")
+
+
+def group_of(name):
+    """Which part of a model, one of GROUPS, a tensor belongs to."""
+    parts = {"embed_tokens": "embeddings", "lm_head": "head", "self_attn": "attention", "norm": "norms"}
+    parts |= {".gate.": "router", ".mlp.": "feed-forward", ".experts.": "feed-forward"}
+    return next(group for part, group in parts.items() if part in name)
+
+
+def hidden_dim(name):
+    """The dimension of a feed-forward matrix that counts hidden units: columns of the down projection, else rows."""
+    return 1 if name.endswith(("down_proj.weight", "w2.weight")) else 0
+
+
+def expected_tensors(config):
+    """{name: shape} of a checkpoint with this config, in the order of the file; a tied head is not stored."""
+    D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    q, kv = config.num_attention_heads * K, config.num_key_value_heads * K
+    feed_forward = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
+    shapes = {"model.embed_tokens.weight": (V, D)}
+    for i in range(config.num_hidden_layers):
+        layer = {"input_layernorm": (D,), "self_attn.q_proj": (q, D), "self_attn.k_proj": (kv, D)}
+        layer |= {"self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, q), "post_attention_layernorm": (D,)}
+        if config.qk_norm:
+            layer |= {"self_attn.q_norm": (K,), "self_attn.k_norm": (K,)}
+        if config.num_local_experts:
+            layer["block_sparse_moe.gate"] = (config.num_local_experts, D)
+            for ours, mixtral in FEED_FORWARD.items():
+                experts = range(config.num_local_experts)
+                layer |= {f"block_sparse_moe.experts.{e}.{mixtral}": feed_forward[ours] for e in experts}
+        else:
+            layer |= {f"mlp.{ours}": shape for ours, shape in feed_forward.items()}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def to_disk(weights):
+    """Stacked experts become one tensor per expert: `...experts.w1` (E, F, D) -> `...experts.0.w1.weight` ..."""
+    result = {}
+    for name, tensor in weights.items():
+        if ".experts." in name:
+            prefix, matrix = name.rsplit(".", 1)
+            result |= {f"{prefix}.{e}.{matrix}.weight": one for e, one in enumerate(tensor)}
+        else:
+            result[name] = tensor
+    return result
+
+
+class Stored(NamedTuple):
+    """File, tensor name and slice of a stored tensor: all of it or, of stacked experts, one expert's rows."""
+
+    file: str
+    name: str
+    part: tuple = ()
+
+
+def under_our_names(stored, config):
+    """{our name: Stored} of the tensors {name: file} in a checkpoint, in any of the namings at the top of this file."""
+    found, F = {}, config.intermediate_size
+    for name, file in stored.items():
+        if name.endswith("rotary_emb.inv_freq"):  # a constant that old files hold
+            continue
+        ours = name.replace(".mlp.", ".block_sparse_moe.") if config.num_local_experts else name
+        prefix, _, matrix = ours.rpartition(".")
+        for e in range(config.num_local_experts):
+            if ours.endswith(".experts.gate_up_proj"):
+                found[f"{prefix}.{e}.w1.weight"] = Stored(file, name, (e, slice(0, F)))
+                found[f"{prefix}.{e}.w3.weight"] = Stored(file, name, (e, slice(F, 2 * F)))
+            elif ours.endswith(".experts.down_proj"):
+                found[f"{prefix}.{e}.w2.weight"] = Stored(file, name, (e, slice(None)))
+        if matrix in ("weight", "bias") or not config.num_local_experts:
+            parts = [FEED_FORWARD.get(part, part) if ".experts." in ours else part for part in ours.split(".")]
+            found[".".join(parts)] = Stored(file, name)
+    return found
+
+
+# ---- weights: writing ----
+#
+# Weights of more than FILE_BYTES are several files, model-00001-of-00003.safetensors and so on, which an index lists.
+# The index is written last, so weights without it are not complete.
+
+
+def name_on_disk(name, config):
+    """The name under which a tensor is written: ours, which is Llama's or Mixtral's, or Qwen3-MoE's."""
+    if model_type(config) != "qwen3_moe":
+        return name
+    dense = {mixtral: llama for llama, mixtral in FEED_FORWARD.items()}
+    return ".".join(dense.get(part, part) for part in name.replace("block_sparse_moe", "mlp").split("."))
+
+
+def divide_into_files(sizes, limit):
+    """Lists of names, in order, of at most `limit` bytes each or of a single tensor. sizes: {name: bytes}."""
+    lists, room = [], -1
+    for name, size in sizes.items():
+        if size > room:
+            lists.append([])
+            room = limit
+        lists[-1].append(name)
+        room -= size
+    return lists
+
+
+def write_weights(folder, config, tensors, dtype=torch.float32):
+    """Write the weights from an iterable of (name, tensor): those of expected_tensors(config), in its order, one
+    tensor in memory at a time. Returns their weights_hash, so that nobody has to read them again for it."""
+    shapes = expected_tensors(config)
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    lists, tensors = divide_into_files(sizes, FILE_BYTES), iter(tensors)
+    files = [f"model-{i + 1:05d}-of-{len(lists):05d}.safetensors" for i in range(len(lists))]
+    files = files if len(files) > 1 else [WEIGHTS]
+    os.makedirs(folder, exist_ok=True)
+    if len(files) > 1:
+        remove_weights(folder)
+    index, hashes = {}, []
+    for file, names in zip(files, lists, strict=True):
+        on_disk = {name_on_disk(name, config): shapes[name] for name in names}
+        index |= dict.fromkeys(on_disk, file)
+        hashes.append(write_file(os.path.join(folder, file), on_disk, checked(names, tensors, shapes), dtype))
+    assert next(tensors, None) is None, "more tensors than the config has"
+    if len(files) > 1:
+        metadata = {"total_size": sum(sizes.values())}
+        write_json(os.path.join(folder, INDEX), {"metadata": metadata, "weight_map": index}, indent=2)
+    else:
+        remove_weights(folder, keep=WEIGHTS)  # files of larger weights that were here before
+    return joint_hash(index, hashes)
+
+
+def checked(names, tensors, shapes):
+    """The next tensors of an iterator of (name, tensor), which have to be these."""
+    for expected, (name, tensor) in zip(names, islice(tensors, len(names)), strict=True):
+        assert name == expected and tuple(tensor.shape) == tuple(shapes[name]), name
+        yield tensor
+
+
+def write_file(path, shapes, tensors, dtype):
+    """Write one safetensors file and return its content_hash. shapes: {name: shape}, which fixes the header before the
+    first tensor is there.
+
+    The format is 8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    arrays = (tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors)
+    digest = hashlib.sha256()
+    with atomic_file(path) as file, ThreadPoolExecutor(1) as beside:
+        for part in chain([len(text).to_bytes(8, "little") + text], arrays):
+            hashed = beside.submit(digest.update, part)  # takes about as long as the writing
+            file.write(part)
+            hashed.result()
+    return digest.hexdigest()
+
+
+def remove_weights(folder, keep=None):
+    """Remove a folder's weights but for the file `keep`; the index first, so that a kill leaves nothing that looks
+    complete."""
+    pattern = r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?"
+    names = [name for name in os.listdir(folder) if re.fullmatch(pattern, name) and name != keep]
+    for name in sorted(names, key=lambda name: name != INDEX):
+        os.remove(os.path.join(folder, name))
+
+
+def copy_tokenizer(source, folder):
+    """Replace the tokenizer's files in `folder` by those of `source`, ours or those of a published checkpoint."""
+    names, old = ({*filter(re.compile(TOKENIZER).fullmatch, os.listdir(where))} for where in (source, folder))
+    for name in old - names:
+        os.remove(os.path.join(folder, name))
+    for name in sorted(names, key=lambda name: (name in ("tiktoken.json", "tokenizer.json"), name)):  # these last
+        with open(os.path.join(source, name), "rb") as file:
+            write_atomically(os.path.join(folder, name), file.read())
+
+
+def same_tokenizer(folders):
+    """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
+    hashes = {}
+    for folder in folders:
+        if has_tokenizer(folder):
+            hashes[folder] = tokenizer_hash(folder)
+    for folder, found in hashes.items():
+        if found != next(iter(hashes.values())):
+            raise UserError(
+                f"{folder} has another tokenizer than {next(iter(hashes))}; use checkpoints of one data folder"
+            )
+
+
+# ---- weights: reading ----
+
+
+def free_memory():
+    """Bytes that a process can still take, as Linux estimates them; infinite where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":") for line in file)
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return math.inf
+
+
+def check_memory(folder, needed):
+    """UserError when weights of `needed` bytes do not fit: the system would kill the process without a word."""
+    if needed > (free := free_memory()):
+        needs = f"{needed / 1e9:.1f} GB of memory in float32"
+        raise UserError(f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine")
+
+
+class WeightFiles:
+    """The tensors of a checkpoint folder by name, each read from disk when asked for. UserError unless its files hold
+    just what a model of this config needs; one tensor with NaN or infinity is refused, too, when it is read."""
+
+    def __init__(self, folder, config):
+        self.folder, self.config = folder, config
+        index = os.path.join(folder, INDEX)
+        if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
+            stored = read_json(index, "copy the checkpoint again")
+            stored = stored.get("weight_map") if isinstance(stored, dict) else None
+            if not isinstance(stored, dict):
+                raise UserError(f"{index} lists no files (it has no weight_map); copy the checkpoint again")
+        else:
+            stored = dict.fromkeys(self._open(WEIGHTS, lambda file: list(file.keys())), WEIGHTS)
+        self.stored = under_our_names(stored, config)
+        expected = expected_tensors(config)
+        if config.tie_word_embeddings:
+            self.stored.pop("lm_head.weight", None)  # some checkpoints store the tied head all the same
+        missing, foreign = expected.keys() - self.stored.keys(), self.stored.keys() - expected.keys()
+        if missing or foreign:
+            what = f"lacks {min(missing)}" if missing else f"has an unknown tensor {min(foreign)}"
+            raise UserError(f"{folder} does not fit its config.json: it {what}; use the folder as it was written")
+        stored_as = {}  # {file: {name: (shape, dtype)}}, each file opened once
+        for file in {one.file for one in self.stored.values()}:
+            names = [one.name for one in self.stored.values() if one.file == file]
+            stored_as[file] = self._open(file, lambda opened, names=names: describe(opened, names))
+        for name, shape in expected.items():
+            one = self.stored[name]
+            if one.part:
+                rows = shape[0] * (2 if one.name.endswith("gate_up_proj") else 1)
+                shape = config.num_local_experts, rows, shape[1]
+            found, dtype = stored_as[one.file][one.name]
+            if found != shape:
+                raise UserError(f"{folder}: {one.name} has shape {found}, config.json says {shape}")
+            if dtype not in SAFETENSORS_DTYPES.values():
+                kinds = ", ".join(SAFETENSORS_DTYPES.values())
+                raise UserError(f"{folder}: {one.name} is stored as {dtype}; model.py reads {kinds}")
+
+    def _open(self, name, read):
+        path = os.path.join(self.folder, name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return read(file)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; train it first, or name another checkpoint folder") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or no safetensors file ({error}); train or copy it again") from None
+
+    @property
+    def dtype(self):
+        return self["model.norm.weight"].dtype
+
+    def __getitem__(self, name):
+        file, stored, part = self.stored[name]
+        tensor = self._open(file, lambda file: file.get_slice(stored)[part] if part else file.get_tensor(stored))
+        # a sum is finite where all is, but for an overflow: looking at each number takes longer, and memory
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise UserError(f"{self.folder}: {name} holds NaN or infinity; train or copy the checkpoint again")
+        return tensor
+
+    def read(self, module, prefix=""):
+        """{name: value} for a module's parameters, in float32, experts stacked. prefix: of a part's names on disk."""
+        found = {}
+        for name, parameter in module.named_parameters():
+            found[name] = value = torch.empty(parameter.shape, device="cpu")
+            if ".experts." in name:
+                path, matrix = (prefix + name).rsplit(".", 1)
+                for e, expert in enumerate(value):
+                    expert.copy_(self[f"{path}.{e}.{matrix}.weight"])
+            else:
+                value.copy_(self[prefix + name])
+        return found
+
+
+def describe(file, names):
+    """{name: (shape, dtype)} of some tensors of an open safetensors file."""
+    slices = {name: file.get_slice(name) for name in names}
+    return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+
+
+def fingerprint(path, ends=2**20):
+    """A hash of a file's size, its first MiB and its last: enough to tell two large files apart, and quick."""
+    with open(path, "rb") as file:
+        first = file.read(ends)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - ends))
+        return hashlib.sha256(f"{size} ".encode() + first + file.read()).hexdigest()
+
+
+def content_hash(path):
+    """The sha256 of a whole file, which a single flipped bit changes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(folder):
+    """The hash of a folder's weights, in one file or several; None where they are missing."""
+    if os.path.exists(path := os.path.join(folder, WEIGHTS)):
+        return content_hash(path)
+    try:
+        stored = read_json(os.path.join(folder, INDEX), "")["weight_map"]
+        hashes = [content_hash(os.path.join(folder, name)) for name in sorted(set(stored.values()))]
+    except (UserError, FileNotFoundError):
+        return None
+    return joint_hash(stored, hashes)
+
+
+def joint_hash(stored, hashes):
+    """The hash of weights from those of their files, in order. stored: {name on disk: file}."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps([stored, hashes]).encode()).hexdigest()
+
+
+# ---- the Hub: `hf:OWNER/NAME` wherever a checkpoint folder is asked for ----
+#
+# Needs the package huggingface_hub (requirements-extra.txt) and a network. What is downloaded stays in
+# out/hf/OWNER/NAME, and is used without a network from then on.
+
+DOWNLOADS = os.path.join("out", "hf")
+# weights, shape and tokenizer; never code or pickles
+DOWNLOADED = ("model*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer*.json", "tokenizer.model")
+DOWNLOADED += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+
+
+def local_folder(name):
+    """The folder that `name` stands for: itself, or the download of hf:OWNER/NAME or hf:OWNER/NAME@REVISION."""
+    return download(name) if name.startswith("hf:") else name
+
+
+def download(name):
+    """Fetch a checkpoint from the Hub; returns its folder. UserError where that cannot be had."""
+    match = re.fullmatch(r"hf:([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", name)
+    if not match:
+        raise UserError(f"{name} names no model of the Hugging Face Hub; write hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"{name} needs huggingface_hub; pip install -r requirements-extra.txt") from None
+    model, revision = match.groups()
+    folder = os.path.join(DOWNLOADS, model + (f"@{revision.replace('/', '-')}" if revision else ""))
+    try:
+        # patterns see whole paths, in which * also matches a slash
+        patterns = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": ["*/*"]}
+        snapshot_download(model, revision=revision, local_dir=folder, **patterns)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{name} could not be downloaded ({type(error).__name__}: {reason}); check the name and the network, or "
+            "give the folder of a copy"
+        ) from None
+    return folder
+
+
+# ---- the model card of a mixture ----
+
+CARD = "README.md"
+
+
+def model_name(folder):
+    """What to call a checkpoint: OWNER/NAME of a download from the Hub, else the folder's own name."""
+    folder = os.path.normpath(folder)
+    downloaded = folder.partition(DOWNLOADS + os.sep)[2]
+    return downloaded.partition("@")[0] or os.path.basename(folder)
+
+
+def write_card(folder, parents, tokens, domains):
+    """Write README.md: a head in YAML that the Hub reads, and what the mixture was made from. parents: the folders it
+    was made from. tokens: those behind its weights, in all runs. domains: what its finetuning read, if any."""
+    config = read_json(os.path.join(folder, "config.json"), "make it again")
+    names = [model_name(parent) for parent in parents]
+    head = {"pipeline_tag": "text-generation", "tags": ["nanobtx", "moe", "branch-train-mix"], "base_model": names}
+    head |= {"base_model_relation": "merge" if len(names) > 1 else "finetune", "training_tokens": tokens}
+    text = [f"# {model_name(folder)}", "", f"A mixture of {config['num_local_experts']} experts"]
+    text[-1] += f" ({', '.join(config['expert_names'])}), {config['num_experts_per_tok']} for each token."
+    if domains:
+        head["domains"] = domains
+    if config["model_type"] == "nanobtx":
+        text.append(f"transformers has no router {config['router']!r}: load the folder with nanoBTX.")
+    else:
+        head["library_name"] = "transformers"
+    text += ["", "Made by nanoBTX; run.json holds the whole recipe."]
+    yaml = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]  # JSON is YAML
+    write_atomically(os.path.join(folder, CARD), "\n".join(["---", *yaml, "---", "", *text, ""]))

@@ -1,0 +1,416 @@
+"""A run on disk: its folder, its run.json, and what it needs to resume.
+
+    run.json    settings, progress and parents of the run, and the source code of each leg of it
+    state.pt    position, log and averages; and weights and optimizer, where one process trains
+    shards.0    weights and optimizer, where several do, each writing its own part (torch.distributed.checkpoint)
+    log.jsonl   one line per evaluation
+
+A recipe is a run's config with the hashes of its data and of its parents. A folder that holds a run of another recipe
+is refused, so nothing is overwritten. Source code is different: this repository is there to be changed. A run that was
+made before a file changed is used, with one line that says so. A finished run whose weights are missing or damaged
+counts as unfinished.
+
+state.pt alone decides where a run resumes, and it is replaced in one move. It names the folder of shards that belongs
+to it, and the next save writes into the other one of shards.0 and shards.1. Any number of processes reads either kind.
+"""
+
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import platform
+import shutil
+import sys
+import time
+import zipfile
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError, atomic_file, read_json, write_atomically, write_json
+from common.hf import CARD, WEIGHTS, copy_tokenizer, fingerprint, read_config, remove_weights, weights_hash, write_card
+
+LOG = "log.jsonl"
+RECORD = "run.json"
+STATE = "state.pt"
+SHARDS = ("shards.0", "shards.1")
+TYPES = {"step": int, "seconds": float, "log": str, "sums": dict, "shards": str}  # of what state.pt holds,
+WHOLE = {"model": dict, "optimizer": dict}  # where one process trains,
+IN_SHARDS = {"files": dict}  # or several
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+# ---- hashes of recipes and source ----
+
+
+def hash_of(value):
+    """16 hex digits that are equal for equal values: for a recipe, they stand for the weights that it leads to."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_hash(path):
+    """The hash of a Python file without its comments and docstrings; None where it is gone."""
+    try:
+        with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+    except (OSError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body[0] = ast.Pass()
+    return hash_of(ast.unparse(tree))
+
+
+def source():
+    """{file: source_hash} of the project's own modules that this process has loaded: what decides its results."""
+    found = {}
+    for module in list(sys.modules.values()):
+        folder, name = os.path.split(os.path.relpath(getattr(module, "__file__", None) or "/", ROOT))
+        if name.endswith(".py") and folder in ("", "common", "data", "study"):
+            path = os.path.join(folder, name)
+            found[path] = source_hash(path)
+    return dict(sorted(found.items()))
+
+
+def changed_files(files):
+    """The names in {file: source_hash}, as `source` gave it some time ago, whose code is another one today."""
+    return [name for name, value in files.items() if source_hash(name) != value]
+
+
+def versions():
+    """{name: version} of what decides a run's digits."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
+
+
+def _flatten(recipe):
+    """{"a": {"b": 1}} -> {"a.b": 1}, to name what differs between two recipes."""
+    flat = {}
+    for name, value in recipe.items():
+        inner = _flatten(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{name}.{key}".strip("."): one for key, one in inner.items()}
+    return flat
+
+
+def _difference(old, new):
+    """'a 1 -> 2, b.c 3 -> 4': where two recipes differ, three places at most; '' for equal ones."""
+    old, new = _flatten(old), _flatten(new)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names[:3])
+
+
+# ---- run.json, and the runs before a run ----
+
+
+def read_run(folder):
+    """run.json of a folder, or None. A foreign checkpoint has none."""
+    path = os.path.join(folder, RECORD)
+    if not os.path.exists(path):
+        return None
+    record = read_json(path, "delete the folder and run again")
+    if not isinstance(record, dict) or not {"id", "recipe", "step", "finished", "history"} <= record.keys():
+        raise UserError(f"{path} is no run.json of this project; delete the folder and run again")
+    return record
+
+
+def parent_of(folder):
+    """(id, history) of a finished checkpoint. The id stands for its recipe and its weights, since the same recipe may
+    give others when source code has changed; a foreign checkpoint is known by its config and its weights."""
+    record = read_run(folder)
+    if record is None:
+        config = {**read_config(folder)}
+        files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+        return hash_of([config, *(fingerprint(os.path.join(folder, name)) for name in files)]), {}
+    if not record["finished"]:
+        raise UserError(f"{folder} is not finished (step {record['step']}); run its command again, it resumes")
+    return hash_of([record["id"], record.get("weights")]), record["history"]
+
+
+def history_of(folders):
+    """The runs behind some checkpoints, {folder: cost}; a run behind several of them counts once."""
+    return {name: cost for folder in folders for name, cost in parent_of(folder)[1].items()}
+
+
+def total_cost(history):
+    """Sum {"tokens", "flops", "seconds"} over every training run behind some weights."""
+    return {name: sum(run[name] for run in history.values()) for name in ("tokens", "flops", "seconds")}
+
+
+def trained_on(folder):
+    """{domain: share} that a checkpoint's own run was trained on."""
+    recipe = (read_run(folder) or {}).get("recipe", {})
+    if "mixture" not in recipe:
+        raise UserError(f"{folder} does not say what it was trained on (no training run.json), which is needed here")
+    return recipe["mixture"]
+
+
+def read_log(folder):
+    """The lines of log.jsonl."""
+    with open(os.path.join(folder, LOG), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Keep other processes out of a folder, which is made where it is missing; UserError when one is in there, or
+    wait for it. The lock ends with its process, even a killed one. A folder that stays empty is removed again."""
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        remedy = "let it finish, or choose another --out_dir"
+        raise UserError(f"another process is writing into {folder}; {remedy}") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # if it is empty
+        os.close(descriptor)
+
+
+# ---- a run ----
+
+
+class Run:
+    """A run of a recipe into a folder, which is locked as long as the `with` lasts.
+
+    processes: a parallel.Processes, where several may train. All of them take part, since each may hold but a piece of
+    the weights; the first one looks at the folder and writes.
+
+    Refused with a UserError: a folder that holds another run, unless `overwrite`, which always starts anew; one that
+    the run itself starts from; and files that are not of a run.
+    """
+
+    def __init__(self, folder, recipe, overwrite=False, processes=None):
+        self.folder, self.recipe, self.overwrite = folder, recipe, overwrite
+        self.processes = processes
+        self.first = processes is None or processes.first  # the one that writes
+        self.lock = contextlib.ExitStack()
+        self.log = ""  # the text of log.jsonl
+        self.sums = {}  # of the metrics of all steps since the last line of it
+        self.shards = ""  # the folder that state.pt names
+        self.started = time.monotonic()
+
+    def __enter__(self):
+        self.before = history_of(self.recipe["parents"])
+        if self.first:
+            self.lock.enter_context(locked(self.folder))
+        try:
+            self.record, self.resumed = self.processes.from_first(self._find) if self.processes else self._find()
+        except BaseException:
+            self.lock.close()
+            raise
+        return self
+
+    def __exit__(self, *error):
+        return self.lock.__exit__(*error)
+
+    def _find(self):
+        """(run.json of a folder that holds a run of this recipe, True), or (a fresh one, not written yet, False)."""
+        for name in {*self.recipe["parents"], *self.before}:
+            if os.path.realpath(name) == os.path.realpath(self.folder):
+                raise UserError(f"--out_dir={self.folder} holds weights that this run starts from; choose another one")
+        fresh = {"id": hash_of(self.recipe), "recipe": self.recipe, "step": 0, "finished": False}
+        fresh |= {"history": self.before, "source": [{"step": 0, "files": source()}]}
+        record = read_run(self.folder)
+        if record is None:
+            if set(os.listdir(self.folder)) - {f"{RECORD}.tmp"}:  # left by a kill in _write
+                raise UserError(
+                    f"{self.folder} holds files that are not of a run; choose another --out_dir or empty it"
+                )
+            return fresh, False
+        if self.overwrite:
+            return fresh, False
+        record["recipe"].pop("code", None)  # of runs made when a change of source was refused
+        if difference := _difference(record["recipe"], self.recipe):
+            remedy = "use --overwrite=True or another --out_dir"
+            raise UserError(f"{self.folder} holds another run ({difference}); {remedy}")
+        if record["finished"] and not _is_intact(self.folder, record):
+            print(f"{self.folder}: {WEIGHTS} is missing or damaged; making it again")
+            record["finished"] = False
+        self._note_source(record)
+        return record, True
+
+    def _note_source(self, record):
+        """Say which files have changed since a run was made; what it goes on with is a new leg of it."""
+        legs = record.setdefault("source", [{"step": 0, "files": {}}])
+        if files := sorted({name for leg in legs for name in changed_files(leg["files"])}):
+            names = " and ".join(files)
+            print(f"{self.folder}: made before {names} changed; --overwrite=True makes it anew")
+        if not record["finished"] and legs[-1]["files"] != source():
+            legs.append({"step": record["step"], "files": source()})
+
+    @property
+    def finished(self):
+        return self.record["finished"]
+
+    @property
+    def stage(self):
+        """How many runs came before this one."""
+        return len(self.before)
+
+    @property
+    def seconds(self):
+        """How long the run has trained, in all of its legs."""
+        return time.monotonic() - self.started
+
+    def begin(self):
+        """Claim the folder for a fresh run, and clear what an overwritten one left.
+
+        A kill in between leaves the old run without state.pt, or the new one without it: both can be started again.
+        """
+        if not self.first:
+            return
+        _remove(os.path.join(self.folder, STATE))
+        self._write()
+        for name in (LOG, CARD):
+            _remove(os.path.join(self.folder, name))
+        remove_shards(self.folder)
+        remove_weights(self.folder)
+
+    def resume(self, model, optimizer, last_step):
+        """Put a saved state into model and optimizer. Returns the step at which the run goes on, 0 for a fresh one."""
+        state = load_state(self.folder, last_step, model, optimizer) if self.resumed else None
+        self.processes.barrier()  # all have read the folder before the first one changes it
+        if state is None or state["step"] == 0:
+            self.begin()
+            return 0
+        self.log, self.shards = state["log"], state["shards"]
+        device = next(model.parameters()).device
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.started -= state["seconds"]
+        self._write_log()  # a line that was written after the state is not part of it
+        return state["step"]
+
+    def add(self, line):
+        """Append a line to log.jsonl, and start new sums."""
+        self.log += json.dumps(line) + "\n"
+        self.sums = {}
+        self._write_log()
+
+    def save(self, step, model, optimizer, tokenizer, cost, finished=False):
+        """Write a checkpoint: the training state, which decides where a killed run resumes, then the model. tokenizer:
+        the folder of the model's. cost: the tokens, FLOPs and seconds of this run so far."""
+        state = {"step": step, "seconds": self.seconds, "log": self.log, "sums": self.sums, "shards": self.shards}
+        self.shards = save_state(self.folder, state, model, optimizer, self.processes)
+        weights = self.processes.whole_weights(model)
+        if self.first:
+            model.save_pretrained(self.folder, weights)
+            copy_tokenizer(tokenizer, self.folder)
+            self.record["step"] = step
+            self.record["history"] = {**self.before, self.folder: cost}
+            self.finish() if finished else self._write()
+
+    def finish(self, weights=None):
+        """Mark the run as finished; a mixture gets its model card. weights: the weights' hash, where the caller knows
+        it, since large files take long to read."""
+        if read_config(self.folder)["num_local_experts"]:
+            tokens = total_cost(self.record["history"])["tokens"]
+            write_card(self.folder, list(self.recipe["parents"]), tokens, list(self.recipe.get("mixture", ())))
+        self.record |= {"finished": True, "weights": weights or weights_hash(self.folder)}
+        self._write()
+
+    def _write(self):
+        write_json(os.path.join(self.folder, RECORD), self.record, indent=2)
+
+    def _write_log(self):
+        if self.first:
+            write_atomically(os.path.join(self.folder, LOG), self.log)
+
+
+def _is_intact(folder, record):
+    """Whether the weights of a finished run are there and as they were written."""
+    found = weights_hash(folder)
+    return found is not None and found == record.get("weights")
+
+
+def _remove(path):
+    if os.path.exists(path):
+        os.remove(path)
+
+
+# ---- the training state ----
+
+
+def save_state(folder, state, model, optimizer, processes):
+    """Replace the training state in one move; all processes call it together. state: what TYPES names, with the
+    "shards" of the state before this one. Returns the new "shards": their folder, or "" where state.pt holds all."""
+    if processes.world == 1:
+        state = {**state, "shards": "", "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    else:
+        name = SHARDS[state["shards"] == SHARDS[0]]
+        if processes.first:
+            remove_shards(folder, keep=state["shards"])
+        processes.barrier()
+        from common.parallel import save_shards
+
+        save_shards(os.path.join(folder, name), state["step"], model, optimizer)
+        state = {**state, "shards": name}
+    if processes.first:
+        if state["shards"]:
+            state["files"] = _fingerprints(folder, state["shards"])
+        with atomic_file(os.path.join(folder, STATE)) as file:
+            torch.save(state, file)
+        remove_shards(folder, keep=state["shards"])
+    return state["shards"]
+
+
+def load_state(folder, last_step, model, optimizer):
+    """Put a saved training state into model and optimizer; returns the rest of it, or None where there is none.
+    UserError when it is damaged."""
+    path = os.path.join(folder, STATE)
+    if not os.path.exists(path):
+        return None
+    try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        where = state.setdefault("shards", "")
+        for name, kind in (TYPES | (IN_SHARDS if where else WHOLE)).items():
+            if not isinstance(state.get(name), kind):
+                raise ValueError(f"{name} is no {kind.__name__}")
+        if not 0 <= state["step"] <= last_step:
+            raise ValueError(f"step {state['step']} is beyond the last, {last_step}")
+        if not where:
+            _load_whole(state.pop("model"), state.pop("optimizer"), model, optimizer)
+        elif _fingerprints(folder, where) == state["files"]:
+            from common.parallel import load_shards
+
+            load_shards(os.path.join(folder, where), state["step"], model, optimizer)
+        else:
+            raise ValueError(f"{where}, which belongs to it, is not as it was written")
+    except (
+        *(RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError),
+        *(pickle.UnpicklingError, zipfile.BadZipFile),
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}); delete it to start the run anew") from None
+    return state
+
+
+def _load_whole(weights, moments, model, optimizer):
+    """Load what a single process has saved; of a model that is distributed, each process takes its part."""
+    if dist.is_initialized():
+        from common.parallel import own_parts
+
+        weights, moments = own_parts(weights, moments, model, optimizer)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+
+
+def _fingerprints(folder, name):
+    """{file: fingerprint} of a folder of shards."""
+    where = os.path.join(folder, name)
+    return {file: fingerprint(os.path.join(where, file)) for file in sorted(os.listdir(where))}
+
+
+def remove_shards(folder, keep=""):
+    """Remove the shards that no state.pt names any more."""
+    for name in SHARDS:
+        if name != keep:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
