@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import HELD_OUT, Corpus
-from common.device import device_key, pick_device, place, send, threads_key
+from common.device import DEVICES, pick_device, place, send
 from common.errors import UserError, command, read_json, write_json
 from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
@@ -40,9 +40,9 @@ class ReadingConfig:
     split: str = key("test", "held-out text and problems to read: val for searching, test for reporting", HELD_OUT)
     sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(128, "windows per domain", within="[1, inf)")
-    device: str = device_key()
+    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
-    threads: int = threads_key()
+    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
 
 @dataclasses.dataclass

@@ -83,8 +83,10 @@ class ModelConfig:
             raise ValueError("hidden_size and intermediate_size must be multiples of 8")  # grouped_mm's alignment
         if self.router not in ROUTERS or self.balance not in BALANCES:
             raise ValueError(f"router must be one of {tuple(ROUTERS)} and balance one of {BALANCES}")
-        if not self.num_local_experts:
-            return
+        if self.num_local_experts:
+            self._check_experts()
+
+    def _check_experts(self):
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(f"num_experts_per_tok must lie between 1 and the model's {self.num_local_experts} experts")
         fixed = ROUTERS[self.router].experts_per_token(self.num_experts_per_tok, self.num_local_experts)
@@ -430,6 +432,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.max_length = config.max_position_embeddings  # the longest sequence, in tokens
         self.compute_dtype = torch.float32
         self.recompute = False
         first = config
@@ -525,11 +528,6 @@ class Transformer(nn.Module):
         tensors = to_disk(weights or self.state_dict())
         write_weights(folder, self.config, ((name, tensors[name]) for name in expected_tensors(self.config)))
         write_config(folder, self.config)
-
-    @property
-    def max_length(self):
-        """The longest sequence, in tokens."""
-        return self.config.max_position_embeddings
 
     def new_cache(self, batch_size, length):
         """A Cache for `batch_size` texts of at most `length` tokens."""

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from common.config import key, parse
-from common.device import device_key, dtype_key, pick_device, place, threads_key
+from common.device import DEVICES, DTYPES, pick_device, place
 from common.errors import UserError, command
 from common.hf import local_folder
 from common.tokenizer import load_tokenizer
@@ -30,9 +30,9 @@ class SampleConfig:
     temperature: float = key(0.8, "0 always takes the likeliest token", within="[0, inf)")
     top_k: int = key(50, "sample among the k likeliest tokens; 0 is all of them", within="[0, inf)")
     seed: int = key(1, "random seed", within="[0, inf)")
-    device: str = device_key()
-    dtype: str = dtype_key()
-    threads: int = threads_key()
+    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
+    dtype: str = key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPES)
+    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
 
 def continue_prompt(config):

@@ -18,17 +18,7 @@ from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
-from common.device import (
-    StopSignal,
-    compile_key,
-    compiled,
-    device_key,
-    dtype_key,
-    pick_device,
-    pick_dtype,
-    send,
-    threads_key,
-)
+from common.device import COMPILE, DEVICES, DTYPES, catch_signals, compiled, pick_device, pick_dtype, send
 from common.errors import UserError, command
 from common.hf import group_of, local_folder, same_tokenizer
 from common.parallel import Processes
@@ -76,10 +66,10 @@ class TrainConfig:
     eval_windows: int = key(16, "validation windows per domain in those evaluations", within="[1, inf)")
     save_interval: int = key(200, "steps between two checkpoints", within="[1, inf)")
     # the machine
-    device: str = device_key()
-    dtype: str = dtype_key()
-    threads: int = threads_key()
-    compile: str = compile_key()
+    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
+    dtype: str = key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPES)
+    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
+    compile: str = key("auto", "torch.compile; auto is on CUDA, a CPU needs a C++ compiler and minutes", COMPILE)
     shard_size: int = key(1, "torchrun's processes that share one copy of the weights; 0 is all", within="[0, inf)")
     expert_parallel: int = key(1, "torchrun's processes that divide a mixture's experts up", within="[1, inf)")
     checkpoint_activations: bool = key(False, "keep no activations inside a layer, compute them twice: less memory")
@@ -154,7 +144,7 @@ def learning_rate(config, step):
 
 
 def check_sizes(config, corpus, model, processes):
-    """Raise UserError unless sequences and tokens fit the model, and batches and experts the processes."""
+    """Raise UserError unless sequences and tokens fit the model, and batches the processes."""
     if config.sequence_length > model.max_length:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than the model's "
@@ -172,9 +162,14 @@ def check_sizes(config, corpus, model, processes):
             f"--batch_size={config.batch_size} is no multiple of --micro_batch_size={config.micro_batch_size} "
             f"times {processes.world} process(es)"
         )
+    if config.shard_size != 1 or config.expert_parallel != 1:
+        check_layout(config, model.config.num_local_experts, processes.world)
+
+
+def check_layout(config, experts, world):
+    """Raise UserError unless torchrun's processes can hold the model in the pieces that the flags ask for."""
     shards = config.shard_size
     parallel = config.expert_parallel
-    experts = model.config.num_local_experts
     if parallel > 1 and not experts:
         raise UserError(f"--expert_parallel={parallel} is for mixtures, and this model is dense; leave it out")
     if parallel > 1 and experts % parallel:
@@ -182,8 +177,8 @@ def check_sizes(config, corpus, model, processes):
     if shards % parallel and parallel % shards:
         raise UserError(f"--expert_parallel={parallel}, --shard_size={shards}: one must be a multiple of the other")
     for flag, size in (("--shard_size", shards), ("--expert_parallel", parallel)):
-        if size and processes.world % size:
-            raise UserError(f"{flag}={size} does not divide torchrun's {processes.world} process(es)")
+        if size and world % size:
+            raise UserError(f"{flag}={size} does not divide torchrun's {world} process(es)")
 
 
 def train_step(config, step, model, optimizer, batches, processes):
@@ -196,7 +191,8 @@ def train_step(config, step, model, optimizer, batches, processes):
     number = torch.full((), step, device=processes.device)
     metrics = {}
     for start, stop in parts:
-        processes.synchronize(model, gradients=stop == parts[-1][1])  # on the last micro-batch only
+        if processes.world > 1:  # average gradients between processes on the last micro-batch only
+            model.set_requires_all_reduce(stop == parts[-1][1])
         inputs, targets = (send(part, processes.device) for part in batches(step, start, stop))  # (B, T) each
         # a router's noise depends on the place in the batch alone: a tuple of ints hashes alike everywhere
         torch.manual_seed(hash((config.seed, step, start)))
@@ -235,7 +231,9 @@ def train(config, make_model):
         check_sizes(config, corpus, model, processes)
         model.compute_dtype = pick_dtype(config.dtype, device, model.config)
         model.recompute = config.checkpoint_activations
-        processes.shard(model, config.shard_size, config.expert_parallel).to(device)
+        if processes.world > 1:
+            processes.shard(model, config.shard_size, config.expert_parallel)
+        model.to(device)
         optimizer = make_optimizer(config, model)
 
         # a branch's windows differ from those that the seed model has read: that is what the stage is for
@@ -248,7 +246,7 @@ def train(config, make_model):
         step = run.resume(model, optimizer, config.max_steps)  # 0, or where a stopped run stood
         resumed = step > 0  # what was due at this step was done before the stop
         compiled_model = compiled(model, config.compile, device)
-        signals = StopSignal()
+        signals = catch_signals()
         stop = 0
         shown = {"desc": config.out_dir, "unit": "step", "dynamic_ncols": True, "disable": not processes.first}
         bar = tqdm(total=config.max_steps, initial=step, **shown)
@@ -263,7 +261,8 @@ def train(config, make_model):
                 steps = (step - 1) % config.eval_interval + 1  # since the last line
                 means = {name: (value / steps).tolist() for name, value in run.sums.items()}
                 run.add({"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **means, **scores})
-                bar.write(f"step {step:6d}  bits per byte: {in_words(scores['bpb'])}")
+                bpb = "  ".join(f"{name} {value:.3f}" for name, value in scores["bpb"].items())
+                bar.write(f"step {step:6d}  bits per byte: {bpb}")
 
             # save, unless there is nothing yet to lose, and stop
             if (step % config.save_interval == 0 and step > 0 and not resumed) or last or stop:
@@ -273,7 +272,7 @@ def train(config, make_model):
 
             # step
             metrics = train_step(config, step, compiled_model, optimizer, batches, processes)
-            metrics["stop"] = torch.full((), float(signals.number), dtype=torch.float64, device=device)
+            metrics["stop"] = torch.full((), float(sum(signals)), dtype=torch.float64, device=device)
             metrics = processes.mean(metrics)  # with the signal: every process leaves at the same step
             summary = [metrics["loss"], metrics["grad_norm"], metrics.pop("stop")]
             loss, norm, stop = torch.stack(summary).tolist()  # the only place where the host waits for the device
@@ -295,12 +294,7 @@ def train(config, make_model):
         print(f"{config.out_dir}: {done}; step {step}, {step * tokens_per_step / run.seconds / 1000:.1f}k tokens/s")
         processes.barrier()
         if not last:
-            raise SystemExit(128 + (signals.number or signal.SIGTERM))
-
-
-def in_words(scores):
-    """'code 1.72  math 0.43' of {"code": 1.72, "math": 0.43}."""
-    return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+            raise SystemExit(128 + (signals[-1] if signals else signal.SIGTERM))
 
 
 def main():

@@ -31,66 +31,32 @@ def split_list(text):
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def lies_within(value, interval):
-    """Whether a number lies in an interval such as "(0, 1]"."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value > low if interval[0] == "(" else value >= low
-    return above and (value < high if interval[-1] == ")" else value <= high)
-
-
-def _checked(field, value, where):
-    """Return `value` as the field's type, or raise UserError. An int is a fine float, nothing else mixes."""
-    try:
-        if field.type is float and type(value) is int:
-            value = float(value)
-    except OverflowError:
-        value = math.inf
-    kind, choices, within = field.type, field.metadata["choices"], field.metadata["within"]
-    if type(value) is not kind:
-        raise UserError(f"{where}: {field.name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
-    if choices and value not in choices:
-        raise UserError(f"{where}: {field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{where}: {field.name} must be a finite number, got {value}")
-    if kind is int and abs(value) >= 2**63:
-        raise UserError(f"{where}: {field.name} must fit 64 bits, got {value}")
-    if within and not lies_within(value, within):
-        raise UserError(f"{where}: {field.name} must lie in {within}, got {value!r}")
-    if kind is str:
-        if not field.metadata["free_text"] and printable(value) != value:
-            raise UserError(f"{where}: {field.name} holds a control character; use a plain name")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{printable(where)}: {field.name} is not UTF-8; write it in UTF-8") from None
-    return value
-
-
-def _field(fields, name, where):
-    if name in fields:
-        return fields[name]
-    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-    raise UserError(f"{where}: unknown key {name!r}; {hint}")
+def parse(cls, argv=None):
+    """Build a config of dataclass `cls` from an optional config file and `--key=value` flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if {"-h", "--help"} & set(argv):
+        _print_help(cls, fields)
+        raise SystemExit(0)
+    values = {}
+    for position, argument in enumerate(argv):
+        if argument.startswith("--"):
+            name, equals, text = argument[2:].partition("=")
+            field = fields.get(name) or _unknown(name, fields, argument)
+            if not equals:
+                raise UserError(f"{argument}: write --{name}=VALUE")
+            values[name] = _checked(field, text if field.type is str else _literal(text), argument)
+        elif position == 0:
+            values = _read_file(argument, fields)
+        else:
+            raise UserError(f"{argument}: one config file comes first, then only --key=value")
+    return cls(**values)
 
 
 def _read_file(path, fields):
-    """Parse `name = literal` lines of a config file into a dict, checked against the fields."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
-            tree = ast.parse(file.read())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save it as UTF-8 text") from None
-    except (ValueError, MemoryError, RecursionError) as error:  # a NUL byte, or brackets nested without end
-        raise UserError(
-            f"{path} is no config file ({error or 'nested too deeply'}); write `key = value` lines"
-        ) from None
+    """Parse the `name = literal` lines of a config file into a dict, checked against the fields."""
     values, lines = {}, {}
-    for statement in tree.body:
+    for statement in _syntax_tree(path).body:
         where = f"{path}:{statement.lineno}"
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
@@ -98,7 +64,7 @@ def _read_file(path, fields):
         if not simple or len(statement.targets) > 1:
             raise UserError(f"{where}: a config file holds only lines of the form `key = value`")
         name = statement.targets[0].id
-        field = _field(fields, name, where)
+        field = fields.get(name) or _unknown(name, fields, where)
         if name in values:
             raise UserError(f"{where}: {name} is set a second time (first on line {lines[name]})")
         try:
@@ -109,21 +75,65 @@ def _read_file(path, fields):
     return values
 
 
-def _read_flag(argument, fields):
-    """Parse one `--key=value`; the field's type decides how the text is read."""
-    name, equals, text = argument[2:].partition("=")
-    field = _field(fields, name, argument)
-    if not equals:
-        raise UserError(f"{argument}: write --{name}=VALUE")
-    if field.type is str:
-        return name, _checked(field, text, argument)
+def _checked(field, value, where):
+    """Return `value` as the field's type, or raise UserError. An int is a fine float, nothing else mixes."""
+    kind, choices, within = field.type, field.metadata["choices"], field.metadata["within"]
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**63 else math.inf
+    if type(value) is not kind:
+        raise UserError(f"{where}: {field.name} must be {kind.__name__}, got {value!r} ({type(value).__name__})")
+    if choices and value not in choices:
+        raise UserError(f"{where}: {field.name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{where}: {field.name} must be a finite number, got {value}")
+    if kind is int and abs(value) >= 2**63:
+        raise UserError(f"{where}: {field.name} must fit 64 bits, got {value}")
+    if within:
+        low, high = (float(end) for end in within[1:-1].split(","))
+        inside = low <= value <= high and (value > low or within[0] == "[") and (value < high or within[-1] == "]")
+        if not inside:
+            raise UserError(f"{where}: {field.name} must lie in {within}, got {value!r}")
+    if kind is str and not value.isprintable() and not field.metadata["free_text"]:
+        surrogates = any("\ud800" <= character <= "\udfff" for character in value)  # bytes that are no UTF-8
+        what = "is not UTF-8; write it in UTF-8" if surrogates else "holds a control character; use a plain name"
+        raise UserError(f"{printable(where)}: {field.name} {what}")
+    return value
+
+
+# ---- what is not as it should be ----
+
+
+def _syntax_tree(path):
+    """The parsed file, or a UserError that says why it is none."""
     try:
-        value = ast.literal_eval(text)
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
+            return ast.parse(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except SyntaxError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; save it as UTF-8 text") from None
+    except (ValueError, MemoryError, RecursionError) as error:  # a NUL byte, or brackets nested without end
+        reason = error or "nested too deeply"
+        raise UserError(f"{path} is no config file ({reason}); write `key = value` lines") from None
+
+
+def _literal(text):
+    """The number or boolean that a flag's text stands for, or the text itself: the type check says what is wrong."""
+    if text.strip("+-").lower() in ("nan", "inf", "infinity"):
+        return float(text)
+    try:
+        return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        value = text  # not a literal: the type check says what was expected
-        if field.type is float and text.strip("+-").lower() in ("nan", "inf", "infinity"):
-            value = float(text)
-    return name, _checked(field, value, argument)
+        return text
+
+
+def _unknown(name, fields, where):
+    """Raise UserError for a key that no field has, with the nearest one."""
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
+    raise UserError(f"{where}: unknown key {name!r}; {hint}")
 
 
 def _print_help(cls, fields):
@@ -135,22 +145,3 @@ def _print_help(cls, fields):
         allowed = f"; one of {', '.join(map(repr, choices))}" if choices else f"; in {within}" if within else ""
         print(f"  --{name} ({field.type.__name__}, default {field.default!r})")
         print(f"      {field.metadata['help']}{allowed}")
-
-
-def parse(cls, argv=None):
-    """Build a config of dataclass `cls` from an optional config file and `--key=value` flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if {"-h", "--help"} & set(argv):
-        _print_help(cls, fields)
-        raise SystemExit(0)
-    values = {}
-    for position, argument in enumerate(argv):
-        if argument.startswith("--"):
-            name, value = _read_flag(argument, fields)
-            values[name] = value
-        elif position == 0:
-            values = _read_file(argument, fields)
-        else:
-            raise UserError(f"{argument}: one config file comes first, then only --key=value")
-    return cls(**values)

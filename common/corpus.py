@@ -177,8 +177,10 @@ class Batches:
         joints = np.where(random.random(size) < self.splice, random.integers(1, self.length + 1, size), self.length + 1)
         rows = []
         for domain, place, other, other_place, joint in list(zip(*draws, joints, strict=True))[start:stop]:
-            parts = self.window(domain, place)[:joint], self.window(other, other_place)[joint:]
-            rows.append(np.concatenate(parts).astype(np.int64))
+            window = self.window(domain, place)
+            if joint <= self.length:
+                window = np.concatenate((window[:joint], self.window(other, other_place)[joint:]))
+            rows.append(window.astype(np.int64))
         rows = torch.from_numpy(np.stack(rows))  # (stop - start, T + 1)
         return rows[:, :-1], rows[:, 1:]
 

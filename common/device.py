@@ -6,28 +6,11 @@ import signal
 import torch
 import torch.distributed as dist
 
-from common.config import key
 from common.errors import UserError
 
-DEVICE = ("auto", "cpu", "cuda")
-DTYPE = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
 COMPILE = ("auto", "on", "off")
-
-
-def device_key():
-    return key("auto", "where to compute; auto is cuda where there is one", DEVICE)
-
-
-def dtype_key():
-    return key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPE)
-
-
-def compile_key():
-    return key("auto", "torch.compile; auto is on CUDA; on a CPU it needs a C++ compiler, pays in two minutes", COMPILE)
-
-
-def threads_key():
-    return key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
 
 def pick_device(name, threads=0):
@@ -67,13 +50,15 @@ def place(model, device, dtype):
 
 
 def compiled(model, choice, device):
-    """The model for training steps: as torch.compile makes it where `choice` (see compile_key) says so, else itself.
-
-    It is compiled as a whole, or layer by layer where no graph may reach: between layers, where several processes
-    gather weights, and into experts in float32, whose grouped_mm torch.compile takes in bfloat16 alone.
-    """
+    """The model for training steps: as torch.compile makes it where `choice` says so ("auto": on CUDA), or itself."""
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return model
+    return compile_model(model)
+
+
+def compile_model(model):
+    """Compile a model as a whole, or layer by layer where no graph may reach: between layers, where several processes
+    gather weights, and into experts in float32, whose grouped_mm torch.compile takes in bfloat16 alone."""
     plain_experts = model.config.num_local_experts and model.compute_dtype != torch.bfloat16
     if not (plain_experts or dist.is_initialized()):
         return torch.compile(model)
@@ -96,13 +81,10 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a number to look at between two steps, so that no step is cut in half."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        self.number = number
+def catch_signals():
+    """A list to which SIGTERM and Ctrl-C append their numbers from here on, to be looked at between two steps, so that
+    no step is cut in half."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught

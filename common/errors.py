@@ -30,27 +30,32 @@ def _is_out_of_memory(error):
 
 
 def command(main):
-    """Run a script's main function; a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main function; a mistake that the user can mend becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        _end(error)
+
+
+def _end(error):
+    """End the process as the error asks for, or raise it again."""
+    code = 2
+    if isinstance(error, UserError):
         _complain(f"error: {error}")
-        raise SystemExit(2) from None
-    except BrokenPipeError:  # the reader has seen enough, as in `python sample.py ... | head`
+    elif isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `python sample.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
-        raise SystemExit(1) from None
-    except OSError as error:  # a folder that cannot be made or read, say
+        code = 1
+    elif isinstance(error, OSError):  # a folder that cannot be made or read, say
         _complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
-        raise SystemExit(2) from None
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
+    elif isinstance(error, (MemoryError, RuntimeError)) and _is_out_of_memory(error):
         sizes = "--micro_batch_size, --sequence_length or the model's sizes, or use --checkpoint_activations=True"
-        _complain(f"error: out of memory; lower {sizes} (whichever this script has); --dry_run=True counts before")
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
+        _complain(f"error: out of memory; lower {sizes} (whichever this script has)")
+    elif isinstance(error, KeyboardInterrupt):
         _complain("stopped; the same command continues")
-        raise SystemExit(130) from None
+        code = 130
+    else:
+        raise error
+    raise SystemExit(code) from None
 
 
 # ---- files ----

@@ -35,6 +35,7 @@ class Processes:
     def __init__(self, device=None):
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
         self.device = device
         if self.world > 1:
             dist.init_process_group()
@@ -52,10 +53,6 @@ class Processes:
             reason = f"process {self.rank} lost touch with the others: one of them has ended, or the network failed"
             raise UserError(f"{reason}; the same command goes on from the last checkpoint") from None
 
-    @property
-    def first(self):
-        return self.rank == 0
-
     def from_first(self, function, *arguments):
         """What a function returns in the first process, in all of them; the others wait for it."""
         found = [function(*arguments) if self.first else None]
@@ -67,9 +64,7 @@ class Processes:
         """Distribute a model over the processes, in place: every `shard_size` neighbours, 0 for all, share one copy,
         every `expert_parallel` divide its experts. A model on the CPU moves to the device layer by layer. Its
         parameters are DTensors from here on."""
-        if self.world > 1:
-            shard(model, self.device, self.world, shard_size or self.world, expert_parallel)
-        return model
+        shard(model, self.device, self.world, shard_size or self.world, expert_parallel)
 
     def micro_batches(self, batch_size, micro_batch_size):
         """The rows of a batch that this process takes: (start, stop) of each forward pass. A process whose share is
@@ -77,12 +72,6 @@ class Processes:
         share = batch_size // self.world
         begin, size = self.rank * share, min(micro_batch_size, share)
         return [(start, start + size) for start in range(begin, begin + share, size)]
-
-    def synchronize(self, model, gradients):
-        """Average gradients between the copies in the coming backward pass, or leave them: only a step's last
-        micro-batch needs it."""
-        if self.world > 1:
-            model.set_requires_all_reduce(gradients)
 
     def clip_gradients(self, model, max_norm):
         """Scale the gradients down to a norm of max_norm at most; returns the norm that they had, a tensor."""
@@ -108,6 +97,7 @@ class Processes:
         return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def barrier(self):
+        """Wait for all processes."""
         if self.world > 1:
             dist.barrier()
 

@@ -195,9 +195,10 @@ class Run:
         self.sums = {}  # of the metrics of all steps since the last line of it
         self.shards = ""  # the folder that state.pt names
         self.started = time.monotonic()
+        self.before = history_of(recipe["parents"])  # the runs before this one
+        self.stage = len(self.before)
 
     def __enter__(self):
-        self.before = history_of(self.recipe["parents"])
         if self.first:
             self.lock.enter_context(locked(self.folder))
         try:
@@ -205,6 +206,7 @@ class Run:
         except BaseException:
             self.lock.close()
             raise
+        self.finished = self.record["finished"]
         return self
 
     def __exit__(self, *error):
@@ -246,15 +248,6 @@ class Run:
             legs.append({"step": record["step"], "files": source()})
 
     @property
-    def finished(self):
-        return self.record["finished"]
-
-    @property
-    def stage(self):
-        """How many runs came before this one."""
-        return len(self.before)
-
-    @property
     def seconds(self):
         """How long the run has trained, in all of its legs."""
         return time.monotonic() - self.started
@@ -266,17 +259,18 @@ class Run:
         """
         if not self.first:
             return
-        _remove(os.path.join(self.folder, STATE))
+        old = [name for name in os.listdir(self.folder) if not name.startswith(RECORD)]
+        if STATE in old:
+            os.remove(os.path.join(self.folder, STATE))
         self._write()
-        for name in (LOG, CARD):
-            _remove(os.path.join(self.folder, name))
-        remove_shards(self.folder)
-        remove_weights(self.folder)
+        if old:
+            clear(self.folder)
 
     def resume(self, model, optimizer, last_step):
         """Put a saved state into model and optimizer. Returns the step at which the run goes on, 0 for a fresh one."""
         state = load_state(self.folder, last_step, model, optimizer) if self.resumed else None
-        self.processes.barrier()  # all have read the folder before the first one changes it
+        if self.processes.world > 1:
+            self.processes.barrier()  # all have read the folder before the first one changes it
         if state is None or state["step"] == 0:
             self.begin()
             return 0
@@ -284,14 +278,16 @@ class Run:
         device = next(model.parameters()).device
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.started -= state["seconds"]
-        self._write_log()  # a line that was written after the state is not part of it
+        if self.first:  # a line that was written after the state is not part of it
+            write_atomically(os.path.join(self.folder, LOG), self.log)
         return state["step"]
 
     def add(self, line):
         """Append a line to log.jsonl, and start new sums."""
         self.log += json.dumps(line) + "\n"
         self.sums = {}
-        self._write_log()
+        if self.first:
+            write_atomically(os.path.join(self.folder, LOG), self.log)
 
     def save(self, step, model, optimizer, tokenizer, cost, finished=False):
         """Write a checkpoint: the training state, which decides where a killed run resumes, then the model. tokenizer:
@@ -318,10 +314,6 @@ class Run:
     def _write(self):
         write_json(os.path.join(self.folder, RECORD), self.record, indent=2)
 
-    def _write_log(self):
-        if self.first:
-            write_atomically(os.path.join(self.folder, LOG), self.log)
-
 
 def _is_intact(folder, record):
     """Whether the weights of a finished run are there and as they were written."""
@@ -329,9 +321,13 @@ def _is_intact(folder, record):
     return found is not None and found == record.get("weights")
 
 
-def _remove(path):
-    if os.path.exists(path):
-        os.remove(path)
+def clear(folder):
+    """Remove what a run wrote besides its state and run.json."""
+    for name in (LOG, CARD):
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
+    remove_shards(folder)
+    remove_weights(folder)
 
 
 # ---- the training state ----

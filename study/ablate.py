@@ -15,8 +15,8 @@ from typing import NamedTuple
 from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.run import read_run
+from study.chain import Chain, ChainConfig, Job, StudyConfig, parse_study, run_jobs
 from study.draw import plot_ablations
-from study.stages import StudyConfig, parse_study, run
 from study.tables import BASE, ablation_table, dead_experts, mean_and_std, spread
 
 
@@ -28,6 +28,7 @@ class AblateConfig(StudyConfig):
     steps: int = key(300, "finetuning steps of every row", within="[1, inf)")
     long_steps: int = key(1200, "steps of the routing rows' second, larger budget", within="[1, inf)")
     seeds: int = key(2, "random seeds of each row", within="[1, inf)")
+    flags: str = key("", "flags of every stage that trains", free_text=True)
 
 
 class Variant(NamedTuple):
@@ -64,7 +65,6 @@ VARIANTS = [
     Variant("split, top-4 of 2N, rescaled", mix="--split=2 --rescale=True", finetune="--num_experts_per_tok=4"),
     Variant("router starts at random", mix="--router_init=normal"),
     Variant("router starts at zero", mix="--router_init=zero"),
-    Variant("router starts at domains", mix="--router_init=domain"),
     Variant("router starts at contrasts", mix="--router_init=contrast"),
     Variant("balancing counts tokens", finetune=f"{BALANCED} --balance=tokens"),
     Variant("attention frozen", finetune="--freeze=attention"),
@@ -79,43 +79,29 @@ def slug(text):
     return "-".join("".join(c if c.isalnum() else " " for c in text).split())
 
 
-def run_variant(config, experts, variant, number):
-    """Mix, finetune and evaluate one row with one random seed; returns its row of results.json and its run.json."""
+def add_variant(config, chain, experts, variant, number):
+    """Add the jobs of one row with one random seed: mix, finetune, evaluate. Returns the finetuned folder."""
     chosen = experts[-1:] * len(experts) if variant.from_seed else experts[:-1] if variant.leave_out_seed else experts
     copies = "copies" if variant.from_seed else ""
-    folder, scores = config.path("ablate"), config.path("ablate/scores")
-    mixed = os.path.join(folder, slug(f"mixed {variant.mix} {len(chosen)} {copies} seed{number}"))
-    finetuned = os.path.join(folder, slug(f"{variant.name} seed{number}"))
-    run(
-        "mix.py",
-        config.stage("mix"),
-        f"--experts={','.join(chosen)}",
-        f"--out_dir={mixed}",
-        f"--seed={number}",
-        f"--data_dir={config.path('data')}",
-        *variant.mix.split(),
-    )
+    mixed = config.path("ablate/" + slug(f"mixed {variant.mix} {len(chosen)} {copies} seed{number}"))
+    finetuned = config.path("ablate/" + slug(f"{variant.name} seed{number}"))
     steps = config.long_steps if variant.long else config.steps
-    run(
-        "finetune.py",
-        config.stage("finetune"),
-        f"--init_from={mixed}",
-        f"--out_dir={finetuned}",
-        f"--seed={number}",
-        f"--max_steps={steps}",
-        f"--eval_interval={steps}",
-        *variant.finetune.split(),
-    )
-    run("eval.py", config.stage("eval"), f"--model={finetuned}", f"--out_dir={scores}")
-    results = read_json(os.path.join(scores, "results.json"), "run again")
-    row = next(row for row in results["rows"] if row["name"] == os.path.basename(finetuned))
-    return row, read_run(finetuned)
+    chain.config.seed = number
+    if chain.names([mixed])[0] not in {job.name for job in chain.jobs}:
+        chain.mix(chosen, *variant.mix.split(), folder=mixed)
+    length = f"--max_steps={steps}", f"--eval_interval={steps}"
+    chain.finetune(mixed, *length, *variant.finetune.split(), folder=finetuned)
+    scores = f"--out_dir={config.path('ablate/scores')}"
+    arguments = ("eval.py", config.stage("eval"), f"--model={finetuned}", scores)
+    chain.jobs.append(Job(f"ablate/scores-{os.path.basename(finetuned)}", arguments, chain.names([finetuned])))
+    return finetuned
 
 
-def summarize(variant, made):
-    """One row of ablations.json from [(row of results.json, run.json)], one for each random seed."""
-    rows = [row for row, _ in made]
-    costs = [list(recorded["history"].values())[-1] for _, recorded in made]  # of the finetuning alone
+def row_of(variant, folders, scored):
+    """One row of ablations.json. folders: a finetuned mixture for each random seed. scored: {name: row of
+    results.json}."""
+    rows = [scored[os.path.basename(folder)] for folder in folders]
+    costs = [read_run(folder)["history"][folder] for folder in folders]  # of the finetuning alone
     return {
         "name": variant.name,
         **mean_and_std(rows),
@@ -131,7 +117,7 @@ def summarize(variant, made):
     }
 
 
-def write_report(folder, found):
+def write_ablations(folder, found):
     """Write ablations.json, ablations.md and ablations.png."""
     rows, seeds = found["rows"], found["config"]["ablate"]["seeds"]
     os.makedirs(folder, exist_ok=True)
@@ -159,12 +145,16 @@ def main():
         experts = split_list(mixed["recipe"]["config"]["experts"])
     if len(experts) < 2:
         raise UserError("--experts must name the trained experts and, last, the seed: --experts=DIR,DIR,...")
+    chain = Chain(ChainConfig(size=config.size, configs=config.configs, out_dir=config.out_dir, flags=config.flags))
     numbers = range(1, config.seeds + 1)
-    rows = [summarize(variant, [run_variant(config, experts, variant, n) for n in numbers]) for variant in VARIANTS]
+    made = {v: [add_variant(config, chain, experts, v, number) for number in numbers] for v in VARIANTS}
+    run_jobs(chain.jobs, config.out_dir)
     results = read_json(config.path("ablate/scores/results.json"), "run again")
+    scored = {row["name"]: row for row in results["rows"]}
+    rows = [row_of(variant, folders, scored) for variant, folders in made.items()]
     settings = {**results["config"], "ablate": dataclasses.asdict(config)}
     found = {"rows": rows, "config": settings, "data": results["data"], "versions": results["versions"]}
-    write_report(config.path("report"), found)
+    write_ablations(config.path("report"), found)
     print(ablation_table(rows))
 
 

@@ -1,7 +1,5 @@
 """BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
 
-dense_flags = "--learning_rate=3e-3 --splice=0.5"
-upcycle_flags = "--learning_rate=3e-3 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
 branch_flags = "--learning_rate=3e-3"
 paper_flags = "--learning_rate=1.5e-3 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
 even_flags = "--learning_rate=2e-3"

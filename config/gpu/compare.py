@@ -1,8 +1,6 @@
 """BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
 
 # config/cpu's rates, over how much wider this is; nobody has swept them at this size
-dense_flags = "--learning_rate=6e-4 --splice=0.5"
-upcycle_flags = "--learning_rate=6e-4 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
 branch_flags = "--learning_rate=6e-4"
 paper_flags = "--learning_rate=3e-4 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
 even_flags = "--learning_rate=4e-4"

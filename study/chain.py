@@ -1,0 +1,425 @@
+"""The whole pipeline with one random seed: seed, branches, mixture, finetuning, and the rivals of the same compute.
+
+    bash run.sh                   # prepares the data first; or, when the data is there:
+    python -m study.chain --size=cpu --seed=2
+
+Six functions say how each stage is started: seed, branch, mix, finetune, dense, upcycle. Whatever trains chains uses
+them (study.compare, study.ablate, study.regime). What does not wait for each other runs side by side, a core or a GPU
+each: that branches never talk is the point of Branch-Train-MiX. Every job keeps a log of its own in out_dir/logs, and
+is skipped when it is finished, or resumed.
+"""
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from common.config import key, parse, split_list
+from common.corpus import Corpus
+from common.errors import UserError, command
+from common.hf import local_folder
+from finetune import FinetuneConfig
+from mix import MixConfig
+from model import ModelConfig, Transformer, on_meta
+from train import TrainConfig, build_model, freeze
+
+RIVALS = ("dense-cm", "upcycle-cm")
+
+
+@dataclasses.dataclass
+class StudyConfig:
+    """The keys that all studies have."""
+
+    size: str = key("cpu", "which pipeline: the folders config/SIZE and out/SIZE")
+    configs: str = key("", "the folder of the stages' configs; empty is config/SIZE")
+    out_dir: str = key("", "the folder of that pipeline; empty is out/SIZE")
+
+    def __post_init__(self):
+        self.configs = self.configs or os.path.join("config", self.size)
+        self.out_dir = self.out_dir or os.path.join("out", self.size)
+
+    def stage(self, name):
+        """The config file of a stage: "finetune" -> config/cpu/finetune.py."""
+        return os.path.join(self.configs, f"{name}.py")
+
+    def path(self, name):
+        """Something in the pipeline's folder: "report" -> out/cpu/report."""
+        return os.path.join(self.out_dir, name)
+
+
+@dataclasses.dataclass
+class ChainConfig(StudyConfig):
+    """Train a chain: seed, branches, mixture, finetuning, dense training and upcycling; then score and report."""
+
+    domains: str = key("code,math,wiki", "the domains, a branch each")
+    seed: int = key(1, "the random seed of all training", within="[0, inf)")
+    published: str = key("", "a checkpoint that takes the seed's place, a folder or hf:OWNER/NAME")
+    generalist: str = key("", "a domain that gets no branch: the seed's own kind of text")
+    mixture: str = key("", "what the finetuning reads, such as code:3,math:1; empty is all domains evenly")
+    rivals: bool = key(True, "train dense and upcycled models for BTX's FLOPs, too")
+    report: bool = key(True, "score every model and write the report")
+    seed_flags: str = key("", "flags of the seed's training", free_text=True)
+    expert_flags: str = key("", "flags of the branches'", free_text=True)
+    finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
+    dense_flags: str = key("", "flags of dense training, on top of expert.py", free_text=True)
+    upcycle_flags: str = key("", "flags of upcycling, on top of finetune.py", free_text=True)
+    flags: str = key("", "flags of every stage that trains or scores", free_text=True)
+    launch: str = key("", "what starts train.py and finetune.py, such as torchrun --nproc_per_node=8", free_text=True)
+    jobs: int = key(0, "jobs that run side by side; 0 is as many as there are GPUs, or cores", within="[0, inf)")
+
+
+def parse_study(cls, name):
+    """A study's config from the command line, on top of the config file given, or else config/SIZE/<name>.py."""
+    flags = sys.argv[1:]
+    if flags and not flags[0].startswith("-"):
+        return parse(cls, flags)
+    settings = parse(cls, flags).stage(name)
+    return parse(cls, [settings, *flags] if os.path.exists(settings) else flags)
+
+
+# ---- jobs, side by side ----
+
+
+class Job(NamedTuple):
+    """A command of ours. name: of its bar and its log. needs: the names of the jobs it waits for. trains: whether
+    --launch applies."""
+
+    name: str
+    arguments: tuple
+    needs: tuple = ()
+    trains: bool = False
+
+
+class Screen:
+    """A line for each running job, redrawn in place; in a file instead of a terminal, a line when a job ends."""
+
+    def __init__(self, rows):
+        self.live = sys.stderr.isatty()
+        self.lines = []
+        if self.live:
+            style = {"bar_format": "{desc}", "dynamic_ncols": True, "leave": False}
+            self.lines = [tqdm(total=0, position=row, **style) for row in range(rows)]
+
+    def show(self, row, text):
+        if self.live:
+            self.lines[row].set_description_str(text[: terminal_width()])
+
+    def print(self, text):
+        tqdm.write(text)
+
+    def close(self):
+        for line in self.lines:
+            line.close()
+
+
+def terminal_width():
+    """The width of the terminal."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns - 1
+
+
+def follow(process, log, show, say):
+    """Copy a job's output to its log, line by line. A progress bar, which redraws itself, goes to `show` instead, and
+    what a reader must know of older results to `say`, too. Returns the last line."""
+    text, last = b"", ""
+    while block := process.stdout.read1(4096):
+        text += block
+        *lines, text = text.replace(b"\r", b"\n").split(b"\n")
+        for line in (line.decode(errors="replace").strip() for line in lines):
+            if "it/s" in line or "step/s" in line or "%|" in line:
+                show(line)
+            elif line:
+                log.write(line + "\n")
+                log.flush()
+                last = line
+                if "--overwrite=True" in line:
+                    say(line)
+    return last
+
+
+def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
+    """Run jobs, each as soon as those it needs are done, `slots` at a time, the first in the list first. One thread
+    each where several run; a job alone takes all cores. UserError when some failed, after the others have ended."""
+    gpus = torch.cuda.device_count()
+    slots = slots or (1 if launch else gpus or os.cpu_count() or 1)
+    waiting, running, done, failed = list(jobs), {}, set(), {}
+    names = {job.name for job in jobs}
+    screen = Screen(min(slots, len(jobs)))
+    free = list(range(slots))
+    changed = threading.Condition()
+    stopped = []
+
+    def stop(number, frame):
+        """Pass a signal on: training saves and ends."""
+        stopped.append(number)
+        for process in running.values():
+            process.send_signal(number)
+
+    def work(job, slot, process):
+        with open(os.path.join(folder, "logs", f"{job.name.replace('/', '-')}.log"), "a", encoding="utf-8") as log:
+            last = follow(process, log, lambda text: screen.show(slot, text), screen.print)
+        code = process.wait()
+        with changed:
+            del running[job.name]
+            free.append(slot)
+            screen.show(slot, "")
+            if code:
+                failed[job.name] = code, last
+            else:
+                done.add(job.name)
+            if code or not quiet:
+                screen.print(last if not code else f"{job.name}: {last}")
+            changed.notify()
+
+    os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with changed:
+            while running or (waiting and not stopped):
+                ready = [job for job in waiting if {*job.needs} & names <= done and not stopped]
+                waiting = [job for job in waiting if not {*job.needs} & (failed.keys())]
+                if ready and free:
+                    job = ready[0]
+                    waiting.remove(job)
+                    alone = not running and len(ready) == 1
+                    slot = free.pop(0)
+                    running[job.name] = process = start(job, launch, gpus, slot, alone)
+                    threading.Thread(target=work, args=(job, slot, process)).start()
+                elif running:
+                    changed.wait(1.0)
+                else:
+                    break  # what is left waits for jobs that failed
+    finally:
+        screen.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if stopped:
+        raise SystemExit(128 + stopped[0])
+    if failed:
+        name, (_, last) = next(iter(failed.items()))
+        where = os.path.join(folder, "logs", f"{name.replace('/', '-')}.log")
+        raise UserError(f"{', '.join(failed)} failed ({last}); {where} has all of it; the same command resumes")
+
+
+def start(job, launch, gpus, slot, alone):
+    """Start a job's process."""
+    launcher = shlex.split(launch) if launch and job.trains else [sys.executable]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if sys.stderr.isatty():
+        environment |= {"COLUMNS": str(terminal_width()), "LINES": "24"}
+    if gpus > 1 and not launch:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+    if not gpus and not alone:
+        environment["OMP_NUM_THREADS"] = "1"
+    arguments = [*launcher, *job.arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    return subprocess.Popen(arguments, env=environment, start_new_session=True, **pipes)
+
+
+# ---- the stages, each a command ----
+
+
+class Chain:
+    """The jobs of one chain, by its ChainConfig. Each of the six stages returns the folder that it trains into, and
+    adds its job to `jobs`."""
+
+    def __init__(self, config):
+        self.config = config
+        self.jobs = []
+        self.domains = split_list(config.domains)
+        self.branched = [domain for domain in self.domains if domain != config.generalist]
+        self.seed_folder = local_folder(config.published) if config.published else config.path("seed")
+        self.data = read_settings(config, "seed" if not config.published else "finetune").data_dir
+
+    def add(self, folder, script, stage, *flags, needs=(), trains=False):
+        """A job that runs one of our scripts with a stage's config; returns its folder."""
+        settings = [self.config.stage(stage)] if stage and os.path.exists(self.config.stage(stage)) else []
+        arguments = (script, *settings, f"--out_dir={folder}", *flags)
+        arguments += tuple(shlex.split(self.config.flags)) if trains else ()
+        self.jobs.append(Job(os.path.relpath(folder, self.config.out_dir), arguments, self.names(needs), trains))
+        return folder
+
+    def names(self, folders):
+        return tuple(os.path.relpath(folder, self.config.out_dir) for folder in folders)
+
+    def train(self, folder, script, stage, start, domain, *flags):
+        """A training run; start: the checkpoint it starts from, or none."""
+        flags = (f"--domain={domain}", f"--seed={self.config.seed}", *flags)
+        if start:
+            flags = (f"--init_from={start}", *flags)
+        return self.add(folder, script, stage, *flags, needs=[start] if start else [], trains=True)
+
+    def seed(self):
+        """One small language model for all domains, unless someone has published it."""
+        if self.config.published:
+            return self.seed_folder
+        domains = ",".join(sorted(self.domains))
+        return self.train(self.seed_folder, "train.py", "seed", "", domains, *shlex.split(self.config.seed_flags))
+
+    def branch(self, domain, *flags, folder=None):
+        """The seed model goes on with one domain: an expert."""
+        stage = f"expert-{domain}" if os.path.exists(self.config.stage(f"expert-{domain}")) else "expert"
+        folder = folder or self.config.path(f"expert-{domain}")
+        flags = (*shlex.split(self.config.expert_flags), *flags)
+        return self.train(folder, "train.py", stage, self.seed_folder, domain, *flags)
+
+    def mix(self, experts, *flags, folder=None, stage="mix"):
+        """Feed-forward layers become a mixture of experts, the rest is averaged."""
+        flags = (f"--experts={','.join(experts)}", f"--data_dir={self.data}", f"--seed={self.config.seed}", *flags)
+        return self.add(folder or self.config.path("mixed"), "mix.py", stage, *flags, needs=experts)
+
+    def finetune(self, mixed, *flags, folder=None):
+        """All domains together, so that the routers learn."""
+        mixture = self.config.mixture or ",".join(sorted(self.domains))
+        flags = (*shlex.split(self.config.finetune_flags), *flags)
+        return self.train(folder or self.config.path("btx"), "finetune.py", "finetune", mixed, mixture, *flags)
+
+    def dense(self, steps, *flags, folder=None):
+        """The seed model goes on with the data that BTX reads, all of its tensors."""
+        folder = folder or self.config.path("compare/dense-cm")
+        flags = (f"--max_steps={steps}", "--freeze=none", *shlex.split(self.config.dense_flags), *flags)
+        return self.train(folder, "train.py", "expert", self.seed_folder, self.budget().mixture, *flags)
+
+    def upcycle(self, steps, *flags, folder=None):
+        """Copies of the seed model as the experts (Komatsuzaki et al. 2022), with the data that BTX reads."""
+        copies = [self.seed_folder] * (len(self.branched) + 1)
+        upcycled = self.config.path("compare/upcycled")
+        if not any(job.name == "compare/upcycled" for job in self.jobs):
+            self.mix(copies, f"--num_experts_per_tok={self.budget().experts_per_token}", folder=upcycled, stage="")
+        folder = folder or self.config.path("compare/upcycle-cm")
+        flags = (f"--max_steps={steps}", *shlex.split(self.config.upcycle_flags), *flags)
+        return self.train(folder, "finetune.py", "finetune", upcycled, self.budget().mixture, *flags)
+
+    def budget(self):
+        """What BTX spends after the seed: see Budget."""
+        return Budget(self)
+
+
+class Budget:
+    """What a chain's configs spend after the seed model: tokens and training FLOPs, of BTX and for its rivals."""
+
+    def __init__(self, chain):
+        config = chain.config
+        self.branch = read_settings(config, "expert", config.expert_flags)
+        self.finetuning = read_settings(config, "finetune", config.finetune_flags)
+        self.experts_per_token = parse(MixConfig, [config.stage("mix")]).num_experts_per_tok
+        dense = self.dense_config(chain)
+        count = len(chain.branched) + 1
+        mixed = dataclasses.replace(
+            dense, num_local_experts=count, num_experts_per_tok=self.experts_per_token, expert_names=("",) * count
+        )
+        self.branch_tokens = len(chain.branched) * tokens_of(self.branch)
+        self.finetuning_tokens = tokens_of(self.finetuning)
+        self.tokens = self.branch_tokens + self.finetuning_tokens
+        self.branch_flops = flops_per_token(self.branch, dense, self.branch.freeze)
+        self.dense_flops = flops_per_token(self.branch, dense, "none")
+        self.mixture_flops = flops_per_token(self.finetuning, mixed, self.finetuning.freeze)
+        self.flops = self.branch_tokens * self.branch_flops + self.finetuning_tokens * self.mixture_flops
+        shares = {domain: tokens_of(self.branch) for domain in chain.branched}  # what BTX reads of each domain
+        for domain, share in Corpus(chain.data).mixture(config.mixture or ",".join(chain.domains)).items():
+            shares[domain] = shares.get(domain, 0) + share * self.finetuning_tokens
+        self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in shares.items())
+
+    def dense_config(self, chain):
+        """The ModelConfig of the seed model, which need not be there yet."""
+        if chain.config.published:
+            return ModelConfig.from_pretrained(chain.seed_folder)
+        with on_meta():
+            settings = read_settings(chain.config, "seed", chain.config.seed_flags)
+            return build_model(settings, Corpus(chain.data)).config
+
+    def dense_steps(self, flops=None):
+        """How many dense steps take BTX's FLOPs, or others."""
+        return round((flops or self.flops) / self.dense_flops / tokens_of(self.branch, 1))
+
+    def upcycle_steps(self, flops=None):
+        """How many of the mixture's steps take BTX's FLOPs, or others."""
+        return round((flops or self.flops) / self.mixture_flops / tokens_of(self.finetuning, 1))
+
+
+def read_settings(config, stage, flags=""):
+    """The config of a training stage, with some flags on top."""
+    kind = FinetuneConfig if stage == "finetune" else TrainConfig
+    return parse(kind, [config.stage(stage), *shlex.split(flags)])
+
+
+def tokens_of(settings, steps=None):
+    """The tokens of a stage, or of some steps of it."""
+    return (steps or settings.max_steps) * settings.batch_size * settings.sequence_length
+
+
+def flops_per_token(settings, model_config, frozen):
+    """Training FLOPs of a token in a stage."""
+    with on_meta():
+        model = Transformer(model_config)
+    freeze(model, frozen)
+    return model.flops_per_token(settings.sequence_length)
+
+
+# ---- the pipeline ----
+
+
+def pipeline(chain):
+    """Add every job of the chain: train, mix, score and draw."""
+    config = chain.config
+    seed = chain.seed()
+    rivals = []
+    if config.rivals:  # the longest jobs come first: nothing else then waits for them at the end
+        budget = chain.budget()
+        rivals.append(chain.upcycle(budget.upcycle_steps()))
+        rivals.append(chain.dense(budget.dense_steps()))
+    branches = [chain.branch(domain) for domain in chain.branched]
+    experts = [*branches, seed]
+    mixed = chain.mix(experts)
+    btx = chain.finetune(mixed)
+    soup = chain.mix(experts, "--method=soup", folder=config.path("soup"), stage="")
+    if config.report:
+        score(chain, [seed, *branches, btx, soup, mixed, *rivals], branches if config.published else experts, btx)
+
+
+def score(chain, models, ensemble, btx):
+    """Add the jobs that score models, and the report. ensemble: the experts of Branch-Train-Merge; of a published seed
+    nobody knows what it has read, so it takes no part."""
+    report = chain.config.path("report")
+    domains = f"--domains={','.join(sorted(chain.domains))}"
+    for model in models:
+        name = f"scores/{os.path.relpath(model, chain.config.out_dir)}"
+        arguments = ("eval.py", chain.config.stage("eval"), domains, f"--out_dir={report}", f"--model={model}")
+        chain.jobs.append(Job(name, (*arguments, *shlex.split(chain.config.flags)), chain.names([model])))
+    settings = (chain.config.stage("eval"), domains, f"--out_dir={report}", *shlex.split(chain.config.flags))
+    arguments = ("-m", "study.btm", *settings, f"--experts={','.join(ensemble)}")
+    chain.jobs.append(Job("scores/btm", arguments, chain.names(ensemble)))
+    arguments = ("-m", "study.route", f"--model={btx}", f"--data_dir={chain.data}", domains, f"--out_dir={report}")
+    chain.jobs.append(Job("routing", arguments, chain.names([btx])))
+
+
+def draw_report(config):
+    """Print the table of a finished chain, and what is not as config/SIZE/expected.json says."""
+    arguments = [sys.executable, "-m", "study.report", f"--report={config.path('report')}"]
+    expected = os.path.join(config.configs, "expected.json")
+    usual = config.out_dir == os.path.join("out", config.size) and config.rivals and config.domains == "code,math,wiki"
+    if usual and os.path.exists(expected):
+        arguments.append(f"--expected={expected}")
+    done = subprocess.run(arguments)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def main():
+    config = parse_study(ChainConfig, "chain")
+    os.makedirs(config.out_dir, exist_ok=True)
+    chain = Chain(config)
+    pipeline(chain)
+    run_jobs(chain.jobs, config.out_dir, config.jobs, config.launch)
+    if config.report:
+        draw_report(config)
+
+
+if __name__ == "__main__":
+    command(main)
