@@ -1,4 +1,8 @@
-"""A short trainer for byte-level BPE; common/tokenizer.py reads what it leaves."""
+"""A short trainer for byte-level BPE, and the files it leaves; common/tokenizer.py reads them.
+
+A tokenizer is written twice: in tiktoken's format, and as the tokenizer.json of Hugging Face's `tokenizers`, so that
+AutoTokenizer gives the same ids.
+"""
 
 import base64
 import heapq
@@ -11,7 +15,7 @@ import regex
 import tiktoken
 
 from common.errors import UserError, write_atomically, write_json
-from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, content_hash, from_ranks
+from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, content_hash
 
 # What a token may not cross. In this order: a line break with the blank lines and the indentation
 # around it; a word, with the one space, dot or underscore before it; a single digit, so that numbers
@@ -21,7 +25,8 @@ PATTERN = r"\s*\n\s*|[ ._]?\p{L}+|[0-9]| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s"
 
 def _merge(symbols, target):
     """Join every two neighbours that spell `target`, from left to right."""
-    merged, position = [], 0
+    merged = []
+    position = 0
     while position < len(symbols):
         joined = b"".join(symbols[position : position + 2])
         pair = joined == target and len(symbols) - position > 1
@@ -95,9 +100,64 @@ def _gpt2():
     return encoding._mergeable_ranks, encoding._pat_str
 
 
+# ---- writing ----
+
+
+def last_merge(token, ranks):
+    """The two tokens that byte-pair encoding joins last to spell `token` (bytes); None where it never gets there."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
+        place = min(range(len(joined)), key=joined.__getitem__)
+        if joined[place] >= ranks[token]:
+            return None
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
+
+
+def from_ranks(ranks, pattern, end):
+    """The contents of tokenizer.json and tokenizer_config.json for a tiktoken encoding. ranks: {bytes: id}; pattern:
+    what a token may not cross; end: the id of END_OF_TEXT."""
+    spelled = {token: "".join(byte_characters()[byte] for byte in token) for token in ranks}
+    merges = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    special = {"id": end, "content": END_OF_TEXT, "special": True}
+    special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {spelled[token]: number for token, number in ranks.items()},
+            "merges": [[spelled[part] for part in merge] for merge in merges if merge],
+        },
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    return tokenizer, settings
+
+
 def save_tokenizer(folder, name, vocab_size, texts):
-    """Write TOKENIZER_FILES, and the same for transformers: "bpe" is trained on `texts` (strings); "gpt2" ignores texts
-    and vocab_size."""
+    """Write both formats of a tokenizer into a folder: "bpe" is trained on `texts` (strings) until it has vocab_size
+    entries; "gpt2" ignores both."""
     ranks, pattern = (train_bpe(texts, vocab_size), PATTERN) if name == "bpe" else _gpt2()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     description = {

@@ -14,7 +14,6 @@ import json
 import os
 import re
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -26,16 +25,15 @@ from common.hf import copy_tokenizer, local_folder
 from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, tokenizer_hash
 from data.bpe import save_tokenizer
 from data.code_task import code_task
-from data.encyclopedia import WORLDS, world_documents, world_task
+from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, prose_documents, python_sources
 
-BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents}
-BUILT_IN |= {world: partial(world_documents, world=world) for world in WORLDS}
-ENDLESS = ("math", *WORLDS)
+BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
+ENDLESS = ("math", "wiki")
 OWN_TOKENIZERS = ("bpe", "gpt2")
-TASKS = {"code": code_task, "math": math_task, **{world: partial(world_task, world=world) for world in WORLDS}}
+TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
 

@@ -7,37 +7,32 @@ writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepar
 (requirements-extra.txt). Text is never in memory as a whole: tokens are appended to files as documents come, and a run
 that was stopped goes on from its last note of where it stood. A document's text alone decides its split, so the same
 text from another source, or twice in this one, is never both learned from and scored on.
-
-With --processes=N the source's shards (most often files) are cut into N runs of neighbours. Each process reads one run,
-up to its Nth of the tokens and of the held-out text, and what they wrote is joined in the order of the source. So text
-that comes to less than that gives the same files for any N.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import glob
-import multiprocessing
+import hashlib
 import os
-import signal
 import time
 from importlib.metadata import version
-from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse
-from common.corpus import split_of
-from common.errors import UserError, command, read_json
+from common.corpus import SPLITS, split_of
+from common.errors import UserError, command, read_json, write_json
 from common.hf import copy_tokenizer, local_folder
 from common.run import locked
 from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
-from data.parts import Part, check_notes, join_parts, part_folder, remove_parts
 from data.prepare import MAX_HELD_OUT_BYTES, print_table, token_dtype
 
 DOCUMENTS = 512  # from one look at whether there are enough tokens to the next
 NOTE_EVERY = 20  # of those; a stopped run repeats no more
+PROGRESS = "progress.json"
 
 
 class Source(NamedTuple):
@@ -68,7 +63,6 @@ class PublicConfig:
     tokens: float = key(1e8, "training tokens to stop after", within="[1, inf)")
     out_dir: str = key("out/public/data", "the data folder")
     tokenizer: str = key("", "a checkpoint or data folder, or hf:OWNER/NAME; empty is what out_dir has")
-    processes: int = key(1, "processes that read and tokenize, a core each", within="[1, 1024]")
     overwrite: bool = key(False, "prepare again what is there already")
 
 
@@ -148,68 +142,92 @@ def batches(stream, column):
         yield texts
 
 
-def write_part(config, folder, number, recipe):
-    """Read and tokenize one process's share of the source, until it has its share of the tokens or no more text."""
-    stream, column, _ = open_stream(config)
-    stream = stream.shard(config.processes, number)
-    encoding = load_tokenizer(config.out_dir)
-    tokens, held_out = config.tokens / config.processes, MAX_HELD_OUT_BYTES / config.processes
-    with locked(part_folder(folder, number), create=True):
-        part = Part(folder, number, recipe, token_dtype(encoding))
-        if part.note["done"]:
-            return
-        if part.note["state"]:
-            stream.load_state_dict(part.note["state"])
-        splits, parent = part.note["splits"], multiprocessing.parent_process()
-        options = {"initial": splits["train"]["tokens"], "unit": "token", "unit_scale": True, "position": number}
-        bar = tqdm(desc=part.folder, total=int(tokens), **options)
+class TokenFiles:
+    """The .bin files of a domain, which grow on disk, and a note of how far they have come.
+
+    The note, progress.json, holds {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash}}.
+    What is in the files beyond it was written after it and is cut off. It goes when meta.json says that all is there.
+    """
+
+    def __init__(self, folder, recipe, dtype):
+        self.folder = folder
+        self.dtype = np.dtype(dtype)
+        self.progress = os.path.join(folder, PROGRESS)
+        empty = {split: {"documents": 0, "tokens": 0, "bytes": 0, "hash": ""} for split in SPLITS}
+        self.note = {"recipe": recipe, "state": None, "splits": empty}
+        if os.path.exists(self.progress):
+            self.note = read_json(self.progress, f"delete {folder} to begin anew")
+            if not isinstance(self.note, dict) or self.note.get("recipe") != recipe:
+                other = f"{self.progress} is of a run with other settings"
+                raise UserError(f"{other}; delete {folder} to begin anew, or repeat that run")
+        self.files = {split: self.reopen(split) for split in SPLITS}
+
+    def reopen(self, split):
+        """The file of a split, to append to what the note says is in it."""
+        path = os.path.join(self.folder, f"{split}.bin")
+        size = self.note["splits"][split]["tokens"] * self.dtype.itemsize
+        file = open(path, "ab")  # noqa: SIM115 (it stays open while documents come)
+        if file.tell() < size:
+            raise UserError(f"{path} has lost tokens; delete {self.folder} to begin anew")
+        file.truncate(size)
+        return file
+
+    def add(self, split, text, tokens):
+        """Append a document: its text, and its token ids as an array."""
+        self.files[split].write(tokens.astype(self.dtype).tobytes())
+        counts = self.note["splits"][split]
+        counts["documents"] += 1
+        counts["tokens"] += len(tokens)
+        counts["bytes"] += len(text.encode())
+        counts["hash"] = hashlib.sha256(f"{counts['hash']} {text}".encode()).hexdigest()
+
+    def flush(self):
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save(self, state):
+        """Write the note: what is in the files stays, and the stream goes on from `state`."""
+        self.flush()
+        self.note["state"] = state
+        write_json(self.progress, self.note)
+
+    def finish(self, about):
+        """Write meta.json, the note's counts and what `about` adds to them, and return it."""
+        splits = self.note["splits"]
+        if lacking := [split for split in SPLITS if not splits[split]["documents"]]:
+            nothing = f"nothing came for {' and '.join(lacking)}"
+            raise UserError(f"{self.folder}: {nothing}; delete it, and raise --tokens or add text")
+        self.flush()
+        for file in self.files.values():
+            file.close()
+        hashes = "".join(splits[split].pop("hash") for split in SPLITS)
+        meta = {**about, **splits, "content_hash": hashlib.sha256(hashes.encode()).hexdigest()}
+        write_json(os.path.join(self.folder, "meta.json"), meta, indent=2)
+        if os.path.exists(self.progress):
+            os.remove(self.progress)
+        return meta
+
+
+def write_domain(config, stream, column, encoding, files):
+    """Read and tokenize the source until there are enough tokens or there is no more text."""
+    splits = files.note["splits"]
+    if files.note["state"]:
+        stream.load_state_dict(files.note["state"])
+    options = {"initial": splits["train"]["tokens"], "unit": "token", "unit_scale": True}
+    with tqdm(desc=files.folder, total=int(config.tokens), **options) as bar:
         for count, texts in enumerate(batches(stream, column), start=1):
             for text in texts:
                 split = split_of(text)
-                if split == "train" or splits[split]["bytes"] < held_out:
+                if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
                     # an array where encode_ordinary makes a list, which takes a quarter longer
                     ids = encoding.encode_to_numpy(text, disallowed_special=())
-                    part.add(split, text, np.append(ids, encoding.eot_token))
+                    files.add(split, text, np.append(ids, encoding.eot_token))
             bar.update(splits["train"]["tokens"] - bar.n)
-            if splits["train"]["tokens"] >= tokens:
+            if splits["train"]["tokens"] >= config.tokens:
                 break
             if count % NOTE_EVERY == 0:
-                part.save(stream.state_dict())
-            if parent and not parent.is_alive():
-                raise SystemExit("the process that started this one is gone")
-        part.save(None, done=True)
-        bar.close()
-
-
-def worker(*arguments):
-    """write_part in a process of its own: it leaves Ctrl-C to the process that started it, and says what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    command(lambda: write_part(*arguments))
-
-
-def write_parts(config, folder, recipe):
-    """write_part in as many processes as asked for; they end with this one, and with the first that fails."""
-    if config.processes == 1:
-        return write_part(config, folder, 0, recipe)
-    spawn = multiprocessing.get_context("spawn")  # a fork would lack the threads of what is imported already
-    started = [
-        spawn.Process(target=worker, args=(config, folder, number, recipe), daemon=True)
-        for number in range(config.processes)
-    ]
-    for process in started:
-        process.start()
-    running = {process.sentinel: number for number, process in enumerate(started)}
-    while running:
-        for sentinel in wait(running):
-            number = running.pop(sentinel)
-            started[number].join()
-            if started[number].exitcode == 2:
-                raise SystemExit(2)  # it has said why
-            if started[number].exitcode:
-                raise UserError(
-                    f"the process of {part_folder(folder, number)} was stopped (exit code {started[number].exitcode}); "
-                    "the same command continues"
-                )
+                files.save(stream.state_dict())
 
 
 def main():
@@ -217,27 +235,30 @@ def main():
     name = config.domain or os.path.splitext(os.path.basename(os.path.normpath(config.source)))[0]
     folder = os.path.join(config.out_dir, name)
     encoding = use_tokenizer(config)
-    stream, _, about = open_stream(config)
-    if config.processes > stream.num_shards:
-        have = f"--source={config.source} has {stream.num_shards} shards to share out"
-        raise UserError(f"--processes={config.processes}, but {have}; use as many at most")
-    recipe = {"domain": name, "source": about, "tokens": config.tokens, "processes": config.processes}
-    recipe["tokenizer"] = tokenizer_hash(config.out_dir)
+    stream, column, source = open_stream(config)
+    recipe = {
+        "domain": name,
+        "source": source,
+        "tokens": config.tokens,
+        "processes": 1,  # once a choice; folders from then are still good
+        "tokenizer": tokenizer_hash(config.out_dir),
+    }
     path = os.path.join(folder, "meta.json")
-    if os.path.exists(path):
-        meta = read_json(path, "use --overwrite=True")
-        if not config.overwrite and meta["recipe"] != recipe:
-            raise UserError(f"{folder} was prepared with other settings; use --overwrite=True or another --domain")
-        remove_parts(folder)  # which a kill may have left
-        if not config.overwrite:
-            print(f"{folder}: already there, kept")
-            return
-        os.remove(path)
-    with locked(folder, create=True):
-        check_notes(folder, recipe)
-        write_parts(config, folder, recipe)
-        about = {"tokenizer_hash": recipe["tokenizer"], "sources": {"datasets": version("datasets")}}
-        meta = join_parts(folder, config.processes, {"recipe": recipe, **about, "dtype": token_dtype(encoding)})
+    with locked(folder):
+        if os.path.exists(path):
+            meta = read_json(path, "use --overwrite=True")
+            if not config.overwrite and meta["recipe"] != recipe:
+                raise UserError(f"{folder} was prepared with other settings; use --overwrite=True or another --domain")
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, PROGRESS))  # which a kill may have left
+            if not config.overwrite:
+                print(f"{folder}: already there, kept")
+                return
+            os.remove(path)
+        files = TokenFiles(folder, recipe, token_dtype(encoding))
+        write_domain(config, stream, column, encoding, files)
+        about = {"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": {"datasets": version("datasets")}}
+        meta = files.finish({**about, "dtype": token_dtype(encoding)})
     print_table({name: meta})
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the student's copy has files with these names, and those in OWN moved to exercises/
-COPIED = ("*.py", "pyproject.toml", "common/*.py", "data/*", "data/worlds/*", "study/*", "config/*/*.py")
+COPIED = ("*.py", "pyproject.toml", "common/*.py", "data/*", "study/*", "config/*/*.py")
 COPIED += ("exercises/__init__.py",)
 OWN = "exercises/solution/"
 HANDED_OUT = ("*.py", "predictions.json")  # the rest of it is for staff

@@ -2,4 +2,3 @@
 
 out_dir = "out/llama2-7b/data"
 tokens = 2.1e11
-processes = 16

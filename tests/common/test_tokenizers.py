@@ -14,14 +14,12 @@ from common.hf import copy_tokenizer, same_tokenizer
 from common.tokenizer import (
     END_OF_TEXT,
     JsonEncoding,
-    from_ranks,
     has_tokenizer,
-    last_merge,
     load_tokenizer,
     token_bytes,
     tokenizer_hash,
 )
-from data.bpe import PATTERN, train_bpe
+from data.bpe import PATTERN, from_ranks, last_merge, train_bpe
 
 tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402

@@ -359,7 +359,7 @@ def test_one_short_file_of_ones_own_is_cut_for_all_splits(tmp_path, monkeypatch,
     [
         (["--domains=poems=nowhere"], ["nowhere does not exist"]),
         (["--domains=cod"], ["'cod'", "did you mean 'code'"]),
-        (["--domains=poetry"], ["'poetry'", "code, prose, math, wiki, fleet"]),
+        (["--domains=poetry"], ["'poetry'", "code, prose, math, wiki (your own"]),
         (["--domains=../x=config"], ["cannot name a folder"]),
         (["--domains=code,code"], ["twice"]),
         (["--domains=math", "--max_bytes=0"], ["(math) has no end"]),

@@ -3,14 +3,14 @@
 import json
 import os
 import random
-import signal
 import sys
 
 import pytest
 from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, tokens_of
 
 from common.corpus import SPLITS, split_of
-from common.errors import UserError
+from common.errors import UserError, write_json
+from common.run import locked
 from common.tokenizer import load_tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -85,12 +85,22 @@ class Killed(BaseException):
     pass
 
 
+def stop(*arguments):
+    raise Killed
+
+
+def dying_before_the_end(path, *arguments, **options):
+    if path.endswith("meta.json"):
+        raise Killed
+    write_json(path, *arguments, **options)
+
+
 @pytest.mark.parametrize("documents", [30, 333, 2000, 4500])
 def test_a_stopped_run_goes_on_and_ends_the_same(documents, small_batches, tmp_path, monkeypatch):
-    """Stopped in the first shard before the first note, after it, and in the second shard; then once more at the end,
-    while files get their names."""
+    """Stopped in the first shard before the first note, after it, and in the second shard; then twice more at the end,
+    before and after meta.json."""
     small_batches("whole")
-    add, calls = public.Part.add, []
+    add, calls = public.TokenFiles.add, []
 
     def dying(self, *arguments):
         calls.append(add(self, *arguments))
@@ -99,23 +109,20 @@ def test_a_stopped_run_goes_on_and_ends_the_same(documents, small_batches, tmp_p
                 file.flush()
             raise Killed
 
-    monkeypatch.setattr(public.Part, "add", dying)
+    monkeypatch.setattr(public.TokenFiles, "add", dying)
     with pytest.raises(Killed):
         small_batches("out")
     folder = tmp_path / "out" / "web"
     assert not os.path.exists(folder / "meta.json")
-    assert os.path.exists(folder / "part-0" / "progress.json") == (documents > 200)
-    replace = os.replace
-
-    def dying_replace(a, b):
-        replace(a, b)
-        if str(b).endswith("val.bin"):
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", dying_replace)
-        small_batches("out")
+    assert os.path.exists(folder / "progress.json") == (documents > 200)
+    for written in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(public, "write_json", dying_before_the_end if not written else public.write_json)
+            patch.setattr(os, "remove", stop)
+            small_batches("out")
+        assert os.path.exists(folder / "meta.json") == written and os.path.exists(folder / "progress.json")
     small_batches("out")
+    assert sorted(os.listdir(folder)) == ["meta.json", "test.bin", "train.bin", "val.bin"]
     for split in SPLITS:
         assert read(folder / f"{split}.bin") == read(tmp_path / "whole" / "web" / f"{split}.bin")
     assert read_json(folder / "meta.json") == read_json(tmp_path / "whole" / "web" / "meta.json")
@@ -123,64 +130,26 @@ def test_a_stopped_run_goes_on_and_ends_the_same(documents, small_batches, tmp_p
 
 
 def test_progress_of_other_settings_or_lost_tokens_is_refused(small_batches, tmp_path, monkeypatch):
-    def stop(*arguments):
-        raise Killed
-
-    monkeypatch.setattr(public, "join_parts", stop)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(public, "write_json", dying_before_the_end)
         small_batches("out")
-    for flag in ("--tokens=3", "--processes=2"):
+    for flag in ("--tokens=3", "--column=url"):
         with pytest.raises(UserError, match="of a run with other settings"):
             small_batches("out", flag)
-    os.truncate(tmp_path / "out" / "web" / "part-0" / "train.bin", 10)
+    os.truncate(tmp_path / "out" / "web" / "train.bin", 10)
     with pytest.raises(UserError, match="has lost tokens"):
         small_batches("out")
 
 
-def dying_worker(config, folder, number, recipe):
-    """What a process of part 1 does until it is killed at its 1,500th document; the other one just works."""
-    public.DOCUMENTS, public.NOTE_EVERY = 50, 4
-    add, calls = public.Part.add, []
-
-    def dying(self, *arguments):
-        calls.append(add(self, *arguments))
-        if len(calls) == 1500:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if number == 1:
-        public.Part.add = dying
-    public.worker(config, folder, number, recipe)
-
-
-def test_several_processes_one_of_them_killed(small_batches, tmp_path, monkeypatch):
-    """Text that is less than asked for comes out the same, whoever read it, and whoever was killed."""
-    small_batches("one", "--tokens=1e9")
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(UserError, match=r"part-1 was stopped \(exit code -9\)"),
-    ):
-        patch.setattr(public, "worker", dying_worker)
-        small_batches("two", "--tokens=1e9", "--processes=2")
-    note = read_json(tmp_path / "two" / "web" / "part-1" / "progress.json")
-    assert sum(counts["documents"] for counts in note["splits"].values()) == 1400 and not note["done"]
-    small_batches("two", "--tokens=1e9", "--processes=2")
-    for split in SPLITS:
-        assert read(tmp_path / "one" / "web" / f"{split}.bin") == read(tmp_path / "two" / "web" / f"{split}.bin")
-    assert sorted(os.listdir(tmp_path / "two" / "web")) == ["meta.json", "test.bin", "train.bin", "val.bin"]
-
-
-def test_each_process_takes_its_share_of_the_tokens(prepare, texts, data, tmp_path):
-    must(prepare("--domain=web", "--tokens=6e4", "--processes=2"))
-    encoding, expected = load_tokenizer(data), []
-    for shard in (texts[:3500], texts[3500:]):
-        ids, start = [], 0
-        while len(ids) < 3e4:
-            for text in shard[start : start + public.DOCUMENTS]:
-                ids += [*encoding.encode_ordinary(text), encoding.eot_token] if split_of(text) == "train" else []
-            start += public.DOCUMENTS
-        expected += ids
-    assert tokens_of(tmp_path / "out", "web", "train").tolist() == expected
-    assert read_json(tmp_path / "out" / "web" / "meta.json")["train"]["tokens"] == len(expected)
+def test_one_process_writes_at_a_time_and_overwrite_makes_it_anew(small_batches, tmp_path):
+    folder = tmp_path / "out" / "web"
+    with locked(folder), pytest.raises(UserError, match="another process is writing into"):
+        small_batches("out")
+    small_batches("out")
+    before = read(folder / "train.bin")
+    small_batches("out", "--tokens=5e4", "--overwrite=True")
+    after = read(folder / "train.bin")
+    assert 0 < len(after) < len(before) and before.startswith(after)
 
 
 def test_json_lines_give_the_same(prepare, texts, tmp_path):
@@ -203,7 +172,6 @@ def test_json_lines_give_the_same(prepare, texts, tmp_path):
         (["--column=body"], "name local files that have a column 'body'"),
         (["--source=wikipedia"], "--source=wikipedia cannot be read"),
         (["--tokenizer=nowhere"], "--tokenizer=nowhere: there is no tokenizer"),
-        (["--processes=3"], "--processes=3, but --source="),
         (["--tokens=0"], "tokens must lie in [1, inf)"),
     ],
 )

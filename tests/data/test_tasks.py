@@ -17,7 +17,7 @@ from helpers import must, read, read_json, run
 from common.corpus import HELD_OUT, SPLITS, Corpus, split_of
 from common.tokenizer import END_OF_TEXT, load_tokenizer
 from data import code_task as lines
-from data.encyclopedia import PEOPLE, THINGS, WORLDS, make_world, unasked_facts, world_documents, world_task
+from data.encyclopedia import PEOPLE, PLACES, make_world, unasked_facts, wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.task import Task, edit_similarity, exact_match, mean_score, read_answer
 from eval import EvalConfig, task_scores
@@ -26,11 +26,11 @@ from study.btm import NearestEnsemble
 
 
 class World:
-    """A world, and patterns to find its facts in a text without its templates; the first 6,000 documents, by split."""
+    """The encyclopedia's world, patterns to find its facts in a text without its templates, and its first 6,000
+    documents, by split."""
 
-    def __init__(self, name):
-        self.name = name
-        self.entities, self.attributes = make_world(name)
+    def __init__(self):
+        self.entities, self.attributes = make_world()
         self.by_name = {entity.name: entity for entity in self.entities}
         self.values = {  # (kind, value) -> attribute
             (kind, value): attribute.name
@@ -44,7 +44,7 @@ class World:
             for kind in self.attributes
         }
         self.documents = {split: [] for split in SPLITS}
-        for split, read_text in itertools.islice(world_documents(0, name), 6000):
+        for split, read_text in itertools.islice(wiki_documents(0), 6000):
             self.documents[split].append(read_text())
 
     def everything(self):
@@ -58,8 +58,8 @@ class World:
                 (name,) = self.name_pattern.findall(question)
                 yield name, self.values[self.by_name[name].kind, answer], answer
             return
-        named, (_, person) = self.name_pattern.findall(text.split(". ")[0]), self.attributes
-        people = [name for name in named if self.by_name[name].kind == person]  # a birthplace is a name too
+        named = self.name_pattern.findall(text.split(". ")[0])
+        people = [name for name in named if self.by_name[name].kind == "person"]  # a birthplace is a name too
         name = (people or named)[0]
         kind = self.by_name[name].kind
         for sentence in text.strip().removesuffix(".").split(". "):
@@ -69,9 +69,9 @@ class World:
             yield name, self.values[kind, value], value
 
 
-@pytest.fixture(scope="module", params=WORLDS)
-def world(request):
-    return World(request.param)
+@pytest.fixture(scope="module")
+def world():
+    return World()
 
 
 @pytest.fixture(scope="module")
@@ -95,30 +95,16 @@ def texts_of(folder, domain, split):
 
 
 def test_a_world_can_be_checked_and_guessed(world):
-    assert len(world.entities) == PEOPLE + THINGS == len(world.by_name)
+    assert len(world.entities) == PEOPLE + PLACES == len(world.by_name)
     attributes = list(itertools.chain(*world.attributes.values()))
     assert len(world.values) == sum(len(attribute.values) for attribute in attributes)
     words = [word for name in world.by_name for word in name.split()[-1:]]
     assert len(set(words)) == len(words)
-    least = 7 if world.name == "wiki" else 6
     for attribute in attributes:
-        assert 8 <= len(attribute.values) <= 30 and len(attribute.questions) >= 3 and len(attribute.statements) >= least
+        assert 8 <= len(attribute.values) <= 30
+        assert len(attribute.questions) >= 3 and len(attribute.statements) >= 7
         assert all("{value}" in one and one.endswith(".") for one in attribute.statements)
         assert all("{name}" in one and one.endswith("?") for one in attribute.questions)
-
-
-def test_worlds_share_no_name_and_hardly_a_wording():
-    names, wordings = [], []
-    for world in WORLDS:
-        entities, attributes = make_world(world)
-        names.append({word for entity in entities for word in entity.name.split()})
-        known = itertools.chain(*attributes.values())
-        wordings.append({line for attribute in known for line in (*attribute.statements, *attribute.questions)})
-    for one, other in itertools.combinations(range(len(WORLDS)), 2):
-        assert not names[one] & names[other]
-        assert wordings[one] & wordings[other] <= {
-            "{he} belongs to {value}."
-        }  # a town to its region, a moon to its planet
 
 
 def test_every_document_states_the_same_facts(world):
@@ -152,14 +138,9 @@ def test_no_question_of_the_task_was_ever_asked(world):
     quizzed = {fact[:2] for text in world.everything() if text.startswith("Question:") for fact in world.stated(text)}
     told, asked = "\n".join(world.everything()), []
     for seed, split in ((0, "val"), (1, "test")):  # which facts a split has does not depend on the seed
-        task = world_task(world.documents, split, seed, world.name)
-        unasked = len(unasked_facts(split, world.name))
-        assert (
-            len(task.rows)
-            == len({row["prompt"] for row in task.rows})
-            == unasked
-            > (240 if world.name == "wiki" else 160)
-        )
+        task = wiki_task(world.documents, split, seed)
+        unasked = len(unasked_facts(split))
+        assert len(task.rows) == len({row["prompt"] for row in task.rows}) == unasked > 240
         for row in task.rows:
             ((name, attribute, value),) = world.stated(f"{row['prompt']} {row['answer']}\n")
             assert row["prompt"] not in told
@@ -167,7 +148,7 @@ def test_no_question_of_the_task_was_ever_asked(world):
             asked.append((name, attribute))
     assert not quizzed & {*asked}
     assert len({*asked}) == len(asked) == sum(len(entity.facts) - len(entity.asked) for entity in world.entities)
-    val, test = (Counter(attribute.name for _, attribute in unasked_facts(split, world.name)) for split in HELD_OUT)
+    val, test = (Counter(attribute.name for _, attribute in unasked_facts(split)) for split in HELD_OUT)
     assert val.keys() == test.keys() == {attribute for _, attribute in quizzed}
     assert all(abs(val[attribute] - test[attribute]) <= 1 for attribute in val)
     for entity in world.entities:
@@ -175,17 +156,16 @@ def test_no_question_of_the_task_was_ever_asked(world):
 
 
 def test_the_same_seed_gives_the_same_text(world):
-    again = [read_text() for _, read_text in itertools.islice(world_documents(0, world.name), 200)]
-    other = [read_text() for _, read_text in itertools.islice(world_documents(1, world.name), 200)]
+    again = [read_text() for _, read_text in itertools.islice(wiki_documents(0), 200)]
+    other = [read_text() for _, read_text in itertools.islice(wiki_documents(1), 200)]
     assert set(again) <= set(world.everything()) and not set(again) & set(other)
-    same, once_more, new = (world_task({}, "val", seed, world.name).rows for seed in (0, 0, 1))
+    same, once_more, new = (wiki_task({}, "val", seed).rows for seed in (0, 0, 1))
     assert same == once_more != new
 
 
 def test_baselines_of_a_world_by_counting(world):
-    task = world_task({}, "test", 0, world.name, count=200)
-    count = len(task.rows)
-    assert count == (200 if world.name == "wiki" else 174)
+    task = wiki_task({}, "test", 0, count=200)
+    assert len(task.rows) == 200
     right = chance = 0
     for row in task.rows:
         kind = next(kind for kind in world.attributes if any(a.name == row["kind"] for a in world.attributes[kind]))
@@ -193,7 +173,7 @@ def test_baselines_of_a_world_by_counting(world):
         best = [value for value in values if values[value] == max(values.values())]
         right += best[0] == row["answer"]
         chance += 1 / next(len(a.values) for a in world.attributes[kind] if a.name == row["kind"])
-    assert task.baselines()["accuracy"] == {"chance": round(chance / count, 4), "majority": round(right / count, 4)}
+    assert task.baselines()["accuracy"] == {"chance": round(chance / 200, 4), "majority": round(right / 200, 4)}
 
 
 def test_lines_worth_asking():
