@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from common.hf import INDEX
-from model import IGNORE, ModelConfig, MoE, Transformer, generate, load_balancing_loss
+from model import IGNORE, ModelConfig, MoE, Transformer, generate, load_balancing_loss, rotate
 
 DENSE = ModelConfig(
     vocab_size=80,
@@ -107,6 +107,14 @@ def test_a_dense_tied_checkpoint_of_transformers_loads(tmp_path):
     ids = torch.randint(80, (2, 30))
     again = Transformer.from_pretrained(str(tmp_path / "theirs"))
     assert (again(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+
+
+def test_rotate_is_a_rotation_of_pairs():
+    torch.manual_seed(1)
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    angles = torch.randn(5, 4, dtype=torch.float64)
+    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(rotate(x, angles.cos(), angles.sin()), torch.cat((pairs.real, pairs.imag), -1))
 
 
 # ---- the mixture of experts ----

@@ -290,6 +290,24 @@ def test_switch_drops_the_late_tokens_of_a_full_expert():
     assert (layer(x)[0][0, 7].abs() > 0).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dead_expert_gets_zero_gradients_from_poisoned_memory(dtype):
+    """grouped_mm must write the gradients of an expert without a row, not leave what was in memory before."""
+    layer, x = random_layer("topk")
+    x = x.detach().abs() + 0.1
+    layer.gate.weight.data[0] = -9.0  # loses for every token
+    for _ in range(3):
+        poison = [torch.full(parameter.shape, float("nan")) for parameter in layer.parameters() for _ in range(4)]
+        poison += [one.to(dtype) for one in poison]
+        del poison
+        y, gates, _ = layer(x.to(dtype))
+        assert (gates[:, 0] == 0).all()
+        layer.zero_grad()
+        y.float().square().sum().backward()
+        for weight in layer.experts.parameters():
+            assert (weight.grad[0] == 0).all() and weight.grad.isfinite().all() and weight.grad[1:].any()
+
+
 # ---- losses ----
 
 
