@@ -9,7 +9,8 @@ from data.task import Task, choices_of
 
 CONTEXT_BYTES = 400  # about 160 tokens
 MIN_CONTEXT_BYTES = 200
-MIN_CHARACTERS, MAX_BYTES = 8, 60  # of a line to complete: with fewer anything fits, with more nothing does
+MIN_CHARACTERS = 8  # of a line to complete: with fewer anything fits
+MAX_BYTES = 60  # of one: with more nothing does
 CONSTANT = re.compile(r"""(["']).*?\1|\d+""")  # nobody can foresee what a string or a number says
 TRIPLE_QUOTED = re.compile(r"(\"{3}|'{3}).*?\1", re.DOTALL)
 
@@ -31,11 +32,14 @@ def lines_of_strings(text):
 def completions(text):
     """A row for each line of a file that is worth asking, in hash order. The prompt is as many whole lines before it
     as fit CONTEXT_BYTES, then its indentation, so that tokens fall as they do in training text."""
-    rows, lines, strings = [], text.split("\n"), lines_of_strings(text)
+    rows = []
+    lines = text.split("\n")
+    strings = lines_of_strings(text)
     for number, line in enumerate(lines):
         if number in strings or not is_worth_asking(line):
             continue
-        first, size = number, 0
+        first = number
+        size = 0
         while first > 0 and size + len(lines[first - 1].encode()) + 1 <= CONTEXT_BYTES:
             first -= 1
             size += len(lines[first].encode()) + 1
@@ -50,7 +54,8 @@ def found_elsewhere(rows, texts):
     """Which prompts, with their answers, are in one of the texts: a set of (prompt, answer). Where one is, its inner
     lines are whole lines of that text, so most are told apart by their lines, without a search through all text."""
     inner = {id(row): set(f"{row['prompt']}{row['answer']}".split("\n")[1:-1]) for row in rows}
-    wanted, known = set().union(*inner.values()), set()
+    wanted = set().union(*inner.values())
+    known = set()
     for text in texts:
         known |= wanted.intersection(text.split("\n"))
     everything = "\0".join(texts)
@@ -64,7 +69,8 @@ def code_task(texts, split, seed, count=500):
     copy the line above. The task is the same for every seed; there is none (None) where no line is worth asking."""
     candidates = [row for row in chain.from_iterable(zip_longest(*map(completions, texts[split]))) if row]
     elsewhere = found_elsewhere(candidates, [text for name in texts if name != split for text in texts[name]])
-    rows, seen = [], set()
+    rows = []
+    seen = set()
     for row in candidates:
         if row["prompt"] not in seen and (row["prompt"], row["answer"]) not in elsewhere:
             rows.append(row)

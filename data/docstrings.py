@@ -29,7 +29,9 @@ MARKUP = [
 def _blocks(text):
     """Runs of lines without a blank one: [(indent, lines)]. A list item, a term and, below "name : type",
     the deeper indented description are blocks of their own."""
-    block, indent, last_indent = [], 0, 0
+    block = []
+    indent = 0
+    last_indent = 0
     for line in [*inspect.cleandoc(text).split("\n"), ""]:
         stripped = line.strip()
         line_indent = len(line) - len(line.lstrip())

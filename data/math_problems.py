@@ -19,7 +19,8 @@ from data.task import Task, choices_of, read_answer
 
 TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")
 MARKER = "####"  # the final answer follows it
-SMALLEST, LARGEST = 2, 999  # no value leaves this range, so plurals are always right
+SMALLEST = 2  # no value leaves this range, so plurals are always right
+LARGEST = 999
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
 MAX_REPEATS = 10_000  # as many problems in a row that were there before: the templates are exhausted
@@ -152,8 +153,10 @@ def make_problem(template, rng):
 
 def math_documents(seed):
     """(split, read) for problems, in practice without end; the question, numbers and all, decides the split."""
-    rng, templates = random.Random(f"math {seed}"), read_templates()
-    seen, repeats = set(), 0
+    rng = random.Random(f"math {seed}")
+    templates = read_templates()
+    seen = set()
+    repeats = 0
     while repeats < MAX_REPEATS:
         problem = make_problem(rng.choice(templates), rng)
         if problem.question in seen:
@@ -175,8 +178,10 @@ def wrong_results(problem):
 def math_task(texts, split, seed, count=500):
     """Problems of the split, evenly spread over the templates. Chance is any number an answer may be, majority the most
     frequent answer of the training text."""
-    rng, templates = random.Random(f"math task {seed}"), read_templates()
-    rows, seen = [], set()
+    rng = random.Random(f"math task {seed}")
+    templates = read_templates()
+    rows = []
+    seen = set()
     while len(rows) < count:
         template = templates[len(rows) % len(templates)]
         problem = make_problem(template, rng)

@@ -47,13 +47,15 @@ def _jsonl_documents(text, key, path):
 
 def _pieces(text, piece_bytes=PIECE_BYTES):
     """Cut a long text at blank lines into pieces of about piece_bytes."""
-    piece, size = [], 0
+    piece = []
+    size = 0
     for paragraph in text.split("\n\n"):
         piece.append(paragraph)
         size += len(paragraph.encode()) + 2
         if size >= piece_bytes:
             yield "\n\n".join(piece)
-            piece, size = [], 0
+            piece = []
+            size = 0
     if piece:
         yield "\n\n".join(piece)
 
@@ -64,7 +66,8 @@ def read_own(path):
     Raises UserError when the path is missing, holds no such files, or a file cannot be read.
     """
     path = os.path.expanduser(path)
-    documents, digest = {}, hashlib.sha256()
+    documents = {}
+    digest = hashlib.sha256()
     for key, full in _list_files(path):
         try:
             with open(full, encoding="utf-8") as file:
@@ -99,7 +102,8 @@ def own_documents(documents, seed):
     """
     sizes = {key: len(text.encode()) for key, text in documents.items()}
     wanted = min(max(HELD_OUT_SHARE * sum(sizes.values()), MIN_HELD_OUT_BYTES), sum(sizes.values()) / 4)
-    left, held_out = in_hash_order(documents, "split")[::-1], {}
+    left = in_hash_order(documents, "split")[::-1]
+    held_out = {}
     for split, to_leave in (("val", 2), ("test", 1)):  # documents at least, for the splits that follow
         size = 0
         while size < wanted and len(left) > to_leave:

@@ -78,12 +78,14 @@ def open_stream(config):
     atexit.register(time.sleep, 0.5)
     if config.source in SOURCES:
         source = SOURCES[config.source]
-        column, options = source.column, {"path": source.id, "name": source.config}
+        column = source.column
+        options = {"path": source.id, "name": source.config}
         about = {"id": source.id, "config": source.config, "licence": source.licence}
     else:
         files = list_files(config.source)
         kind = FORMATS[os.path.splitext(files[0])[1]]
-        column, options = config.column, {"path": kind, "data_files": files}
+        column = config.column
+        options = {"path": kind, "data_files": files}
         if kind == "parquet":
             options["columns"] = [column]  # reading all takes several times as long
         about = {"files": [[os.path.basename(name), os.path.getsize(name)] for name in files]}

@@ -1,7 +1,7 @@
 """The seed: 12.6 M parameters, as many as 0.6 B tokens of offline text can feed, for one CUDA GPU of 24 GB.
 
 Shape, shares of the stages and what is frozen are config/cpu's. A larger card is only faster here: more parameters
-would want more text than a Python installation holds (config/gpu80).
+would want more text than a Python installation holds.
 """
 
 out_dir = "out/gpu/seed"
