@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import HELD_OUT, Corpus
-from common.device import DEVICES, pick_device, place, send
+from common.device import DEVICES, pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
 from data.task import CHOICES, METRICS, mean_score, read_answer
 from model import Transformer, generate
+from train import Validation, bits_per_byte
 
 GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
 CHOICE_TOKENS = 128  # of a question and one of its choices
@@ -54,42 +55,6 @@ class EvalConfig(ReadingConfig):
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
     overwrite: bool = key(False, "discard the results.json that is there, and score everything anew")
-
-
-@torch.no_grad()
-def bits_per_byte(model, inputs, targets, token_bytes, batch_size=16):
-    """(nats summed over tokens / (ln 2 * bytes summed), which is comparable between tokenizers; how often each layer
-    used each expert (L, E), or None for a dense model). inputs, targets: (N, T). token_bytes: (V,)."""
-    device, nats, used = next(model.parameters()).device, 0.0, None  # sums on the device, read once
-    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        output = model(send(x, device), send(y, device))
-        nats = nats + output.loss.double() * y.numel()
-        if output.gates is not None:
-            count = (output.gates > 0).sum(dim=(1, 2))  # (L, E)
-            used = count if used is None else used + count
-    return float(nats) / math.log(2) / int(token_bytes[targets].sum()), used
-
-
-class Validation:
-    """Fixed windows of every domain's split ("val" or "test")."""
-
-    def __init__(self, corpus, sequence_length, count, split="val"):
-        self.windows = {name: corpus.windows(name, split, sequence_length, count) for name in corpus.domains}
-        self.bytes = corpus.token_bytes
-
-    def scores(self, model):
-        """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
-
-        A share is the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
-        """
-        bpb, load = {}, {}
-        for domain, (inputs, targets) in self.windows.items():
-            bpb[domain], used = bits_per_byte(model, inputs, targets, self.bytes)
-            if used is not None:
-                shares = used / used.sum(dim=1, keepdim=True)
-                load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
-        bpb["avg"] = sum(bpb.values()) / len(bpb)
-        return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
 
 
 def spliced_scores(model, corpus, config):

@@ -35,6 +35,7 @@ def load_mixture(config, corpus):
         raise UserError("--init_from is empty; name the folder that mix.py wrote")
     if not ModelConfig.from_pretrained(config.init_from).num_local_experts:
         raise UserError(f"{config.init_from} is a dense model; mix some first: python mix.py --experts=DIR,DIR")
+    # how tokens are routed is this run's choice, not the checkpoint's
     routing = {name: getattr(config, name) for name in ROUTING}
     if config.num_experts_per_tok:
         routing["num_experts_per_tok"] = config.num_experts_per_tok

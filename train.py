@@ -23,7 +23,6 @@ from common.errors import UserError, command
 from common.hf import group_of, local_folder, same_tokenizer
 from common.parallel import Processes
 from common.run import Run, parent_of
-from eval import Validation
 from model import ModelConfig, Transformer
 
 FREEZABLE = ("embeddings", "head", "attention", "norms", "experts", "router")
@@ -122,7 +121,7 @@ def freeze(model, text):
 
 def make_optimizer(config, model):
     """AdamW with weight decay on matrices (and stacks of them), not on norms. Routers have a rate of their own."""
-    groups = {}
+    groups = {}  # {(scale of the learning rate, weight decay): parameters}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = config.router_learning_rate if group_of(name) == "router" else 1.0
@@ -131,6 +130,7 @@ def make_optimizer(config, model):
     betas = config.adam_beta1, config.adam_beta2
     # AdamW keeps a group's `scale` as it is; train_step multiplies the learning rate by it
     groups = [{"params": params, "weight_decay": decay, "scale": scale} for (scale, decay), params in groups.items()]
+    # fused: one pass over the parameters, on a CPU, too
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
@@ -141,6 +141,53 @@ def learning_rate(config, step):
     progress = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     low = config.min_learning_rate
     return config.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+# ---- evaluation in training ----
+
+
+@torch.no_grad()
+def bits_per_byte(model, inputs, targets, token_bytes, batch_size=16):
+    """(bits per byte, how often each layer used each expert (L, E) or None for a dense model).
+
+    Bits per byte, nats summed over tokens / (ln 2 * bytes summed), can be compared between tokenizers.
+    inputs, targets: (N, T). token_bytes: (V,).
+    """
+    device = next(model.parameters()).device
+    nats = 0.0  # sums stay on the device and are read once
+    used = None
+    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        output = model(send(x, device), send(y, device))
+        nats = nats + output.loss.double() * y.numel()
+        if output.gates is not None:
+            count = (output.gates > 0).sum(dim=(1, 2))  # (L, E)
+            used = count if used is None else used + count
+    return float(nats) / math.log(2) / int(token_bytes[targets].sum()), used
+
+
+class Validation:
+    """Fixed windows of every domain's split ("val" or "test")."""
+
+    def __init__(self, corpus, sequence_length, count, split="val"):
+        self.windows = {name: corpus.windows(name, split, sequence_length, count) for name in corpus.domains}
+        self.bytes = corpus.token_bytes
+
+    def scores(self, model):
+        """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
+
+        A share is the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
+        """
+        bpb, load = {}, {}
+        for domain, (inputs, targets) in self.windows.items():
+            bpb[domain], used = bits_per_byte(model, inputs, targets, self.bytes)
+            if used is not None:
+                shares = used / used.sum(dim=1, keepdim=True)
+                load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
+        bpb["avg"] = sum(bpb.values()) / len(bpb)
+        return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
+
+
+# ---- the run ----
 
 
 def check_sizes(config, corpus, model, processes):
@@ -189,7 +236,7 @@ def train_step(config, step, model, optimizer, batches, processes):
     """
     parts = processes.micro_batches(config.batch_size, config.micro_batch_size)
     number = torch.full((), step, device=processes.device)
-    metrics = {}
+    metrics = {}  # float64: sums over many steps stay exact
     for start, stop in parts:
         if processes.world > 1:  # average gradients between processes on the last micro-batch only
             model.set_requires_all_reduce(stop == parts[-1][1])
@@ -197,6 +244,7 @@ def train_step(config, step, model, optimizer, batches, processes):
         # a router's noise depends on the place in the batch alone: a tuple of ints hashes alike everywhere
         torch.manual_seed(hash((config.seed, step, start)))
         output = model(inputs, targets, step=number)
+        # each micro-batch counts alike, so that the gradient is that of the whole batch's mean
         ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
             metrics[name] = metrics.get(name, 0) + value.detach().double() / len(parts)
@@ -204,7 +252,7 @@ def train_step(config, step, model, optimizer, batches, processes):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group["scale"]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)  # no gradient is kept until the next backward pass
     return metrics
 
 
@@ -213,16 +261,17 @@ def train(config, make_model):
 
     make_model: function(config, corpus) -> Transformer on the CPU, called unless the run is finished already.
     """
-    config = dataclasses.replace(config, init_from=local_folder(config.init_from))
+    config = dataclasses.replace(config, init_from=local_folder(config.init_from))  # hf:OWNER/NAME is downloaded
     corpus = Corpus(config.data_dir)
     mixture = corpus.mixture(config.domain)
     recipe = make_recipe(config, corpus, mixture)
+    # the folder is locked from here on; a run of another recipe is refused
     with Processes() as processes, Run(config.out_dir, recipe, config.overwrite, processes) as run:
         if run.finished:
             print(f"{config.out_dir} is finished ({config.max_steps} steps), nothing to do")
             return
         if config.init_from:
-            same_tokenizer([config.init_from, config.data_dir])
+            same_tokenizer([config.init_from, config.data_dir])  # ids of another tokenizer would be noise
 
         # the model, on its device; under torchrun in pieces
         processes.device = device = pick_device(config.device, config.threads)
@@ -281,6 +330,7 @@ def train(config, make_model):
                     f"step {step}: the loss is {loss}, the gradient's norm {norm}; {config.out_dir} keeps its last "
                     "good checkpoint; try a lower --learning_rate"
                 )
+            # sums for the next line of the log; they are part of a checkpoint
             for name, value in metrics.items():
                 run.sums[name] = run.sums.get(name, 0) + value
             step += 1
@@ -289,6 +339,7 @@ def train(config, make_model):
             bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
             bar.update()
 
+        # a run that was told to stop ends as the signal would have ended it
         bar.close()
         done = "finished" if last else "stopped and saved, the same command goes on from here"
         print(f"{config.out_dir}: {done}; step {step}, {step * tokens_per_step / run.seconds / 1000:.1f}k tokens/s")
