@@ -42,6 +42,33 @@ SHORT = (
 TOKENS = 12 * 8 * 32  # of one such run
 
 
+# Python code that ends the process at the n-th time that a file takes its name, just before or just after
+KILL_AT_RENAME = """
+import os, signal
+replace, count = os.replace, 0
+def replace_or_die(*names):
+    global count
+    count += 1
+    if count == {n} and {before}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+    if count == {n}:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_or_die
+"""
+
+# Python code that sends the process a signal while it fetches the batch of a step
+SIGNAL_AT_STEP = """
+import os, common.corpus
+fetch = common.corpus.Batches.__call__
+def fetch_or_signal(self, step, *rows):
+    if step == {step}:
+        os.kill(os.getpid(), {signal})
+    return fetch(self, step, *rows)
+common.corpus.Batches.__call__ = fetch_or_signal
+"""
+
+
 class Result(NamedTuple):
     code: int
     out: str

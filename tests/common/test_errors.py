@@ -4,13 +4,21 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, run_process
+from helpers import ROOT, SHAPE, SHORT, error_line, must, read, read_json, run, run_process
 from safetensors.torch import load_file, save_file
 
+from common import errors
 from model import ModelConfig, Transformer
+
+
+@pytest.fixture
+def flags(data):
+    return [*SHAPE, *SHORT, f"--data_dir={data}"]
 
 
 @pytest.fixture
@@ -255,3 +263,181 @@ def test_sampling(seed, mixed):
         assert first != must(run("sample.py", f"--model={folder}", *flags, "--seed=2", "--temperature=2.0")).out
     assert "--prompt is empty" in error_line(run("sample.py", f"--model={seed}", "--prompt="))
     assert "the model takes 128" in error_line(run("sample.py", f"--model={seed}", f"--prompt={'x ' * 200}"))
+
+
+# ---- weights and shapes that nobody should compute with ----
+
+
+@pytest.fixture
+def foreign(seed, tmp_path):
+    """The seed's weights, shape and tokenizer alone, as from elsewhere."""
+    leave_out = shutil.ignore_patterns("run.json", "state.pt", "log.jsonl")
+    return shutil.copytree(seed, tmp_path / "foreign", ignore=leave_out)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_poisoned_weights_are_named(value, foreign, data, tmp_path):
+    tensors = load_file(foreign / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = value
+    save_file(tensors, foreign / "model.safetensors")
+    for done in all_readers(foreign, data, tmp_path):
+        assert "model.layers.1.self_attn.q_proj.weight holds NaN or infinity" in error_line(done)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.float64])
+def test_weights_of_another_kind_are_refused(dtype, foreign, data, tmp_path):
+    tensors = load_file(foreign / "model.safetensors")
+    name = "model.norm.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, foreign / "model.safetensors")
+    for done in all_readers(foreign, data, tmp_path):
+        assert f"{name} is stored as" in error_line(done)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a whole number"),
+        ({"hidden_size": -32}, "hidden_size must be a whole number"),
+        ({"intermediate_size": 48.5}, "intermediate_size must be a whole number"),
+        ({"vocab_size": "many"}, "vocab_size must be a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings must be a whole number"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"rope_theta": "big"}, "rope_theta must be a positive number"),
+        ({"rope_theta": -1.0}, "rope_theta must be a positive number"),
+        ({"rope_theta": None, "rope_parameters": None}, None),  # transformers' default
+        ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts must be a whole number"),
+        ({"model_type": ["llama"]}, "model_type"),
+    ],
+)
+def test_a_shape_that_cannot_be(change, words, foreign, data, tmp_path):
+    (foreign / "config.json").write_text(json.dumps({**read_json(foreign / "config.json"), **change}))
+    for done in all_readers(foreign, data, tmp_path):
+        if words:
+            assert words in error_line(done) and str(foreign / "config.json") in error_line(done)
+        else:
+            must(done)
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_a_model_whose_vocabulary_is_not_the_datas(data, tmp_path):
+    Transformer(ModelConfig(64, 16, 16, 1, 2, 2, 128)).save_pretrained(tmp_path / "small")
+    flags = f"--data_dir={data}", "--sequence_length=32", f"--out_dir={tmp_path}/out"
+    assert "64 entries" in error_line(run("eval.py", f"--model={tmp_path}/small", *flags))
+    message = error_line(run("train.py", *SHORT, f"--init_from={tmp_path}/small", *flags))
+    assert "the model's vocab_size is only 64" in message
+
+
+# ---- keys have ranges, files have encodings ----
+
+RANGES = {
+    "train.py": {
+        "learning_rate": "0 -1e-3 nan inf",
+        "min_learning_rate": "-0.1 1.5 nan",
+        "weight_decay": "-0.1 nan inf",
+        "adam_beta1": "1.0 -0.1 nan",
+        "adam_beta2": "1.0 nan",
+        "max_grad_norm": "0 nan inf",
+        "threads": "-1 100000",
+        "seed": "-1 99999999999999999999",
+        "max_steps": "0",
+        "hidden_size": "0 -8",
+        "batch_size": "0",
+        "sequence_length": "0",
+        "eval_windows": "0",
+        "domain": "math:nan math:inf math,math math:-1 math:0 snow",
+        "freeze": "tail",
+    },
+    "finetune.py": {
+        "router_aux_loss_coef": "-1 nan inf",
+        "router_z_loss_coef": "-1 nan",
+        "num_experts_per_tok": "-1",
+    },
+    "mix.py": {"router_std": "-1 nan inf", "split": "0", "drop": "1.5 nan", "num_experts_per_tok": "0"},
+    "eval.py": {"sequence_length": "0", "eval_windows": "0", "task_problems": "0", "max_new_tokens": "0"},
+    "sample.py": {
+        "temperature": "-1 nan inf",
+        "top_k": "-1",
+        "num_samples": "0 -2",
+        "max_new_tokens": "0 -5",
+        "seed": "-1",
+        "threads": "-1",
+    },
+    "data/prepare.py": {"max_bytes": "-1", "vocab_size": "0 100 99999999"},
+}
+
+
+@pytest.mark.parametrize("script", RANGES)
+def test_keys_have_ranges(script, data, mixed, seed, tmp_path):
+    flags = [f"--out_dir={tmp_path}/out"]
+    flags += {"mix.py": [f"--experts={seed},{seed}"], "sample.py": [f"--model={seed}"]}.get(script, [])
+    flags += [f"--data_dir={data}"] if script in ("train.py", "finetune.py", "eval.py") else []
+    flags += [f"--init_from={mixed}"] if script == "finetune.py" else []
+    flags += [f"--model={seed}"] if script == "eval.py" else []
+    flags = [flag for flag in flags if not (script == "sample.py" and "out_dir" in flag)]
+    for name, values in RANGES[script].items():
+        for value in values.split():
+            message = error_line(run(script, *flags, f"--{name}={value}"))
+            assert name in message, message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"max_steps = 3  # caf\xe9\n", "is not UTF-8"),
+        (b"max_steps = 3\0\n", "config.py"),
+        (b"max_steps = {[]: 1}\n", "must be a plain number"),
+        (b"max_steps = {{}}\n", "must be a plain number"),
+        (b"max_steps = " + 5000 * b"(" + 5000 * b")" + b"\n", "config.py"),
+        (b"max_steps = " + 3000 * b"-" + b"1\n", "config.py"),
+        (b"max_steps = 9" + 4999 * b"9" + b"\n", "config.py"),
+        (b"out_dir = 'a\\x1b[31mb'\n", "holds a control character"),
+    ],
+)
+def test_config_files_of_every_kind(text, words, tmp_path):
+    (tmp_path / "config.py").write_bytes(text)
+    assert words in error_line(run("train.py", tmp_path / "config.py"))
+
+
+def test_a_byte_order_mark_is_no_matter(flags, tmp_path):
+    (tmp_path / "config.py").write_bytes(b"\xef\xbb\xbfmax_steps = 1\n")
+    must(run("train.py", tmp_path / "config.py", *flags, "--max_steps=1", f"--out_dir={tmp_path}/run"))
+
+
+def test_names_cannot_reach_the_terminal(seed, tmp_path):
+    assert "holds a control character" in error_line(run("sample.py", "--model=\x1b[31mred"))
+    assert "\x1b" not in error_line(run("sample.py", "--modell\x1b[31m=x"))
+
+
+def test_a_prompt_that_is_not_utf8(seed):
+    command = [sys.executable, "sample.py", f"--model={seed}", b"--prompt=caf\xe9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert done.returncode == 2 and b"prompt is not UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_sizes_that_no_machine_has(data, tmp_path):
+    flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out", "--hidden_size=4194304"
+    assert "out of memory; lower --micro_batch_size" in error_line(run("train.py", *flags))
+
+
+def test_results_of_another_form_are_kept(seed, data, tmp_path):
+    flags = f"--model={seed}", f"--data_dir={data}", "--sequence_length=32", f"--out_dir={tmp_path}"
+    for text in ("[1, 2]", "{}", '{"rows": 3}', '{"rows": [1]}', "half"):
+        (tmp_path / "results.json").write_text(text)
+        assert "results.json" in error_line(run("eval.py", *flags))
+        assert (tmp_path / "results.json").read_text() == text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")])
+def test_out_of_memory_names_the_knobs(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as leave:
+        errors.command(main)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
+    assert all(knob in said for knob in ("--micro_batch_size", "--checkpoint_activations=True"))

@@ -1,5 +1,5 @@
 """Several processes against one: the same curves, states that move between them, a process that dies, and messages
-counted."""
+counted; the model in shards, and its experts on different processes."""
 
 import json
 import os
@@ -8,26 +8,39 @@ import signal
 
 import numpy as np
 import pytest
-from helpers import SHORT, error_line, must, read_json, read_log, run, run_process, run_ranks, weights
-from test_resume import SIGNAL_AT_STEP
+import torch
+from helpers import (
+    SHORT,
+    SIGNAL_AT_STEP,
+    error_line,
+    must,
+    read_json,
+    read_log,
+    run,
+    run_process,
+    run_ranks,
+    weights,
+)
 
+from common.device import compiled
+from common.parallel import Processes
 from common.run import SHARDS
-from study.cost import step_bytes
+from model import ROUTERS, ModelConfig, Transformer
 
 STEPS = 6  # of each run here
 
 # the hooks are Python code that a process runs before the script
 NO_FILES = """
-import common.files
+import os
 def refuse(*names):
     raise AssertionError(f"only the first process may write {names}")
-common.files.os.replace = refuse
+os.replace = refuse
 """
 QUICK_COMPILER = """
 import functools, torch
 torch.compile = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
 """
-KILL_AT_STEP = SIGNAL_AT_STEP.replace(" and start == 0", "").format(step=5, signal=int(signal.SIGKILL))
+KILL_AT_STEP = SIGNAL_AT_STEP.format(step=5, signal=int(signal.SIGKILL))
 KILL_AT_SWITCH = """
 import os, signal
 replace, switches = os.replace, 0
@@ -97,8 +110,7 @@ def test_a_state_moves_between_numbers_of_processes(flags, alone, tmp_path):
     """Two processes are stopped by a signal that only one of them gets, a single one goes on, then four."""
     folder = tmp_path / "run"
     command = "finetune.py", *flags["finetune.py"], f"--out_dir={folder}"
-    stop = SIGNAL_AT_STEP.replace(" and start == 0", "")
-    hook = stop.format(step=1, signal=int(signal.SIGTERM))
+    hook = SIGNAL_AT_STEP.format(step=1, signal=int(signal.SIGTERM))
     done = run_ranks(2, *command, "--shard_size=2", hook=hook, hook_rank=1)
     assert [result.code for result in done] == [143, 143] and "stopped and saved" in done[0].out
     assert read_json(folder / "run.json")["step"] == 2 and len({*SHARDS} & {*os.listdir(folder)}) == 1
@@ -110,7 +122,7 @@ def test_a_state_moves_between_numbers_of_processes(flags, alone, tmp_path):
     assert "state.pt is damaged (shards." in message and "not as it was written" in message
     part.write_bytes(whole)
 
-    done = run_process(*command, hook=stop.format(step=3, signal=int(signal.SIGTERM)))
+    done = run_process(*command, hook=SIGNAL_AT_STEP.format(step=3, signal=int(signal.SIGTERM)))
     assert done.code == 143 and read_json(folder / "run.json")["step"] == 4
     assert not {*SHARDS} & {*os.listdir(folder)}  # all is in state.pt again
     all_must(run_ranks(4, *command, "--shard_size=2"))
@@ -132,17 +144,51 @@ def test_a_process_that_dies_leaves_a_message_and_a_run_to_resume(flags, alone, 
 
 
 def test_only_the_first_process_looks_and_writes(flags, alone, tmp_path):
+    """A run of another recipe ends both, a run of other source neither; it is said once."""
     folder = tmp_path / "run"
     shutil.copytree(alone["train.py"], folder)
-    made = read_json(folder / "run.json")
-    now, made["recipe"]["code"]["train.py"] = made["recipe"]["code"]["train.py"], "another"
-    made["recipe"]["config"]["out_dir"] = str(folder)
-    (folder / "run.json").write_text(json.dumps(made))
     command = "train.py", *flags["train.py"], f"--out_dir={folder}"
     refused = run_ranks(2, *command)
-    assert "train.py changed since" in error_line(refused[0]) and "lost touch" in error_line(refused[1])
-    kept = all_must(run_ranks(2, *command, "--same_code=True", hook=NO_FILES, hook_rank=1))
-    assert "nothing to do" in kept.out and read_json(folder / "run.json")["recipe"]["code"]["train.py"] == now
+    assert "holds another run (config.out_dir" in error_line(refused[0]) and "lost touch" in error_line(refused[1])
+
+    made = read_json(folder / "run.json")
+    made["recipe"]["config"]["out_dir"] = str(folder)
+    made["source"][0]["files"]["train.py"] = "another hash"
+    (folder / "run.json").write_text(json.dumps(made))
+    used = all_must(run_ranks(2, *command, hook=NO_FILES, hook_rank=1))
+    assert used.out.count("made before train.py changed") == used.out.count("nothing to do") == 1
+
+
+NOTE_STEPS = """
+import json, os, signal, train
+train_step = train.train_step
+def noted(*arguments):
+    metrics = train_step(*arguments)
+    values = {{name: value.tolist() for name, value in metrics.items()}}
+    with open(f"{folder}/{{os.environ['RANK']}}.jsonl", "a") as file:
+        file.write(json.dumps(values) + "\\n")
+    if arguments[1] == {step} and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return metrics
+train.train_step = noted
+"""
+
+
+def test_the_log_has_the_means_over_processes_and_steps(flags, tmp_path):
+    """Four steps to a line. A stop lies in between, after two of them."""
+    command = "finetune.py", *flags["finetune.py"], f"--out_dir={tmp_path}/run"
+    done = run_ranks(2, *command, hook=NOTE_STEPS.format(folder=tmp_path, step=1))
+    assert [result.code for result in done] == [143, 143], done
+    all_must(run_ranks(2, *command, hook=NOTE_STEPS.format(folder=tmp_path, step=-1)))
+    ranks = [[json.loads(line) for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines()] for rank in range(2)]
+    assert [len(steps) for steps in ranks] == [STEPS, STEPS]
+    log = read_log(tmp_path / "run")
+    assert [line["step"] for line in log] == [0, 4, 6]
+    for line, steps in zip(log[1:], (slice(0, 4), slice(4, 6)), strict=True):
+        for name in ("loss", "aux_loss", "balance_loss", "z_loss", "grad_norm"):
+            expected = np.mean([step[name] for rank in ranks for step in rank[steps]], axis=0)
+            np.testing.assert_allclose(line[name], expected, rtol=1e-9)
+    assert ranks[0][0]["loss"] != ranks[1][0]["loss"]  # each has its part of the batch
 
 
 def test_shards_must_divide_the_processes(flags, tmp_path):
@@ -182,6 +228,17 @@ train.train_step = counted
 """
 
 
+def step_bytes(numbers, world, shard_size=1, micro_batches=1):
+    """Bytes that one step sends in fp32, all processes together.
+
+    Rings: an all-reduce of P numbers over w sends 2 (w - 1) P, a gather or a reduce-scatter (w - 1) P. With shard_size
+    s there are w / s copies: each micro-batch gathers weights twice and reduces gradients once within each of them,
+    and once a step the s rings across the copies average the pieces.
+    """
+    copies = world / shard_size
+    return (micro_batches * 3 * copies * (shard_size - 1) + 2 * (copies - 1)) * 4 * numbers
+
+
 @pytest.mark.parametrize(("world", "shard_size"), [(1, 1), (2, 1), (2, 2)])
 def test_bytes_sent_are_those_of_the_formula(world, shard_size, flags, mixed, tmp_path):
     """Four micro-batches a step for two processes. A branch on one worker sends nothing; with copies a step's gradients
@@ -195,3 +252,161 @@ def test_bytes_sent_are_those_of_the_formula(world, shard_size, flags, mixed, tm
     if shard_size > 1:
         formula -= 2 * 4 * (world - 1) * 4 * sum(size for name, size in sizes.items() if ".layers." not in name)
     assert sent == pytest.approx(formula, rel=0.01)  # statistics and norms are some bytes more
+
+
+# ---- experts on different processes: gradients, in processes that run this file ----
+
+
+def random_model(router, k=None):
+    """Four experts, two layers, the same numbers in every process."""
+    k = ROUTERS[router].experts_per_token(k or 2, 4)
+    torch.manual_seed(1)
+    model = Transformer(ModelConfig(80, 16, 24, 2, 2, 1, 64, num_local_experts=4, router=router, num_experts_per_tok=k))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model
+
+
+def backward(model, rank, parts):
+    """The loss of a part of the batch, with gradients, as train_step takes them."""
+    torch.manual_seed(rank)
+    ids = torch.randint(80, (2, 30))
+    output = model(ids, ids, step=torch.tensor(7))
+    ((output.loss + output.aux_loss) / parts).backward()
+    return output.loss.detach()
+
+
+def same_gradients(processes, change=lambda model: None, choice="off", tolerance=1e-5, **shape):
+    """Assert that this process, with its part of the batch and its half of the experts, has the loss and, together with
+    the other one, the gradients and their norm of a single process. change: what to do to the model first."""
+    model = random_model(**shape)
+    change(model)
+    losses = [backward(model, rank, parts=2) for rank in range(2)]
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in wanted.values() if gradient is not None])
+
+    model = random_model(**shape)
+    change(model)
+    processes.shard(model, shard_size=1, expert_parallel=2)
+    assert {len(layer.block_sparse_moe.experts.w1.to_local()) for layer in model.model.layers} == {2}
+    loss = backward(compiled(model, choice, processes.device), processes.rank, parts=1)
+    assert loss.item() == pytest.approx(losses[processes.rank].item(), rel=tolerance)
+    assert processes.clip_gradients(model, max_norm=1e-3).item() == pytest.approx(norm.item(), rel=tolerance)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (wanted[name] is None), name
+        if parameter.grad is not None:
+            difference = parameter.grad.full_tensor() * norm / 1e-3 - wanted[name]
+            assert difference.norm() <= tolerance * wanted[name].norm(), name
+    return wanted
+
+
+def only(*experts):
+    """Leave all tokens of a top-1 router to two of the experts."""
+
+    def change(model):
+        for layer in model.model.layers:
+            gate = layer.block_sparse_moe.gate.weight.data
+            gate[experts[1]] = -gate[experts[0]]
+            gate[[e for e in range(4) if e not in experts]] = 0  # below one of the two, whatever its sign
+
+    return change
+
+
+def freeze_experts(model):
+    for layer in model.model.layers:
+        layer.block_sparse_moe.experts.requires_grad_(False)
+
+
+def recompute(model):
+    model.recompute = True
+
+
+def in_bfloat16(model):
+    model.compute_dtype = torch.bfloat16
+
+
+def check_gradients():
+    with Processes(torch.device("cpu")) as processes:
+        for router in ROUTERS:
+            same_gradients(processes, router=router)
+        same_gradients(processes, recompute, router="sample")
+        same_gradients(processes, freeze_experts, router="topk")
+        for living in ((0, 2), (0, 1), (2, 3)):  # a dead expert on each process; a process whose experts get no row
+            found = same_gradients(processes, only(*living), router="topk", k=1)
+            w1 = found["model.layers.1.block_sparse_moe.experts.w1"]
+            assert [e for e in range(4) if w1[e].any()] == list(living)
+        torch.compile = lambda function, compile=torch.compile: compile(function, backend="aot_eager")
+        same_gradients(processes, choice="on", router="topk")
+        same_gradients(processes, in_bfloat16, tolerance=0.01, router="topk")
+        same_gradients(processes, in_bfloat16, "on", tolerance=0.1, router="topk")  # against one that is not compiled
+
+
+def test_gradients_are_those_of_one_process():
+    """Four routers; activations computed twice; experts frozen or dead; bfloat16; layers compiled."""
+    all_must(run_ranks(2, os.path.abspath(__file__)))
+
+
+# ---- experts on different processes: whole runs ----
+
+
+@pytest.fixture(scope="module")
+def four(work, experts, seed, data):
+    """The finetuning of a mixture of four experts, in several micro-batches a process."""
+    folder = os.path.join(work, "four")
+    must(run("mix.py", f"--experts={','.join([*experts, seed, seed])}", "--router_std=0.5", f"--out_dir={folder}"))
+    steps = f"--max_steps={STEPS}", "--micro_batch_size=1", "--save_interval=2"
+    return [*SHORT, f"--data_dir={data}", f"--init_from={folder}", *steps]
+
+
+def test_a_run_equals_one_process_and_sends_what_the_formula_says(four, tmp_path):
+    """With the soft router, which sends as many rows to each expert. Of gradients, only those of the rest travel."""
+    command = "finetune.py", *four, "--router=soft"
+    must(run(*command, f"--out_dir={tmp_path}/alone"))
+    hook = COUNT.format(folder=tmp_path)
+    all_must(run_ranks(2, *command, f"--out_dir={tmp_path}/run", "--expert_parallel=2", hook=hook))
+    agree(tmp_path / "run", tmp_path / "alone")
+
+    model = Transformer.from_pretrained(str(tmp_path / "run"))
+    rest = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." not in name)
+    rows = 8 * 32 * 2 * 4  # of a step: tokens, layers, experts
+    # a row goes to its expert and back, and so do the two gradients; every second one stays at home
+    formula = step_bytes(rest, 2) + 4 * rows * model.config.hidden_size * 4 / 2
+    sent = sum(read_json(tmp_path / f"{rank}.json") for rank in range(2))
+    assert sent == pytest.approx(STEPS * formula, rel=0.01)  # counts of rows, statistics and norms are some bytes more
+
+
+def test_a_state_moves_between_ways_to_spread_it(four, tmp_path):
+    """Two processes with two experts each, then one, then four: two experts on each, halved, everything else in four
+    pieces."""
+    command = "finetune.py", *four, f"--out_dir={tmp_path}/run"
+    must(run("finetune.py", *four, f"--out_dir={tmp_path}/alone"))
+    hooks = [SIGNAL_AT_STEP.format(step=step, signal=int(signal.SIGTERM)) for step in (1, 3)]
+    done = run_ranks(2, *command, "--expert_parallel=2", hook=hooks[0], hook_rank=1)
+    assert [result.code for result in done] == [143, 143], done
+    done = run_process(*command, hook=hooks[1])
+    assert done.code == 143 and read_json(tmp_path / "run" / "run.json")["step"] == 4
+    all_must(run_ranks(4, *command, "--expert_parallel=2", "--shard_size=0"))
+    agree(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--expert_parallel=3"], "does not divide the model's 4 experts"),
+        (["--expert_parallel=2"], "does not divide torchrun's 1 process(es)"),
+        (["--expert_parallel=2", "--shard_size=3"], "--shard_size=3: one must be a multiple of the other"),
+        (["--expert_parallel=0"], "must lie in [1, inf)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message, four, tmp_path):
+    said = error_line(run("finetune.py", *four, *options, f"--out_dir={tmp_path}/run"))
+    assert options[0] in said and message in said and not (tmp_path / "run").exists()
+
+
+def test_a_dense_model_has_no_experts_to_divide(seed, data, tmp_path):
+    command = "train.py", *SHORT, f"--data_dir={data}", f"--init_from={seed}", f"--out_dir={tmp_path}/run"
+    assert "this model is dense" in error_line(run(*command, "--expert_parallel=2"))
+
+
+if __name__ == "__main__":
+    check_gradients()
