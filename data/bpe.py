@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 import regex
+import tiktoken
 
 from common.errors import UserError, write_atomically, write_json
 from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, content_hash
@@ -54,7 +55,8 @@ def train_bpe(texts, vocab_size):
     places = defaultdict(set)  # pair -> the words it occurs, or once occurred, in
 
     def count_pairs(index, sign):
-        pairs = [left + right for left, right in pairwise(words[index])]
+        symbols = words[index]
+        pairs = [left + right for left, right in pairwise(symbols)]
         for pair in pairs:
             counts[pair] += sign * frequency[index]
             places[pair].add(index)
@@ -83,6 +85,19 @@ def train_bpe(texts, vocab_size):
         for pair in changed:
             heapq.heappush(heap, (-counts[pair], pair))
     return ranks
+
+
+def _gpt2():
+    """The ranks and the pattern of GPT-2's tokenizer, downloaded and cached by tiktoken."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:
+        reason = type(error).__name__
+        raise UserError(
+            f"the gpt2 tokenizer could not be downloaded ({reason}); set TIKTOKEN_CACHE_DIR to a folder that has "
+            "it, or train one here with --tokenizer=bpe"
+        ) from None
+    return encoding._mergeable_ranks, encoding._pat_str
 
 
 # ---- writing ----
@@ -140,18 +155,20 @@ def from_ranks(ranks, pattern, end):
     return tokenizer, settings
 
 
-def save_tokenizer(folder, ranks):
-    """Write the tokenizer that train_bpe learned in both formats."""
+def save_tokenizer(folder, name, vocab_size, texts):
+    """Write both formats of a tokenizer into a folder: "bpe" is trained on `texts` (strings) until it has vocab_size
+    entries; "gpt2" ignores both."""
+    ranks, pattern = (train_bpe(texts, vocab_size), PATTERN) if name == "bpe" else _gpt2()
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     description = {
-        "name": "bpe",
-        "pattern": PATTERN,
+        "name": name,
+        "pattern": pattern,
         "special_tokens": {END_OF_TEXT: len(ranks)},
         "vocab_size": len(ranks) + 1,
     }
     description["hash"] = content_hash(description, "".join(lines))
     write_atomically(os.path.join(folder, "tokenizer.tiktoken"), "".join(lines))
-    tokenizer, settings = from_ranks(ranks, PATTERN, len(ranks))
+    tokenizer, settings = from_ranks(ranks, pattern, len(ranks))
     write_json(os.path.join(folder, SETTINGS), settings, indent=2)
     write_atomically(os.path.join(folder, FILE), json.dumps(tokenizer, ensure_ascii=False))
     # Last, because its presence means that the tokenizer is complete.

@@ -23,7 +23,7 @@ from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer, local_folder
 from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, tokenizer_hash
-from data.bpe import save_tokenizer, train_bpe
+from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
@@ -32,6 +32,7 @@ from data.python_text import code_documents, prose_documents, python_sources
 
 BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
 ENDLESS = ("math", "wiki")
+OWN_TOKENIZERS = ("bpe", "gpt2")
 TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
@@ -43,22 +44,22 @@ class DataConfig:
 
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
     domains: str = key("code,math,wiki", f"comma list of built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH")
-    tokenizer: str = key("bpe", "bpe trains a small one here; else that of a folder or of hf:OWNER/NAME")
+    tokenizer: str = key(
+        "bpe", "bpe trains a small one here, gpt2 is GPT-2's; else that of a checkpoint, a folder or hf:OWNER/NAME"
+    )
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[1, 1000000]")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
     seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
 
     def __post_init__(self):
-        if self.tokenizer == "bpe":
-            if self.vocab_size < 257:
-                too_small = f"vocab_size={self.vocab_size} is too small"
-                raise UserError(f"{too_small}; 256 bytes and {END_OF_TEXT} need 257 or more")
-            return
-        self.tokenizer = local_folder(self.tokenizer)
-        if not has_tokenizer(self.tokenizer):
-            known = "give bpe or a folder with a tokenizer.json"
-            raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
+        if self.tokenizer not in OWN_TOKENIZERS:
+            self.tokenizer = local_folder(self.tokenizer)
+            if not has_tokenizer(self.tokenizer):
+                known = "give bpe, gpt2, or a folder with a tokenizer.json"
+                raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise UserError(f"vocab_size={self.vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257 or more")
 
 
 @dataclass
@@ -103,9 +104,10 @@ def is_finished(domain, config):
     meta = read_json(path, remedy)
     check_splits(meta, domain.folder)
     if meta["recipe"] != domain.recipe:
-        names = {**meta["recipe"], **domain.recipe}
-        differ = [name for name in names if meta["recipe"].get(name) != domain.recipe.get(name)]
-        raise UserError(f"{domain.folder} was prepared with other settings ({', '.join(differ)}); {remedy}")
+        names = [
+            name for name in {**meta["recipe"], **domain.recipe} if meta["recipe"].get(name) != domain.recipe.get(name)
+        ]
+        raise UserError(f"{domain.folder} was prepared with other settings ({', '.join(names)}); {remedy}")
     if meta["tokenizer_hash"] != tokenizer_hash(config.out_dir):
         raise UserError(f"{domain.folder} was prepared with another tokenizer; {remedy}")
     return True
@@ -210,8 +212,9 @@ def keeps_tokenizer(config, names):
     if config.overwrite and not others:
         return False
     encoding = load_tokenizer(config.out_dir)
-    if config.tokenizer == "bpe":
-        same = (encoding.name, encoding.n_vocab) == ("bpe", config.vocab_size)
+    if config.tokenizer in OWN_TOKENIZERS:
+        wanted = encoding.n_vocab if config.tokenizer == "gpt2" else config.vocab_size
+        same = (encoding.name, encoding.n_vocab) == (config.tokenizer, wanted)
     else:
         same = tokenizer_hash(config.out_dir) == tokenizer_hash(config.tokenizer)
     if not same:
@@ -219,6 +222,14 @@ def keeps_tokenizer(config, names):
         has = f"{encoding.name}, {encoding.n_vocab} entries"
         raise UserError(f"{config.out_dir} already has another tokenizer ({has}); use {remedy} or another --out_dir")
     return True
+
+
+def make_tokenizer(config, domains):
+    """Put the tokenizer that is asked for into out_dir: train it on the domains' text, or copy it."""
+    if config.tokenizer in OWN_TOKENIZERS:
+        save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(domains))
+    else:
+        copy_tokenizer(config.tokenizer, config.out_dir)
 
 
 def finished_domains(out_dir):
@@ -259,10 +270,7 @@ def main():
             os.remove(meta)  # from here on the domain counts as missing until it is complete again
     if not keep:
         print(f"{config.out_dir}: making the {config.tokenizer} tokenizer")
-        if config.tokenizer == "bpe":
-            save_tokenizer(config.out_dir, train_bpe(tokenizer_sample(missing), config.vocab_size))
-        else:
-            copy_tokenizer(config.tokenizer, config.out_dir)
+        make_tokenizer(config, missing)
     encoding = load_tokenizer(config.out_dir)
     for domain in missing:
         write_domain(domain, encoding, config)

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ from common.corpus import HELD_OUT, SPLITS, in_hash_order, split_of
 from common.errors import UserError
 from common.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_hash
 from data import python_text
-from data.bpe import PATTERN, save_tokenizer, train_bpe
+from data.bpe import PATTERN, train_bpe
 from data.docstrings import english_paragraphs
 from data.math_problems import make_problem, math_documents, math_task, read_templates
 from data.own_text import own_documents
@@ -366,7 +365,7 @@ def test_one_short_file_of_ones_own_is_cut_for_all_splits(tmp_path, monkeypatch,
         (["--domains=math", "--max_bytes=0"], ["(math) has no end"]),
         (["--max_bytes=-1"], ["max_bytes"]),
         (["--vocab_size=256"], ["vocab_size=256", "257"]),
-        (["--tokenizer=bert"], ["--tokenizer=bert: there is no tokenizer; give bpe or a folder"]),
+        (["--tokenizer=bert"], ["--tokenizer=bert: there is no tokenizer; give bpe, gpt2, or"]),
         (["--domains=x=empty"], ["empty has no readable text", ".jsonl"]),
         (["--domains=x=blank"], ["blank has no readable text", "empty"]),
         (["--domains=x=bad.jsonl"], ["bad.jsonl:2", '"text"']),
@@ -397,15 +396,25 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     assert done.stderr.startswith("error: /nowhere/at/all does not exist") and done.stderr.count("\n") == 1
 
 
-def test_more_than_65536_tokens_take_four_bytes_each(poems, tmp_path, monkeypatch, capsys):
-    """With the tokenizer of another folder, which is stored with the data: its own files are enough afterwards."""
+def test_gpt2_that_cannot_be_downloaded(poems, tmp_path, monkeypatch, capsys):
+    def unreachable(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}", "--tokenizer=gpt2"]
+    _, error = run_main(monkeypatch, capsys, *arguments)
+    assert "TIKTOKEN_CACHE_DIR" in error and "--tokenizer=bpe" in error
+
+
+def test_gpt2_is_stored_with_the_data(poems, tmp_path, monkeypatch, capsys):
+    """With a stand-in for the download: the folder's own files are enough afterwards, and uint32 where needed."""
     ranks = train_bpe([SOURCE], 300)
     ranks.update({b"\xff\xfe" + number.to_bytes(3, "big"): len(ranks) + number for number in range(70_000)})
-    (tmp_path / "large").mkdir()
-    save_tokenizer(tmp_path / "large", ranks)
-    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}", f"--tokenizer={tmp_path / 'large'}"]
+    fake = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: fake)
+    arguments = [f"--out_dir={tmp_path / 'out'}", f"--domains=poems={poems}", "--tokenizer=gpt2"]
     assert run_main(monkeypatch, capsys, *arguments)[1] is None
+    monkeypatch.setattr(tiktoken, "get_encoding", None)
     assert "already there" in run_main(monkeypatch, capsys, *arguments)[0]
-    shutil.rmtree(tmp_path / "large")
     documents, _, meta = read_split(tmp_path / "out", "poems", "train")
     assert meta["dtype"] == "uint32" and "sea" in documents[0]
