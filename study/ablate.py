@@ -17,7 +17,7 @@ from common.errors import UserError, command, read_json, write_atomically, write
 from common.run import read_run
 from study.chain import Chain, ChainConfig, Job, StudyConfig, parse_study, run_jobs
 from study.draw import plot_ablations
-from study.tables import BASE, ablation_table, dead_experts, mean_and_std, spread
+from study.tables import BASE, ablation_table, dead_experts, mark_stale, mean_and_std, tie_width
 
 
 @dataclasses.dataclass
@@ -101,6 +101,8 @@ def row_of(variant, folders, scored):
     """One row of ablations.json. folders: a finetuned mixture for each random seed. scored: {name: row of
     results.json}."""
     rows = [scored[os.path.basename(folder)] for folder in folders]
+    for row in rows:
+        mark_stale(row)
     costs = [read_run(folder)["history"][folder] for folder in folders]  # of the finetuning alone
     return {
         "name": variant.name,
@@ -112,6 +114,7 @@ def row_of(variant, folders, scored):
         "seconds": statistics.mean(cost["seconds"] for cost in costs),
         "tokens_per_second": statistics.median(cost["tokens"] / cost["seconds"] for cost in costs),
         "dead_experts": [sum(map(len, dead_experts(row["load"]))) for row in rows],
+        "stale": sorted({name for row in rows for name in row["stale"]}),
         "paper": variant.paper,
         "long": variant.long,
     }
@@ -130,7 +133,9 @@ def write_ablations(folder, found):
     text += (
         "1 % of the choices, by random seed. Paper: its average over five tasks; the order is that against top-2 at "
     )
-    text += f"the same budget, and differences up to {spread(rows):.3f} count as ties (twice the pooled deviation).\n\n"
+    text += (
+        f"the same budget, and differences up to {tie_width(rows):.3f} count as ties (twice the pooled deviation).\n\n"
+    )
     text += "![ablations](ablations.png)\n"
     write_atomically(os.path.join(folder, "ablations.md"), text)
 

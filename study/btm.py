@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import run as runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus, cut
 from common.device import pick_device
 from common.errors import UserError, command
 from common.hf import same_tokenizer
+from common.run import hash_of, history_of, parent_of, trained_on
 from eval import Entry, EvalConfig, evaluate
 from model import Output, Transformer
 
@@ -185,7 +185,7 @@ def load_nearest(folders, corpus, k):
     """Read expert checkpoints into a NearestEnsemble on the CPU; profiles come from their domains' training text."""
     if len(folders) < k:
         raise UserError(f"--experts={','.join(folders)}: top-{k} needs at least {k} experts")
-    mixtures = [runs.trained_on(folder) for folder in folders]
+    mixtures = [trained_on(folder) for folder in folders]
     models = [Transformer.from_pretrained(folder) for folder in folders]
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
     counts = {domain: term_counts(corpus, domain, models[0].config.vocab_size) for domain in domains}
@@ -275,15 +275,14 @@ class EnsembleConfig(EvalConfig):
 
 def ensemble_entry(name, folders, corpus, config, device, readings):
     """The Entry of one of ENSEMBLES. readings: those that all ensembles of these experts share."""
-    parents = [runs.parent_of(folder) for folder in folders]
-    identity = runs.hash_of([name, runs.code_hashes("study/btm.py"), [one for one, _ in parents]])
+    identity = hash_of([name, [parent_of(folder)[0] for folder in folders]])
 
     def load():
         ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device, readings)
         ensemble.readings = readings
         return ensemble
 
-    return Entry(name + config.suffix, identity, runs.joint_history(history for _, history in parents), load)
+    return Entry(name + config.suffix, identity, history_of(folders), load)
 
 
 def main():

@@ -181,6 +181,7 @@ def train_and_score(config, number):
     results["rows"] = tables.in_order([row for row in results["rows"] if row["name"] in names])
     for row in results["rows"]:
         tables.add_average(row)
+        tables.mark_stale(row)
     return results
 
 
@@ -220,7 +221,8 @@ def mean_rows(chains):
     for same in zip(*chains, strict=True):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
         counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
-        rows.append({"name": same[0]["name"], **tables.mean_and_std(same), **counts})
+        stale = sorted({name for row in same for name in row.get("stale", ())})
+        rows.append({"name": same[0]["name"], **tables.mean_and_std(same), **counts, "stale": stale})
     return rows
 
 

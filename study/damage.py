@@ -13,16 +13,17 @@ import os
 
 import torch
 
-from common import run as runs
 from common.config import key, parse, split_list
 from common.corpus import HELD_OUT, Corpus
 from common.device import pick_device, place
 from common.errors import UserError, command, write_atomically, write_json
 from common.hf import group_of, same_tokenizer
-from eval import ReadingConfig, bits_per_byte
+from common.run import parent_of, trained_on, versions
+from eval import ReadingConfig
 from model import ModelConfig, Transformer
 from study.draw import plot_damage
 from study.tables import markdown_table
+from train import bits_per_byte
 
 
 @dataclasses.dataclass
@@ -53,7 +54,7 @@ def relative_drift(names, expert, seed):
     return (moved / sum(seed[name].square().sum().item() for name in names)) ** 0.5 if names else 0.0
 
 
-def measure(config, corpus, folders):
+def replace_groups(config, corpus, folders):
     """{label: {"averaged": {domain: bits per byte, "avg"}, "seed": the same, "drift": mean over the experts}}."""
     device = pick_device(config.device, config.threads)
     *branches, seed = [dict(Transformer.from_pretrained(folder).named_parameters()) for folder in folders]
@@ -62,7 +63,7 @@ def measure(config, corpus, folders):
     parameters = dict(model.named_parameters())
     homes = []
     for folder in folders[:-1]:
-        mixture = runs.trained_on(folder)
+        mixture = trained_on(folder)
         homes.append(max(mixture, key=mixture.get))
     experts = [(domain, one) for domain, one in zip(homes, branches, strict=True) if domain in corpus.domains]
     if not experts:
@@ -111,11 +112,11 @@ def main():
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     with torch.no_grad():
-        found = measure(config, corpus, folders)
+        found = replace_groups(config, corpus, folders)
     os.makedirs(config.out_dir, exist_ok=True)
-    ids = {folder: runs.parent_of(folder)[0] for folder in folders}
+    ids = {folder: parent_of(folder)[0] for folder in folders}
     settings = {"config": dataclasses.asdict(config), "models": ids, "data": corpus.hashes()}
-    write_json(os.path.join(config.out_dir, "damage.json"), {"groups": found, **settings, "versions": runs.versions()})
+    write_json(os.path.join(config.out_dir, "damage.json"), {"groups": found, **settings, "versions": versions()})
     write_atomically(os.path.join(config.out_dir, "damage.md"), f"# Where averaging hurts\n\n{damage_table(found)}\n")
     plot_damage(found, os.path.join(config.out_dir, "damage.png"))
 

@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from common.run import read_log
 from study.tables import BASE, difference, kind
@@ -200,96 +200,26 @@ def plot_differences(chains, columns, path):
 
 
 def plot_regime(lines, path):
-    """BTX's lead in bits per byte: a column for each axis that was varied, a row for each rival. Above zero BTX is
-    ahead; the shade is the 95 % interval. lines: those of study/regime_tables.lines_of."""
-    labels = {
-        "budget": "training tokens per parameter, the seed's included",
-        "share": "the branches' share of the tokens after the seed",
-        "domains": "domains",
-    }
-    rivals = {"upcycle-cm": "against upcycling", "dense-cm": "against dense training"}
-    texts = {"bpb": ("-", "windows of one domain"), "spliced": ("--", "windows spliced from two")}
-    several = {line["axis"] for line in lines if len(line["x"]) > 1}
-    axes = [axis for axis in labels if axis in several] or ["budget"]
-    lines = [line for line in lines if line["axis"] in axes]
+    """BTX's lead in bits per byte over training tokens per parameter: a panel for each rival, a line for each width.
+    Above zero BTX is ahead; the shade is the 95 % interval. lines: those of study.regime.lines_of."""
+    rivals = list(dict.fromkeys(line["rival"] for line in lines))
     widths = list(dict.fromkeys(line["width"] for line in lines))
-    size = max(7, 4 * len(axes) + 0.6), 6.6
-    figure, panels = plt.subplots(len(rivals), len(axes), figsize=size, sharey="row", sharex="col", squeeze=False)
+    figure, panels = plt.subplots(1, len(rivals), figsize=(4.2 * len(rivals), 3.6), sharey=True, squeeze=False)
     for line in lines:
-        panel = panels[list(rivals).index(line["rival"])][axes.index(line["axis"])]
-        i, (style, words) = widths.index(line["width"]), texts[line["text"]]
-        label = f"width {line['width']}, {words}"
-        look = {"color": COLOURS[i], "linestyle": style, "marker": MARKERS[i]}
-        look["markerfacecolor"] = "white" if line["text"] == "spliced" else COLOURS[i]
-        panel.plot(line["x"], line["lead"], label=label, **look)
+        panel = panels[0][rivals.index(line["rival"])]
+        i = widths.index(line["width"])
+        panel.plot(line["x"], line["lead"], label=f"width {line['width']}", color=COLOURS[i], marker=MARKERS[i])
         low, high = ([y + sign * half for y, half in zip(line["lead"], line["half"], strict=True)] for sign in (-1, 1))
         panel.fill_between(line["x"], low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
-    for axis, column in zip(axes, panels.T, strict=True):
-        x = [place for line in lines if line["axis"] == axis for place in line["x"]]
-        if axis == "budget":
-            log_axis(column[0].xaxis, 0.5 * min(x), 2 * max(x))
-        elif axis == "share":
-            column[0].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        else:
-            column[0].set_xticks(sorted(set(x)))
-        column[-1].set_xlabel(labels[axis])
-    for words, row in zip(rivals.values(), panels, strict=True):
-        row[0].set_ylabel(f"BTX ahead by, bits per byte\n{words}")
-        for panel in row:
-            panel.axhline(0, color="black", linewidth=0.8)
-            panel.grid(alpha=0.3)
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=2, handlelength=3, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    save(figure, path)
-
-
-def plot_network(schedules, crossings, workers, path):
-    """Time after the seed model over the network's speed, relative to dense training; dotted lines mark where
-    BTX takes as long as another. schedules: {row: {"seconds", "bits"}}; crossings: {"btx over dense-cm": bit/s}."""
-    dense = schedules["dense-cm"]
-    middle = math.log10(dense["bits"] / dense["seconds"])  # where dense training computes as long as it sends
-    bandwidths = [10 ** (middle + step / 20) for step in range(-60, 61)]
-    figure, axis = plt.subplots(figsize=(6.4, 4))
-    for i, (name, one) in enumerate(schedules.items()):
-        relative = [
-            (one["seconds"] + one["bits"] / speed) / (dense["seconds"] + dense["bits"] / speed) for speed in bandwidths
-        ]
-        axis.plot(bandwidths, relative, color=COLOURS[i], linestyle=STYLES[i], label=in_words(name))
-    for i, (pair, speed) in enumerate(crossings.items()):
-        first, other = pair.split(" over ")
-        if first == "btx" and speed and bandwidths[0] < speed < bandwidths[-1]:
-            colour = COLOURS[list(schedules).index(other)]
-            axis.axvline(speed, color=colour, linewidth=0.8, linestyle=":")
-            axis.annotate(
-                f" {bits(speed)}/s", (speed, 0.95 - 0.06 * i), xycoords=("data", "axes fraction"), color=colour
-            )
-    axis.set(xscale="log", xlim=(bandwidths[0], bandwidths[-1]))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: bits(value)))
-    axis.set_xlabel("bit/s that each worker sends")
-    axis.set_ylabel(f"seconds after the seed on {workers} workers,\nrelative to dense training")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3)
-    figure.tight_layout()
-    save(figure, path)
-
-
-def bits(number):
-    """1e9 -> '1 Gbit', 2.51e7 -> '25 Mbit'."""
-    return EngFormatter(unit="bit")(float(f"{number:.2g}"))
-
-
-def plot_scaling(panels, path):
-    """Hours over network speed, both logarithmic. panels: {title: {method: [(Gbit/s, hours)]}}."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.8))
-    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
-        for i, (method, points) in enumerate(curves.items()):
-            axis.loglog(*zip(*points, strict=True), color=COLOURS[i], linestyle=STYLES[i], label=method)
-        axis.set(title=title, xlabel="Gbit/s that a worker can send", ylabel="hours after the seed")
-        axis.xaxis.set_major_formatter(PLAIN)
-        axis.yaxis.set_major_formatter(PLAIN)
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    for rival, panel in zip(rivals, panels[0], strict=True):
+        x = [place for line in lines for place in line["x"]]
+        log_axis(panel.xaxis, 0.5 * min(x), 2 * max(x))
+        panel.set_title(f"against {in_words(rival)}", fontsize=10)
+        panel.set_xlabel("training tokens per parameter")
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("BTX ahead by, bits per byte")
+    panels[0][0].legend(frameon=False)
     figure.tight_layout()
     save(figure, path)
 

@@ -13,19 +13,18 @@ import os
 
 import torch
 
-from common import run as runs
 from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.device import pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import same_tokenizer
+from common.run import parent_of, source
 from eval import ReadingConfig
 from model import ModelConfig, Transformer
 from study.tables import dead_experts
 from study.tokens import check_mixture, expert_names, show_experts
 
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "dtype")
-CODE = ("model.py", "study/route.py", "study/tokens.py", "study/tables.py", "study/draw.py")
 BATCH_SIZE = 16
 PAGE_WINDOWS = 2  # windows on a domain's page of tokens
 
@@ -120,7 +119,7 @@ def rounded(tensor):
 # ---- the script ----
 
 
-def measure(config, corpus, folders, ids):
+def read_routing(config, corpus, folders, ids):
     """The entries of routing.json, one per model; also writes the pages of the first model's tokens."""
     device = pick_device(config.device, config.threads)
     size = config.split, config.sequence_length, config.eval_windows
@@ -146,7 +145,7 @@ def measure(config, corpus, folders, ids):
     return entries
 
 
-def is_there(out_dir, made_of, ids):
+def is_up_to_date(out_dir, made_of, ids):
     """Whether out_dir holds the measurements of these models, and the pictures and pages that go with them."""
     path = os.path.join(out_dir, "routing.json")
     if not os.path.exists(path):
@@ -169,16 +168,16 @@ def main():
         check_mixture(ModelConfig.from_pretrained(folder), folder)
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
-    ids = [runs.parent_of(folder)[0] for folder in folders]
+    ids = [parent_of(folder)[0] for folder in folders]
     settings = {name: getattr(config, name) for name in SETTINGS}
-    made_of = {"config": settings, "data": corpus.hashes(), "code": runs.code_hashes(*CODE)}
-    if is_there(config.out_dir, made_of, ids):
+    made_of = {"config": settings, "data": corpus.hashes(), "source": source()}
+    if is_up_to_date(config.out_dir, made_of, ids):
         print(f"{config.out_dir}/routing.json is up to date, nothing to do")
         return
 
     from study import draw  # matplotlib takes half a second, which routing that is there need not wait for
 
-    entries = measure(config, corpus, folders, ids)
+    entries = read_routing(config, corpus, folders, ids)
     title = "share of the routers' choices (%)"
     draw.plot_heatmaps(entries, draw.expert_rows, title, os.path.join(config.out_dir, "routing.png"))
     paired = [entry for entry in entries if entry["experts_per_token"] > 1]

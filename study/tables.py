@@ -5,6 +5,8 @@ Nothing is computed on models here: rows are those of results.json, which eval.p
 
 import statistics
 
+from common.run import changed_files, read_run
+
 DEAD = 0.01  # an expert that gets a smaller share of a layer's choices is dead
 AT_HOME = 3  # percent: how much worse than an expert a model may be in the expert's own domain
 METRICS = {  # of a row of results.json, in the order of the tables
@@ -53,11 +55,15 @@ def bold(text, best):
     return f"**{text}**" if best else text
 
 
+def format_score(row, metric, name):
+    """'0.794' or '17.6%'."""
+    return f"{row[metric][name]:{'.3f' if metric in BITS else '.1%'}}"
+
+
 def plus_minus(row, metric, name):
     """'0.794 ± 0.005' or '17.6% ± 2.3%' from a row with "std"; '0.794' or '17.6%' from one without."""
-    style = ".3f" if metric in BITS else ".1%"
-    spread = f" ± {row['std'][metric][name]:{style}}" if "std" in row else ""
-    return f"{row[metric][name]:{style}}{spread}"
+    deviation = f" ± {format_score(row['std'], metric, name)}" if "std" in row else ""
+    return format_score(row, metric, name) + deviation
 
 
 def yes_or_no(holds, text):
@@ -130,42 +136,62 @@ def main_columns(rows):
 
 
 def score_table(rows, counts=(), columns=None):
-    """A row per model, the best of each score column in bold; then the given columns of COUNTS."""
+    """A row per model, the best of each score column in bold; then the given columns of COUNTS. A row that was made
+    before the source changed (its "stale") has a dagger, which is explained below the table."""
     columns = columns or columns_of(rows)
     best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
     body = []
     for row in rows:
         cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
-        body.append([row["name"], *cells, *(short(row[name]) for name in counts)])
+        name = row["name"] + (" †" if row.get("stale") else "")
+        body.append([name, *cells, *(short(row[name]) for name in counts)])
     names = [f"{n} {SHORT.get(m, m.replace('_', ' '))}" for m, n in columns]
-    return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body)
+    return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body) + stale_line(rows)
+
+
+def mark_stale(row):
+    """Put under "stale" which source files have changed since a row of results.json was made: since its scores, or
+    since any leg of the runs behind it."""
+    legs = [row.get("source", {})]
+    for folder in row["runs"]:
+        legs += [leg["files"] for leg in (read_run(folder) or {}).get("source", [])]
+    row["stale"] = sorted({name for files in legs for name in changed_files(files)})
+
+
+def stale_line(rows):
+    """The line below a table that names the files behind its daggers; empty where there are none."""
+    files = sorted({name for row in rows for name in row.get("stale", ())})
+    return f"\n\n† made before {' and '.join(files)} changed" if files else ""
 
 
 def headline_table(rows):
-    """README's first table: one row per way to spend the compute. rows: of compare.json."""
+    """The table that run.sh ends with and README starts with: one row per way to spend the compute. rows: of
+    results.json or compare.json; those that are there."""
     named = {row["name"]: row for row in rows}
     shown = {
         "seed": "seed model",
-        "dense-cm": "dense training, cm",
-        "upcycle-cm": "sparse upcycling, cm",
-        "btm-posterior-prefix-cm": "Branch-Train-Merge, best ensemble, cm",
+        "dense-cm": "dense training",
+        "upcycle-cm": "sparse upcycling",
+        "btm-posterior-prefix": "Branch-Train-Merge",
         "btx": "**Branch-Train-MiX**",
-        "btx-even": "**Branch-Train-MiX**, half of it finetuning",
     }
     columns = {
-        ("bpb", "avg"): "bpb",
-        ("spliced", "avg"): "bpb where the subject changes",
+        ("bpb", "avg"): "bits per byte",
         ("choice", "avg"): "choices right",
-        ("switched", "avg"): "after other text",
         ("accuracy", "wiki"): "facts recalled",
     }
-    header = ["", *columns.values(), "parameters (used per token)"]
+    columns = {column: words for column, words in columns.items() if all(_has(row, column) for row in rows)}
     body = []
     for name, words in shown.items():
-        row = named[name]
-        scores = [plus_minus(row, *column) for column in columns]
-        body.append([words, *scores, f"{short(row['total_params'])} ({short(row['active_params'])})"])
-    return markdown_table(header, body)
+        if name in named:
+            scores = [format_score(named[name], *column) for column in columns]
+            body.append([words, *scores, short(named[name]["active_params"])])
+    return markdown_table(["", *columns.values(), "parameters per token"], body)
+
+
+def _has(row, column):
+    metric, name = column
+    return name in row.get(metric, {})
 
 
 def baseline_lines(baselines):
@@ -235,19 +261,14 @@ def kind(row):
 
 
 def in_order(rows):
-    """Rows in the paper's order, experts as they come."""
-    return sorted(rows, key=lambda row: ORDER.index(kind(row)))
+    """Rows in the paper's order, experts as they come; rows of other names last."""
+    return sorted(rows, key=lambda row: ORDER.index(kind(row)) if kind(row) in ORDER else len(ORDER))
 
 
 def cost_table(rows):
     """What each row cost, from the seed on."""
-    header = ["model", *COUNTS.values(), "seconds, summed", "seconds, branches side by side", "bytes sent by 8 workers"]
-    body = []
-    for row in rows:
-        cells = [row["name"], *(short(row[name]) for name in COUNTS)]
-        cells += [f"{row['seconds']:.0f}", f"{row['critical_seconds']:.0f}", f"{row['bytes_sent'] / 1e9:.1f} GB"]
-        body.append(cells)
-    return markdown_table(header, body)
+    body = [[row["name"], *(short(row[name]) for name in COUNTS), f"{row['seconds']:.0f}"] for row in rows]
+    return markdown_table(["model", *COUNTS.values(), "seconds, summed"], body)
 
 
 def difference(chains, name, metric, column, ours="btx"):
@@ -277,7 +298,7 @@ def verdict(chains, name, metric, column, ours="btx"):
     return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
 
 
-def crossing(ours, theirs):
+def share_at_par(ours, theirs):
     """The share of spliced windows at which two rows have equal bits per byte; None where one is always ahead.
 
     With a share p of spliced windows a row has (1 - p) of its bits per byte on pure windows and p of those on spliced.
@@ -290,7 +311,7 @@ def crossing_lines(rows):
     """From which share of spliced windows on BTX is ahead of rows that are better on pure ones."""
     named, lines = {row["name"]: row for row in rows}, []
     for ours in (name for name in ("btx", "btx-even") if name in named):
-        shares = {row["name"]: crossing(named[ours], row) for row in rows if "bpb" in row and "spliced" in row}
+        shares = {row["name"]: share_at_par(named[ours], row) for row in rows if "bpb" in row and "spliced" in row}
         better = [name for name in shares if shares[name] and named[name]["bpb"]["avg"] < named[ours]["bpb"]["avg"]]
         lines += [f"- {ours} has fewer bits than {name} from {shares[name]:.1%} on" for name in better]
     return lines
@@ -308,7 +329,7 @@ def verdict_table(rows, chains, ours="btx"):
 # ---- the ablations ----
 
 
-def spread(rows):
+def tie_width(rows):
     """Twice the standard deviation over random seeds of the average bits per byte, pooled over all rows: with two or
     three of them a single row's own deviation is too uncertain. Smaller differences count as ties."""
     return 2 * statistics.mean(row["std"]["bpb"]["avg"] ** 2 for row in rows) ** 0.5
@@ -342,5 +363,5 @@ def ablation_table(rows):
         cells = [row["name"], *(plus_minus(row, *column) for column in columns)]
         cells += [short(row["active_params"]), short(row["tokens_per_second"])]
         cells += [" / ".join(map(str, row["dead_experts"])), str(row["paper"] or "")]
-        body.append([*cells, paper_verdict(row, base_of(row, rows), spread(rows))])
+        body.append([*cells, paper_verdict(row, base_of(row, rows), tie_width(rows))])
     return markdown_table(header, body)
