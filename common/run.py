@@ -73,7 +73,7 @@ def source():
         if name.endswith(".py") and folder in ("", "common", "data", "study"):
             path = os.path.join(folder, name)
             found[path] = source_hash(path)
-    return dict(sorted(found.items()))
+    return {path: value for path, value in sorted(found.items()) if value}  # torch has modules whose file is no path
 
 
 def changed_files(files):

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, weights
+from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, same_bits, weights
+from test_routing import random_model, shape
 
 from common.corpus import Batches, Corpus
 from common.errors import UserError
-from model import ModelConfig, Transformer
-from train import TrainConfig, learning_rate, make_optimizer
+from common.parallel import Processes
+from model import ROUTERS, ModelConfig, Transformer
+from train import TrainConfig, check_sizes, learning_rate, make_optimizer
 
 
 def test_learning_rate_by_hand():
@@ -154,6 +156,62 @@ def test_one_step_is_adamw_by_hand(data, tmp_path):
         np.testing.assert_allclose(trained[name][sure], expected[sure], rtol=1e-3, atol=1e-5)
 
 
+# ---- memory and sizes ----
+
+
+def kept_bytes(model, ids):
+    """(output, bytes that the forward pass keeps for the backward pass, without parameters and tables)."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    found = {}  # {storage: bytes}, so that views count once
+    held = []  # storages must not be used again meanwhile
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            held.append(tensor)
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model(ids, ids, step=torch.tensor(7))
+    return output, sum(found.values())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_computing_activations_twice_changes_no_bit_and_keeps_less(router):
+    ids = torch.randint(80, (2, 30))
+    found, kept = [], []
+    for recompute in (False, True):
+        model = random_model(router=router)
+        model.recompute = recompute
+        torch.manual_seed(3)
+        output, size = kept_bytes(model, ids)
+        (output.loss + output.aux_loss).backward()
+        found.append([output.loss, *(parameter.grad for parameter in model.parameters())])
+        kept.append(size)
+    assert all(ours.equal(theirs) for ours, theirs in zip(*found, strict=True))
+    assert kept[1] < kept[0] / 4
+
+
+def test_a_run_that_computes_twice_ends_with_the_same_bits(seed, data, tmp_path):
+    flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run", "--checkpoint_activations=True"
+    must(run("train.py", *flags))
+    same_bits(seed, tmp_path / "run")
+
+
+def test_a_share_smaller_than_the_micro_batch_is_taken_at_once():
+    """config/gpu on eight GPUs: 64 rows, 32 in a micro-batch, 8 for each process."""
+    for world, size in ((1, 32), (2, 32), (4, 16), (8, 8)):
+        ranks = [SimpleNamespace(rank=rank, world=world) for rank in range(world)]
+        parts = [part for one in ranks for part in Processes.micro_batches(one, 64, 32)]
+        assert parts == [(start, start + size) for start in range(0, 64, size)]
+    corpus = SimpleNamespace(encoding=SimpleNamespace(n_vocab=80))
+    sizes = SimpleNamespace(sequence_length=32, batch_size=64, micro_batch_size=32, shard_size=1, expert_parallel=1)
+    check_sizes(sizes, corpus, Transformer(shape()), SimpleNamespace(world=8))
+
+
+# ---- freezing and finetuning ----
+
 PARTS = {"experts": (".experts.",), "attention": (".self_attn.",), "none": ()}
 PARTS["norms, embeddings"] = ("norm", "embed_tokens")
 
@@ -204,7 +262,9 @@ import torch
 from common.parallel import Processes
 
 with Processes(torch.device("cpu")) as processes:
-    assert processes.mean(torch.tensor([1.0 + processes.rank])).tolist() == [1.5]
+    rank = float(processes.rank)
+    means = processes.mean({"loss": torch.tensor(1 + rank), "z_loss": torch.tensor([rank, 4 * rank])})
+    assert {name: value.tolist() for name, value in means.items()} == {"loss": 1.5, "z_loss": [0.5, 2.0]}
     assert processes.from_first(lambda: f"said by {processes.rank}") == "said by 0"
     print("from one")
 names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]

@@ -8,29 +8,29 @@ autograd has no engine for them in a CPU build.) What remains for a real GPU is 
 
 import copy
 import functools
-from types import SimpleNamespace
+import itertools
+import signal
 
 import pytest
 import torch
-from common.fit import check_sizes
-from helpers import SHORT
+from helpers import SHORT, read_log
 from test_routing import shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
 from common.config import parse
 from common.device import compiled, send
 from common.parallel import Processes
-from common.run import load_state
 from finetune import FinetuneConfig
 from model import ROUTERS, Transformer
-from train import Recorder, train_step
+from train import train_step
 
 GPU = torch.device("meta")
 CONFIG = parse(FinetuneConfig, [*SHORT, "--router_z_loss_coef=0.1"])
 
 
 class Waits(TorchDispatchMode):
-    """Counts copies from the device to the host, which wait for all work so far, and answers each with ones."""
+    """Counts copies from the device to the host, which wait for all work so far, and answers each with zeros."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +39,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._to_copy.default and str(kwargs.get("device")) == "cpu" and args[0].is_meta:
             self.count += 1
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype", args[0].dtype))
         return func(*args, **(kwargs or {}))  # a number read in another way is an error of torch's
 
 
@@ -56,8 +56,7 @@ def on_gpu(config):
 
 def step_on_gpu(model, optimizer, step=0):
     ids = torch.zeros(CONFIG.micro_batch_size, CONFIG.sequence_length, dtype=torch.long)
-    stop = SimpleNamespace(number=0)
-    return train_step(CONFIG, step, model, optimizer, lambda *place: (ids, ids), Processes(GPU), stop)
+    return train_step(CONFIG, step, model, optimizer, lambda *place: (ids, ids), Processes(GPU))
 
 
 SHAPES = {router: {"router": router} for router in ROUTERS}
@@ -65,15 +64,16 @@ SHAPES |= {"dense": {"num_local_experts": 0}, "tied": {"tie_word_embeddings": Tr
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_step_stays_on_the_device_and_waits_once(name):
+def test_a_step_stays_on_the_device_and_waits_for_nothing(name):
     """Every router and a dense model, all with grouped-query attention and two micro-batches."""
     model, optimizer = on_gpu(shape(**SHAPES[name]))
     for step in range(2):
         with Waits() as waits:
-            means, norm, stopped = step_on_gpu(model, optimizer, step)
-        assert waits.count == 1
-    assert (means["loss"], norm, stopped) == (1.0, 1.0, True)  # the ones of Waits
-    assert len(means.get("balance_loss", [0] * 3)) == 3 and ("dropped" in means) == (name == "switch")
+            metrics = step_on_gpu(model, optimizer, step)
+        assert waits.count == 0
+    assert {value.device for value in metrics.values()} == {GPU}
+    assert {"loss", "aux_loss", "grad_norm"} <= metrics.keys() and ("dropped" in metrics) == (name == "switch")
+    assert len(metrics.get("balance_loss", [0] * 3)) == 3
 
 
 def test_waits_are_noticed():
@@ -86,38 +86,68 @@ def test_waits_are_noticed():
     model.model.norm.register_forward_hook(lambda module, inputs, output: print(float(output.sum())))
     with Waits(), pytest.raises(RuntimeError, match="meta"):
         step_on_gpu(model, optimizer)
+    model, optimizer = on_gpu(shape())
+    model.model.norm.register_forward_hook(lambda module, inputs, output: print(output.sum().tolist()))
+    with Waits() as waits:
+        step_on_gpu(model, optimizer)
+    assert waits.count == 2  # one in each micro-batch
+
+
+@pytest.fixture
+def train_on_gpu(data, tmp_path, monkeypatch):
+    """Function(router) that runs finetune.py's loop in tmp_path / "run" on a device without numbers, where losses read
+    as zero; returns how often the host had waited before each step, and at the end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(train, "pick_device", lambda *arguments: GPU)
+    monkeypatch.setattr(train, "make_optimizer", lambda config, model: plain_optimizer(model))
+    monkeypatch.setattr(train.Validation, "scores", lambda validation, model: {"bpb": {"avg": 1.0}})
+    monkeypatch.setattr(train.Run, "save", lambda *arguments, **options: None)  # copies all there is
+
+    def run(router):
+        counts, step = [], train_step
+
+        def counted(*arguments):
+            counts.append(waits.count)
+            return step(*arguments)
+
+        monkeypatch.setattr(train, "train_step", counted)
+        config = parse(FinetuneConfig, [*SHORT, "--dtype=bfloat16", f"--data_dir={data}", f"--out_dir={tmp_path}/run"])
+        with Waits() as waits:
+            train.train(config, lambda *arguments: Transformer(shape(router, vocab_size=320)))
+        return [*counts, waits.count]
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_mixture_resumes_on_the_device(router, tmp_path):
+def test_the_loop_waits_once_a_step(router, train_on_gpu, tmp_path):
+    """And at a line of the log once for each mean, which are read then."""
+    counts = train_on_gpu(router)
+    metrics = {"loss", "aux_loss", "balance_loss", "z_loss", "grad_norm"} | (
+        {"dropped"} if router == "switch" else set()
+    )
+    lines = read_log(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 4, 8, 12] and metrics <= lines[-1].keys()
+    waits = [after - before for before, after in itertools.pairwise(counts)]
+    # steps 0 to 11, with what comes before the next; behind the steps 3, 7 and 11 there is a line
+    assert waits == [1 + (len(metrics) if step % 4 == 3 else 0) for step in range(12)] and counts[0] == 0
+
+
+def test_a_mixture_resumes_on_the_device(train_on_gpu, tmp_path):
     """Off an evaluation step: state.pt holds sums on the host, whatever the device; a step more adds to them."""
-    cpu = Transformer(shape(router))
-    names = ["loss", "balance_loss"]
-    state = {"step": 3, "seconds": 1.0, "log": "", "sums": {"loss": torch.tensor(1.0, dtype=torch.float64)}}
-    state["sums"] |= {"balance_loss": torch.ones(3, dtype=torch.float64)}
+    train_on_gpu("topk")
+    cpu = Transformer(shape("topk", vocab_size=320))
     optimizer = plain_optimizer(cpu)
-    torch.save({**state, "model": cpu.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    model, optimizer = on_gpu(shape(router))
+    one = torch.ones((), dtype=torch.float64)
+    sums = {"loss": one, "aux_loss": one, "grad_norm": one, "balance_loss": one.expand(3), "z_loss": one.expand(3)}
+    state = {"step": 6, "seconds": 1.0, "log": "", "sums": sums, "shards": ""}
+    torch.save({**state, "model": cpu.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run" / "state.pt")
     with pytest.warns(UserWarning, match="no-op"):  # weights cannot be copied to a device without numbers
-        found = load_state(tmp_path, 12, model, optimizer)
-    recorder = Recorder.__new__(Recorder)
-    recorder.config, recorder.sums = CONFIG, found["sums"]
-    recorder.bar, recorder.speed = SimpleNamespace(set_postfix_str=lambda *a, **b: 0, update=lambda: 0), str
-    with Waits():
-        means, norm, _ = step_on_gpu(model, optimizer, 5)
-    recorder.record(5, means, norm)
-    assert [recorder.sums[name].tolist() for name in names] == [2.0, [2.0] * 3]
-
-
-def test_a_share_smaller_than_the_micro_batch_is_taken_at_once():
-    """config/gpu on eight GPUs: 64 rows, 32 in a micro-batch, 8 for each process."""
-    for world, size in ((1, 32), (2, 32), (4, 16), (8, 8)):
-        ranks = [SimpleNamespace(rank=rank, world=world) for rank in range(world)]
-        parts = [part for one in ranks for part in Processes.micro_batches(one, 64, 32)]
-        assert parts == [(start, start + size) for start in range(0, 64, size)]
-    corpus = SimpleNamespace(encoding=SimpleNamespace(n_vocab=80))
-    sizes = SimpleNamespace(sequence_length=32, batch_size=64, micro_batch_size=32, shard_size=1, expert_parallel=1)
-    check_sizes(sizes, corpus, Transformer(shape()), SimpleNamespace(world=8))
+        counts = train_on_gpu("topk")
+    assert len(counts) == 1 + 6  # steps 6 to 11
+    assert [line["step"] for line in read_log(tmp_path / "run")] == [8, 12]
 
 
 def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch):

@@ -47,7 +47,7 @@ replace, switches = os.replace, 0
 def replace_or_die(source, target):
     global switches
     switches += target.endswith("state.pt")
-    if switches == 3:
+    if switches == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = replace_or_die
