@@ -51,9 +51,8 @@ EXERCISES = {
         {
             "within_capacity": "First come, first served: count along the tokens.",
             "MoE.forward": """Start with the loop over experts in docs/lecture.md, step 3; the tests pass with it.
-Then sort the S * k pairs by expert, call self.experts once on all of them with the place where each
-expert's rows end (int32), and undo the sort. Write the sort yourself, argsort and its inverse: lay_out,
-dispatch and collect, which this file imports, are the finished answer.
+Then sort the S * k pairs by expert (argsort, stable), call self.experts once on all of them with the place
+where each expert's rows end (int32), and undo the sort: the inverse of a permutation is its argsort.
 The last result: balance_loss, z_loss, and in training with a limited capacity `dropped`.""",
         },
     ),
