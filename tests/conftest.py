@@ -105,14 +105,34 @@ def configs(work, data, short_config, eval_config):
 
 @pytest.fixture(scope="module")
 def in_this_process():
-    """Drivers run their commands inside this process; importing torch anew for each would take seconds."""
-    from study import compare, regime
+    """Chains run their jobs inside this process, in order; importing torch anew for each would take seconds."""
+    from study import ablate, chain, compare, regime
 
-    def run_here(script, *arguments):
-        path = script.removeprefix("-m ").replace(".", "/") + ".py" if script.startswith("-m ") else script
-        must(run(path, *arguments))
+    def run_here(jobs, folder, *_, **__):
+        for job in jobs:
+            arguments = list(job.arguments)
+            script = arguments.pop(0)
+            if script == "-m":
+                script = arguments.pop(0).replace(".", "/") + ".py"
+            must(run(script, *arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        for driver in (compare, regime):
-            patch.setattr(driver, "run", run_here)
+        for driver in (chain, compare, ablate, regime):
+            patch.setattr(driver, "run_jobs", run_here)
         yield
+
+
+@pytest.fixture(scope="session")
+def chain_configs(work, configs):
+    """The same with what a chain needs from its beginning: the seed model's shape, and the rivals' settings."""
+    folder = os.path.join(work, "chain-configs")
+    shutil.copytree(configs, folder)
+    with open(os.path.join(folder, "seed.py"), "a") as file:
+        file.write("".join(flag.removeprefix("--").replace("=", " = ") + "\n" for flag in SHAPE))
+    with open(os.path.join(folder, "expert.py"), "a") as file:
+        file.write("freeze = 'embeddings,attention,norms'\n")
+    with open(os.path.join(folder, "chain.py"), "w") as file:
+        file.write(
+            "dense_flags = '--splice=0.25 --learning_rate=2e-3'\nupcycle_flags = '--router_aux_loss_coef=0.02'\n"
+        )
+    return folder

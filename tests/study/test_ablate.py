@@ -1,12 +1,15 @@
 """The ablation table: spreads, dead experts and verdicts against cases worked out by hand."""
 
+import json
+import os
+
 import pytest
 
 from common.config import parse
 from finetune import FinetuneConfig
 from mix import MixConfig
-from study.ablate import VARIANTS, slug, summarize
-from study.tables import BASE, base_of, dead_experts, paper_verdict, spread
+from study.ablate import VARIANTS, row_of, slug
+from study.tables import BASE, base_of, dead_experts, paper_verdict, tie_width
 
 
 def row(name, avg, std=0.0, paper=None, long=False):
@@ -45,7 +48,7 @@ def test_verdicts(paper, avg, expected):
 
 
 def test_the_spread_is_pooled():
-    assert spread([row("a", 1.0, std=0.03), row("b", 2.0, std=0.04)]) == pytest.approx(2 * (0.0025 / 2) ** 0.5)
+    assert tie_width([row("a", 1.0, std=0.03), row("b", 2.0, std=0.04)]) == pytest.approx(2 * (0.0025 / 2) ** 0.5)
 
 
 def test_dead_experts_are_counted_over_all_domains():
@@ -56,15 +59,21 @@ def test_dead_experts_are_counted_over_all_domains():
     assert dead_experts(load) == [[], [2]]
 
 
-def test_summary_is_mean_and_sample_deviation_over_seeds():
-    def result(bpb, accuracy):
+def test_a_row_is_mean_and_sample_deviation_over_seeds(tmp_path):
+    def result(name, bpb, accuracy):
         scores = {"bpb": {"avg": bpb}, "accuracy": {"math": accuracy}, "load": {"math": [[0.5, 0.5]]}}
-        return {**scores, "active_params": 10, "total_params": 20}
+        return {"name": name, **scores, "active_params": 10, "total_params": 20, "runs": [], "source": {}}
 
-    def run(seconds):
-        return {"history": {"seed": {}, "row": {"tokens": 1000, "flops": 5.0, "seconds": seconds}}}
-
-    found = summarize(VARIANTS[0], [(result(1.0, 0.1), run(1.0)), (result(1.2, 0.3), run(3.0))])
+    folders = []
+    for name, seconds in (("one", 1.0), ("two", 3.0)):
+        folders.append(str(tmp_path / name))
+        os.makedirs(folders[-1])
+        cost = {"tokens": 1000, "flops": 5.0, "seconds": seconds}
+        run = {"id": "", "recipe": {}, "step": 1, "finished": True, "history": {"seed": {}, folders[-1]: cost}}
+        with open(f"{folders[-1]}/run.json", "w") as file:
+            json.dump(run, file)
+    scored = {"one": result("one", 1.0, 0.1), "two": result("two", 1.2, 0.3)}
+    found = row_of(VARIANTS[0], folders, scored)
     assert found["bpb"]["avg"] == pytest.approx(1.1)
     assert found["std"]["bpb"]["avg"] == pytest.approx(0.2 / 2**0.5)
     assert found["accuracy"]["math"] == pytest.approx(0.2)

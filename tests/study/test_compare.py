@@ -1,230 +1,196 @@
-"""The comparison: data and FLOPs matched, costs against hand-computed ones, verdicts against cases worked out."""
+"""Chains and the comparison: recipes read back from run.json, budgets counted in logs, verdicts worked out by hand."""
 
 import json
 import os
 
 import pytest
-from helpers import SHORT, must, read, read_json, read_log, run, weights
+from helpers import read, read_json, read_log
 
 from common.errors import UserError
-from study import compare
-from study.clock import read_matched
-from study.compare import Chain, CompareConfig, evaluate, sweep, train_baselines, write_report
-from study.cost import Run, bytes_sent, critical_seconds, lineage
-from study.tables import crossing, crossing_lines, difference, home_lines, mean_and_std, verdict
-
-# ---- cost ----
-
-A = Run((), frozenset(), seconds=10.0, steps=100, parameters=1000)  # the seed
-BRANCHES = [Run(("a",), frozenset("a"), seconds=s, steps=50, parameters=1000) for s in (3.0, 5.0)]
-MIX = Run(("b", "c", "a"), frozenset("abc"), seconds=0.0, steps=0, parameters=1800)
-FINETUNED = Run(("m",), frozenset("abcm"), seconds=7.0, steps=20, parameters=1800)
-CHAIN = {"a": A, "b": BRANCHES[0], "c": BRANCHES[1], "m": MIX, "f": FINETUNED}
-
-
-def test_the_critical_path_takes_the_slowest_branch():
-    assert critical_seconds(CHAIN) == 10 + 5 + 7
-    assert critical_seconds({"a": A, "b": BRANCHES[0]}) == 13
-    assert critical_seconds({}) == 0
-
-
-def test_bytes_of_a_ring_all_reduce():
-    """A worker sends each of w - 1 parts twice, a part has P / w numbers of 4 bytes, and there are w workers."""
-    workers, parameters = 8, 1000
-    for_each = 2 * (workers - 1) * parameters / workers * 4
-    assert bytes_sent({"a": A}, workers) == 100 * workers * for_each
-
-
-def test_branches_share_the_workers_and_send_nothing_to_one_another():
-    seed, finetuning = 100 * 2 * 7 * 1000 * 4, 20 * 2 * 7 * 1800 * 4
-    branches = 2 * 50 * 2 * 3 * 1000 * 4  # four workers each
-    assert bytes_sent(CHAIN, workers=8) == seed + branches + finetuning
-    assert bytes_sent(CHAIN, workers=2) == 100 * 2 * 1000 * 4 + 0 + 20 * 2 * 1800 * 4  # one worker sends nothing
-
-
-def test_lineage_of_a_real_chain(seed, experts, mixed, btx):
-    runs = lineage([btx])
-    assert list(runs) == [*_once([seed, *experts]), mixed, btx]  # parents first
-    assert runs[btx].before == {seed, *experts, mixed} and runs[experts[0]].before == {seed}
-    assert [runs[name].steps for name in (seed, mixed, btx)] == [12, 0, 12]
-    history = read_json(f"{btx}/run.json")["history"]
-    assert runs[btx].seconds == history[btx]["seconds"]
-    slowest = max(history[expert]["seconds"] for expert in experts)
-    assert critical_seconds(runs) == pytest.approx(history[seed]["seconds"] + slowest + history[btx]["seconds"])
-    assert lineage(experts).keys() == {seed, *experts}  # an ensemble
-
-
-def test_what_is_frozen_has_no_gradients_to_send(work, seed, data):
-    """A branch that trains its feed-forwards alone: three matrices a layer, counted in the file of weights."""
-    must(
-        run(
-            "train.py",
-            *(*SHORT, f"--data_dir={data}", "--max_steps=1", "--domain=math", "--freeze=embeddings,attention,norms"),
-            *(f"--init_from={seed}", f"--out_dir={work}/frozen"),
-        )
-    )
-    sizes = {name: tensor.size for name, tensor in weights(f"{work}/frozen").items()}
-    trained = lineage([f"{work}/frozen"])
-    assert trained[f"{work}/frozen"].parameters == sum(n for name, n in sizes.items() if ".mlp." in name)
-    assert trained[seed].parameters == sum(sizes.values())
-
-
-def _once(names):
-    return list(dict.fromkeys(names))
-
-
-# ---- the baselines ----
-
-
-@pytest.fixture(scope="module")
-def chain(work, seed, experts, mixed, btx):
-    """The session's tiny pipeline as a chain, a soup added."""
-    must(run("mix.py", f"--experts={','.join([*experts, seed])}", f"--out_dir={work}/soup", "--method=soup"))
-    return Chain(work)
-
-
-@pytest.fixture(scope="module")
-def config(work, configs):
-    """With the rows matched by time: two branches and a finetuning of 12 steps each, as long as 45 or 20 steps."""
-    times = {"spent_by_btx": {"branch": 24, "mixture": 12}, "matched_steps": {"dense-tm": 45, "upcycle-tm": 20}}
-    with open(f"{work}/step_times.json", "w") as file:
-        json.dump(times, file)
-    rates = {"rates": "1e-3,3e-3", "sweep": ",".join(compare.SWEPT)}
-    return CompareConfig(configs=configs, out_dir=work, step_times=f"{work}/step_times.json", **rates)
-
+from study import chain, compare, tables
+from study.tables import crossing_lines, difference, home_lines, mean_and_std, share_at_par, verdict
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")
-def baselines(config, chain, in_this_process):
-    return dict(zip((*compare.BASELINES, *compare.TIMED), train_baselines(config, chain), strict=True))
+def out(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("chain") / "out")
 
 
 @pytest.fixture(scope="module")
-def longer(config, chain, baselines):
-    return compare.train_longer_branches(config, chain)
+def config(chain_configs, out):
+    flags = {"branch_flags": "--learning_rate=4e-3", "paper_flags": "--router_learning_rate=2.0"}
+    flags |= {"even_flags": "--router_learning_rate=5.0", "rates": "1e-3,3e-3", "sweep": ",".join(compare.SWEPT)}
+    return compare.CompareConfig(configs=chain_configs, out_dir=out, seeds="3", domains="math,rain", **flags)
 
 
-def test_data_matched_rows_see_the_tokens_of_btx(baselines, experts, btx, seed):
-    """Counted in the logs, after the seed model."""
-    ours = sum(read_log(folder)[-1]["tokens"] for folder in (*experts, btx))
-    assert ours == 36 * 8 * 32
+@pytest.fixture(scope="module")
+def results(config, in_this_process):
+    """A whole chain with random seed 3, all baselines, and its scores."""
+    return compare.train_and_score(config, "3")
+
+
+def recipe(out, name):
+    return read_json(f"{out}/{name}/run.json")["recipe"]
+
+
+def spent(out, name, what="tokens"):
+    """The tokens, or FLOPs, behind a checkpoint since the seed model, counted in the logs."""
+    behind = read_json(f"{out}/{name}/run.json")["history"]
+    return sum(read_log(folder)[-1][what] for folder in behind if folder != f"{out}/seed")
+
+
+def test_every_run_has_the_chains_random_seed(out, results):
+    for name in ("seed", "expert-math", "btx", "compare/dense-cm", "compare/upcycle-cm", "compare/btx-paper"):
+        assert recipe(out, name)["config"]["seed"] == 3
+
+
+def test_branches_train_feed_forwards_alone_and_dense_training_everything(out, results):
+    assert recipe(out, "expert-math")["config"]["freeze"] == "embeddings,attention,norms"
+    for name in ("dense-cm", "dense-dm", "dense-tm", "paper/expert-math", "longer/expert-rain"):
+        assert recipe(out, f"compare/{name}")["config"]["freeze"] == "none"
+
+
+def test_rows_have_their_own_flags(out, results):
+    for name in ("dense-cm", "dense-dm", "dense-tm"):
+        settings = recipe(out, f"compare/{name}")["config"]
+        assert (settings["splice"], settings["learning_rate"]) == (0.25, 2e-3)
+        assert list(recipe(out, f"compare/{name}")["parents"]) == [f"{out}/seed"]
+    for name in ("upcycle-cm", "upcycle-dm", "upcycle-tm"):
+        assert recipe(out, f"compare/{name}")["config"]["router_aux_loss_coef"] == 0.02
+        assert list(recipe(out, f"compare/{name}")["parents"]) == [f"{out}/compare/upcycled"]
+    assert list(recipe(out, "compare/upcycled")["parents"]) == [f"{out}/seed"]
+    assert recipe(out, "compare/paper/expert-math")["config"]["learning_rate"] == 4e-3
+    assert recipe(out, "compare/btx-paper")["config"]["router_learning_rate"] == 2.0
+    assert recipe(out, "compare/btx-even")["config"]["router_learning_rate"] == 5.0
+    assert recipe(out, "btx")["config"]["router_learning_rate"] == 1.0
+    assert recipe(out, "compare/btx-sample")["config"]["router"] == "sample"
+
+
+def test_the_row_as_printed_has_random_routers(out, results):
+    found = recipe(out, "compare/paper/mixed")
+    assert found["config"]["router_init"] == "normal" and recipe(out, "mixed")["config"]["router_init"] == "ridge"
+    branches = [f"{out}/compare/paper/expert-{domain}" for domain in ("math", "rain")]
+    assert list(found["parents"]) == [*branches, f"{out}/seed"]
+    assert list(recipe(out, "compare/btx-paper")["parents"]) == [f"{out}/compare/paper/mixed"]
+
+
+def test_data_matched_rows_see_the_tokens_of_btx(out, results):
+    assert spent(out, "btx") == 36 * 8 * 32  # two branches and a finetuning of 12 steps each
     for name in ("dense-dm", "upcycle-dm"):
-        assert read_log(baselines[name])[-1]["tokens"] == ours
-        run = read_json(f"{baselines[name]}/run.json")
-        assert sum(cost["tokens"] for folder, cost in run["history"].items() if folder != seed) == ours
+        assert spent(out, f"compare/{name}") == spent(out, "btx")
 
 
-def test_data_matched_rows_see_each_domain_as_often(baselines):
-    """Experts: 12 steps of math, 12 of rain. Finetuning: 12 steps of both, evenly."""
+def test_rivals_see_each_domain_as_often_as_btx(out, results):
     for name in ("dense-dm", "dense-cm", "upcycle-dm", "upcycle-cm"):
-        mixture = read_json(f"{baselines[name]}/run.json")["recipe"]["config"]["domain"]
-        assert mixture == f"math:{18 * 8 * 32},rain:{18 * 8 * 32}"
+        assert recipe(out, f"compare/{name}")["config"]["domain"] == f"math:{18 * 8 * 32},rain:{18 * 8 * 32}"
 
 
-def test_compute_matched_rows_take_the_flops_of_btx(baselines, experts, btx):
-    ours = sum(read_log(folder)[-1]["flops"] for folder in (*experts, btx))
-    for name in ("dense-cm", "upcycle-cm"):
-        log = read_log(baselines[name])
-        of_a_step = log[-1]["flops"] / log[-1]["step"]
-        assert abs(log[-1]["flops"] - ours) <= of_a_step / 2  # whole steps
-    steps = {name: read_log(folder)[-1]["step"] for name, folder in baselines.items()}
-    assert steps["dense-cm"] > steps["dense-dm"] == steps["upcycle-dm"] == 36 > steps["upcycle-cm"]
+def test_compute_matched_rows_take_the_flops_of_btx(out, results):
+    ours = spent(out, "btx", "flops")
+    for name in ("compare/dense-cm", "compare/upcycle-cm", "compare/btx-even"):
+        last = read_log(f"{out}/{name}")[-1]
+        runs = 3 if name.endswith("even") else 1  # each in whole steps
+        assert abs(spent(out, name, "flops") - ours) <= runs * last["flops"] / last["step"] / 2, name
+    longer = sum(read_log(f"{out}/compare/longer/expert-{domain}")[-1]["flops"] for domain in ("math", "rain"))
+    assert abs(longer - ours) <= read_log(f"{out}/compare/longer/expert-math")[-1]["flops"] / 10
 
 
-def test_time_matched_rows_take_the_measured_steps(baselines):
-    """All else is as in the compute-matched rows."""
-    for name, steps in (("dense", 45), ("upcycle", 20)):
-        timed, computed = (
-            read_json(f"{baselines[f'{name}-{by}']}/run.json")["recipe"]["config"] for by in ("tm", "cm")
-        )
-        assert timed.pop("max_steps") == steps != computed.pop("max_steps")
-        del timed["out_dir"], computed["out_dir"]
-        assert timed == computed
+def test_the_even_row_has_as_many_tokens_in_its_finetuning(out, results):
+    branches = [read_log(f"{out}/compare/even/expert-{domain}")[-1]["tokens"] for domain in ("math", "rain")]
+    finetuning = read_log(f"{out}/compare/btx-even")[-1]["tokens"]
+    assert branches[0] == branches[1] and abs(sum(branches) - finetuning) <= 1.5 * 8 * 32
 
 
-def test_step_times_of_another_btx_are_refused(work):
-    path = f"{work}/step_times.json"
-    assert read_matched(path, {"branch": 24, "mixture": 12}) == {"dense-tm": 45, "upcycle-tm": 20}
-    with pytest.raises(UserError, match=r"is of a BTX of .*24.* steps, not .*25.*; run study.clock again"):
-        read_matched(path, {"branch": 25, "mixture": 12})
+def test_time_matched_rows_take_the_seconds_of_btx(out, results):
+    history = read_json(f"{out}/btx/run.json")["history"]
+    seconds = sum(cost["seconds"] for folder, cost in history.items() if folder != f"{out}/seed")
+    for name in ("dense", "upcycle"):
+        folder = f"{out}/compare/{name}-cm"
+        last = read_json(f"{folder}/run.json")
+        steps = seconds / (last["history"][folder]["seconds"] / last["step"])
+        assert recipe(out, f"compare/{name}-tm")["config"]["max_steps"] == max(1, round(steps))
 
 
-def test_a_file_without_step_times_is_refused(tmp_path):
-    for text in ("{}", "[1]"):
-        (tmp_path / "other.json").write_text(text)
-        with pytest.raises(UserError, match=r"is of a BTX of None steps.*; run study.clock again"):
-            read_matched(tmp_path / "other.json", {"branch": 24, "mixture": 12})
-
-
-def test_the_sampling_row_is_btx_with_another_router(baselines, mixed):
-    recipe = read_json(f"{baselines['btx-sample']}/run.json")["recipe"]
-    assert recipe["config"]["router"] == "sample" and list(recipe["parents"]) == [mixed]
-    assert recipe["config"]["max_steps"] == 12
-
-
-def test_the_even_row_has_as_many_tokens_in_its_finetuning_for_the_flops_of_btx(baselines, work, experts, btx):
-    branches = [read_log(f"{work}/compare/even/{os.path.basename(expert)}")[-1] for expert in experts]
-    finetuning = read_log(baselines["btx-even"])[-1]
-    assert branches[0]["tokens"] == branches[1]["tokens"]
-    of_a_step = finetuning["tokens"] / finetuning["step"]
-    assert abs(sum(log["tokens"] for log in branches) - finetuning["tokens"]) <= 1.5 * of_a_step  # half a step a run
-    logs = [*branches, finetuning]
-    ours = sum(read_log(folder)[-1]["flops"] for folder in (*experts, btx))
-    assert abs(sum(log["flops"] for log in logs) - ours) <= sum(log["flops"] / log["step"] for log in logs) / 2
-
-
-def test_the_row_as_printed_has_random_routers(baselines, work, seed, experts):
-    recipe = read_json(f"{work}/compare/paper/mixed/run.json")["recipe"]
-    branches = [f"{work}/compare/paper/{os.path.basename(expert)}" for expert in experts]
-    assert recipe["config"]["router_init"] == "normal" and list(recipe["parents"]) == [*branches, seed]
-    assert list(read_json(f"{baselines['btx-paper']}/run.json")["recipe"]["parents"]) == [f"{work}/compare/paper/mixed"]
-
-
-def test_longer_branches_share_the_flops_of_the_finetuning(longer, btx, experts, seed):
-    *branches, last = longer
-    assert last == seed and [os.path.basename(folder) for folder in branches] == ["expert-math", "expert-rain"]
-    logs = [read_log(folder)[-1] for folder in branches]
-    ours = sum(read_log(folder)[-1]["flops"] for folder in (*experts, btx))
-    assert abs(sum(log["flops"] for log in logs) - ours) <= logs[0]["flops"] / logs[0]["step"]  # half a step each
-
-
-def test_report_of_a_chain(config, chain, baselines, longer, experts):
-    results = evaluate(config, chain, list(baselines.values()), longer)
+def test_the_report(config, results):
     chains = [results["rows"]] * 2
-    found = {"rows": compare.summarize(chains), "chains": chains, "config": {}}
+    found = {"rows": compare.mean_rows(chains), "chains": chains, "config": {}}
     report = f"{config.out_dir}/compare-report"
     os.makedirs(report)
-    write_report(report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
+    compare.write_comparison(report, {**found, "baselines": results["baselines"], "versions": results["versions"]})
     rows = {row["name"]: row for row in read_json(f"{report}/compare.json")["rows"]}
-    assert rows.keys() >= {"seed", "soup", "btm-top1", "btm-top2", "mixed", "btx", *baselines}
-    assert {"btm-top1-cm", "btm-posterior-prefix-cm"} < rows.keys()
+    needed = {
+        "seed",
+        "soup",
+        "mixed",
+        "btx",
+        "dense-tm",
+        "upcycle-dm",
+        "btx-paper",
+        "btm-top1",
+        "btm-posterior-prefix-cm",
+    }
+    assert rows.keys() >= needed
     assert rows["btm-top1-cm"]["train_flops"] == pytest.approx(rows["btx"]["train_flops"], rel=0.02)
     own = {row["name"]: row for row in results["rows"]}
     for name, row in rows.items():
         assert row["bpb"] == own[name]["bpb"] and row["std"]["bpb"]["avg"] == 0  # twice the same
-    assert rows["btm-top1"]["critical_seconds"] < rows["btx"]["critical_seconds"] < rows["btx"]["seconds"]
-    assert rows["upcycle-dm"]["bytes_sent"] > rows["btx"]["bytes_sent"]
     text = read(f"{report}/compare.md").decode()
-    assert all(f"| {name} |" in text for name in rows)
-    assert os.path.exists(f"{report}/compare.png")
+    assert all(f"| {name} |" in text for name in rows) and os.path.exists(f"{report}/compare.png")
 
 
-def test_the_sweep_scores_on_validation_text(config, chain, baselines):
-    found = sweep(config, chain)
+def test_rows_made_before_the_source_changed_are_marked(results, out):
+    row = dict(results["rows"][0])
+    tables.mark_stale(row)
+    assert row["stale"] == []
+    row["source"] = {**row["source"], "model.py": "another"}
+    tables.mark_stale(row)
+    assert row["stale"] == ["model.py"]
+    columns = [("bpb", "avg")]
+    text = tables.score_table([row], columns=columns)
+    assert f"{row['name']} †" in text and text.endswith("† made before model.py changed")
+    path = f"{out}/btx/run.json"
+    record = read_json(path)
+    btx = next(one for one in results["rows"] if one["name"] == "btx")
+    with open(path, "w") as file:
+        source = [{"step": 0, "files": {"train.py": "another"}}, *record["source"]]
+        json.dump({**record, "source": source}, file)
+    tables.mark_stale(btx)
+    with open(path, "w") as file:
+        json.dump(record, file)
+    assert btx["stale"] == ["train.py"]
+
+
+def test_the_headline(results):
+    text = tables.headline_table(results["rows"])
+    assert text.count("\n") == 6 and "±" not in text
+    names = [line.split(" | ")[0].strip("| ") for line in text.splitlines()[2:]]
+    wanted = ["seed model", "dense training", "sparse upcycling", "Branch-Train-Merge", "**Branch-Train-MiX**"]
+    assert names == wanted
+
+
+def test_the_sweep_scores_on_validation_text(config, results):
+    found = compare.sweep(config)
     assert list(found) == list(compare.SWEPT)
     for name, scores in found.items():
         for rate in ("1e-3", "3e-3"):
-            folder = chain.path(f"compare/sweep/{name}-{rate}")
+            folder = f"{config.out_dir}/compare/sweep/{name}-{rate}"
             assert scores[rate] == read_log(folder)[-1]["bpb"]["avg"]
             assert read_json(f"{folder}/run.json")["recipe"]["config"]["learning_rate"] == float(rate)
         assert scores["1e-3"] != scores["3e-3"]
 
 
-def test_an_unfinished_chain_is_named(tmp_path):
-    with pytest.raises(UserError, match="seed is not there or not finished; run the pipeline first"):
-        Chain(str(tmp_path))
+def test_seeds_that_are_no_numbers():
+    with pytest.raises(UserError, match="whole numbers separated by commas"):
+        compare.CompareConfig(seeds="one")
+
+
+def test_a_budget_is_known_before_anything_is_trained(config, results, tmp_path):
+    """The configs' own arithmetic, against what the logs of a finished chain say."""
+    fresh = compare.chain_of(config, "3")
+    assert isinstance(fresh, chain.Chain) and fresh.budget().tokens == spent(config.out_dir, "btx")
+    assert fresh.budget().flops == pytest.approx(spent(config.out_dir, "btx", "flops"), rel=1e-12)
 
 
 # ---- verdicts ----
@@ -256,9 +222,9 @@ def test_another_row_may_be_held_against_the_others():
 def test_rows_cross_where_their_mixed_text_has_equal_bits():
     """0.9 (1 - p) + 1.0 p = 0.8 (1 - p) + 1.3 p at p = 1 / 4."""
     ours, theirs = ({"bpb": {"avg": pure}, "spliced": {"avg": spliced}} for pure, spliced in ((0.9, 1.0), (0.8, 1.3)))
-    assert crossing(ours, theirs) == crossing(theirs, ours) == pytest.approx(0.25)
+    assert share_at_par(ours, theirs) == share_at_par(theirs, ours) == pytest.approx(0.25)
     ahead = {"bpb": {"avg": 0.8}, "spliced": {"avg": 0.9}}
-    assert crossing(ours, ahead) is crossing(ahead, ours) is crossing(ours, ours) is None
+    assert share_at_par(ours, ahead) is share_at_par(ahead, ours) is share_at_par(ours, ours) is None
     rows = [{"name": "btx", **ours}, {"name": "btm-top1", **theirs}, {"name": "dense-dm", **ahead}]
     assert crossing_lines(rows) == ["- btx has fewer bits than btm-top1 from 25.0% on"]
 

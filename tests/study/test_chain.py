@@ -1,0 +1,87 @@
+"""Jobs side by side: order, threads, logs, failures and signals, with small programs in the place of training."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+from common.errors import UserError
+from study.chain import Job, follow, run_jobs
+
+NOTE = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + ' begins\\n'); time.sleep(float(sys.argv[3]));"
+NOTE += " open(sys.argv[1], 'a').write(sys.argv[2] + ' ends\\n'); print(sys.argv[2], 'done')"
+
+
+def job(name, notes, needs=(), seconds=0.3):
+    return Job(name, ("-c", NOTE, str(notes), name, str(seconds)), needs)
+
+
+def test_a_job_waits_for_what_it_needs_and_others_run_beside_it(tmp_path, capsys):
+    notes = tmp_path / "notes"
+    jobs = [job("c", notes, ("a", "b")), job("a", notes, seconds=0.8), job("b", notes, seconds=0.8)]
+    run_jobs(jobs, str(tmp_path), slots=2)
+    lines = notes.read_text().splitlines()
+    assert sorted(lines[:2]) == ["a begins", "b begins"]  # before either ends: side by side
+    assert lines.index("c begins") > max(lines.index("a ends"), lines.index("b ends"))
+    assert capsys.readouterr().out.count("done") == 3
+    assert (tmp_path / "logs" / "c.log").read_text() == "c done\n"
+
+
+def test_one_slot_runs_one_at_a_time(tmp_path):
+    notes = tmp_path / "notes"
+    run_jobs([job("a", notes), job("b", notes)], str(tmp_path), slots=1)
+    assert notes.read_text().splitlines() == ["a begins", "a ends", "b begins", "b ends"]
+
+
+def test_jobs_side_by_side_have_one_thread_each_and_a_job_alone_has_all(tmp_path):
+    code = "import os, time; time.sleep(0.5); print(os.environ.get('OMP_NUM_THREADS'))"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        jobs = [Job("a", ("-c", code)), Job("b", ("-c", code)), Job("last", ("-c", code), ("a", "b"))]
+        run_jobs(jobs, str(tmp_path), slots=2)
+    said = {name: (tmp_path / "logs" / f"{name}.log").read_text().strip() for name in ("a", "b", "last")}
+    assert said == {"a": "1", "b": "1", "last": "None"}
+
+
+def test_a_failure_is_named_and_the_others_go_on(tmp_path):
+    notes = tmp_path / "notes"
+    broken = Job("broken", ("-c", "import sys; print('error: no such data'); sys.exit(2)"))
+    jobs = [broken, job("a", notes), job("child", notes, ("broken",)), job("b", notes, ("a",))]
+    with pytest.raises(UserError, match=r"broken failed \(error: no such data\); .*logs/broken.log has all of it"):
+        run_jobs(jobs, str(tmp_path), slots=2)
+    assert notes.read_text().splitlines() == ["a begins", "a ends", "b begins", "b ends"]
+
+
+def test_progress_bars_are_shown_and_not_logged(tmp_path):
+    code = "print('first'); print('x: 10%|#', end='\\r'); print('x: 100%|##'); print('old; --overwrite=True'); print('end')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    shown, said = [], []
+    with open(tmp_path / "log", "w") as log:
+        assert follow(process, log, shown.append, said.append) == "end"
+    process.wait()
+    assert (tmp_path / "log").read_text() == "first\nold; --overwrite=True\nend\n"
+    assert shown == ["x: 10%|#", "x: 100%|##"] and said == ["old; --overwrite=True"]
+
+
+def test_a_signal_is_passed_on(tmp_path):
+    """A driver that is told to stop stops its job, which may save, and starts no other."""
+    driver = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+from study.chain import Job, run_jobs
+code = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(143))); print('up', flush=True); time.sleep(60)"
+run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tmp_path)!r}, slots=1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", driver])
+    log = tmp_path / "logs" / "a.log"
+    for _ in range(300):
+        if log.exists() and "up" in log.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert log.read_text() == "up\nsaved\n" and not os.path.exists(tmp_path / "logs" / "b.log")
