@@ -113,8 +113,9 @@ _processes = multiprocessing.get_context("forkserver")  # forks from a process t
 _processes.set_forkserver_preload(["finetune", "torch._dynamo"])
 
 
-def _start(script, arguments, hook):
-    """The process, and where its output and its errors can be read."""
+def start_process(script, *arguments, hook=""):
+    """Start a script in a process of its own, after the Python code `hook`. Returns the process, and where its output
+    and its errors can be read."""
     (out, child_out), (err, child_err) = (_processes.Pipe(duplex=False) for _ in range(2))
     process = _processes.Process(target=_child, args=(script, [*map(str, arguments)], hook, child_out, child_err))
     process.start()
@@ -123,7 +124,8 @@ def _start(script, arguments, hook):
     return process, out, err
 
 
-def _finish(process, out, err):
+def finish_process(process, out, err):
+    """The Result of a process that start_process has started."""
     texts = []
     for ours in (out, err):
         with open(ours.fileno(), "rb", closefd=False) as file:
@@ -134,7 +136,7 @@ def _finish(process, out, err):
 
 def run_process(script, *arguments, hook=""):
     """Run a script in a process of its own, after the Python code `hook`."""
-    return _finish(*_start(script, arguments, hook))
+    return finish_process(*start_process(script, *arguments, hook=hook))
 
 
 def run_ranks(world, script, *arguments, hook="", hook_rank=None):
@@ -147,8 +149,9 @@ def run_ranks(world, script, *arguments, hook="", hook_rank=None):
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         lines = f"import os; os.environ.update({ {name: str(value) for name, value in place.items()} })\n"
-        started.append(_start(script, arguments, lines + (hook if hook_rank in (None, rank) else "")))
-    return [_finish(*one) for one in started]
+        own = hook if hook_rank in (None, rank) else ""
+        started.append(start_process(script, *arguments, hook=lines + own))
+    return [finish_process(*one) for one in started]
 
 
 def error_line(result):

@@ -8,11 +8,24 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENS, error_line, must, read, read_json, read_log, run, tokens_of
+from helpers import (
+    TOKENS,
+    error_line,
+    finish_process,
+    must,
+    read,
+    read_json,
+    read_log,
+    run,
+    start_process,
+    tokens_of,
+)
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common import generate as generation
+import model as model_file
 from common.corpus import Corpus
+from common.hf import weights_hash
 from common.tokenizer import load_tokenizer
 from data.task import read_answer
 
@@ -141,7 +154,7 @@ def test_val_and_test_are_scored_apart(results, rows, seed, data, tmp_path, monk
         asked.extend(encoding.decode(prompt) for prompt in prompts)
         return [[]] * len(prompts)
 
-    monkeypatch.setattr(generation, "generate", answer)
+    monkeypatch.setattr(model_file, "generate", answer)
     flags = *FLAGS, f"--model={seed}", f"--data_dir={data}"
     baselines = read_json(os.path.join(data, "math", "meta.json"))["task"]["baselines"]
     for split in ("val", "test"):
@@ -255,7 +268,7 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
         assert max_new_tokens == 8 and stop == {encoding.eot_token}
         return [encoding.encode_ordinary(text) for text in texts]
 
-    monkeypatch.setattr(generation, "generate", answer)
+    monkeypatch.setattr(model_file, "generate", answer)
     flags = *FLAGS, "--task_problems=4", f"--data_dir={copy}", f"--out_dir={tmp_path}/report"
     must(run("eval.py", *flags, f"--model={seed}"))
     assert read_json(tmp_path / "report" / "results.json")["rows"][0]["accuracy"] == {"math": 0.5}
@@ -281,3 +294,69 @@ def test_nothing_to_evaluate(seed, data, mixed, tmp_path):
     assert "top-2 needs at least 2" in error_line(run("study/btm.py", *flags, f"--experts={seed}"))
     message = error_line(run("study/btm.py", *flags, f"--experts={mixed},{seed}"))
     assert mixed in message and "does not say what it was trained on" in message
+
+
+# ---- several processes, and source that has changed ----
+
+# This process stands before its writing, with the rows that it has found, until another file is there
+WAIT = """
+import contextlib, os, time
+import common.run
+locked = common.run.locked
+@contextlib.contextmanager
+def waiting(folder, wait=False):
+    open({mine!r}, "w").close()
+    while not os.path.exists({other!r}):
+        time.sleep(0.01)
+    with locked(folder, wait) as entered:
+        yield entered
+common.run.locked = waiting
+"""
+
+
+def test_two_processes_keep_both_rows(seed, experts, data, tmp_path):
+    """Both find no results.json; the first one has written its row before the second one writes."""
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
+    mine, written = f"{tmp_path}/a", f"{tmp_path}/report/results.json"
+    late = start_process("eval.py", *flags, f"--model={seed}", hook=WAIT.format(mine=mine, other=written))
+    hook = WAIT.format(mine=f"{tmp_path}/b", other=mine)
+    early = start_process("eval.py", *flags, f"--model={experts[0]},{experts[1]}", hook=hook)
+    must(finish_process(*early))
+    must(finish_process(*late))
+    rows = {row["name"]: row for row in read_json(written)["rows"]}
+    assert rows.keys() == {"seed", "expert-math", "expert-rain"}
+    must(run("eval.py", *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/alone", f"--model={seed}"))
+    (alone,) = read_json(tmp_path / "alone" / "results.json")["rows"]
+    assert {**alone, "source": 0} == {**rows["seed"], "source": 0}
+
+
+def test_a_row_of_other_source_is_kept_and_said(seed, experts, data, tmp_path):
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
+    must(run("eval.py", *flags, f"--model={seed},{experts[0]}"))
+    path = tmp_path / "report" / "results.json"
+    found = read_json(path)
+    assert {"eval.py", "model.py", "data/task.py"} <= found["rows"][0]["source"].keys()
+    found["rows"][0]["source"]["model.py"] = "another hash"
+    path.write_text(json.dumps(found))
+    said = must(run("eval.py", *flags, f"--model={seed},{experts[0]}")).out.splitlines()
+    line = f"{path}: seed was scored before model.py changed; --overwrite=True scores all rows anew"
+    assert [one for one in said if "changed" in one] == [line]
+    assert read_json(path) == found
+    again = must(run("eval.py", *flags, f"--model={seed},{experts[0]}", "--overwrite=True"))
+    assert "changed" not in again.out and read_json(path)["rows"][0]["source"]["model.py"] != "another hash"
+
+
+def test_a_model_of_other_weights_is_another_row(seed, data, tmp_path):
+    """Of the same recipe, as when the source has changed in between."""
+    copy = shutil.copytree(seed, tmp_path / "copy")
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report", f"--model={copy}"
+    must(run("eval.py", *flags))
+    (before,) = read_json(tmp_path / "report" / "results.json")["rows"]
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    record = read_json(copy / "run.json")
+    (copy / "run.json").write_text(json.dumps({**record, "weights": weights_hash(copy)}))
+    must(run("eval.py", *flags))
+    (after,) = read_json(tmp_path / "report" / "results.json")["rows"]
+    assert after["id"] != before["id"] and after["bpb"] != before["bpb"]
