@@ -25,6 +25,7 @@ from common.config import key, parse, split_list
 from common.corpus import Corpus
 from common.errors import UserError, command
 from common.hf import local_folder
+from eval import EvalConfig
 from finetune import FinetuneConfig
 from mix import MixConfig
 from model import ModelConfig, Transformer, on_meta
@@ -395,7 +396,9 @@ def score(chain, models, ensemble, btx):
     settings = (chain.config.stage("eval"), domains, f"--out_dir={report}", *shlex.split(chain.config.flags))
     arguments = ("-m", "study.btm", *settings, f"--experts={','.join(ensemble)}")
     chain.jobs.append(Job("scores/btm", arguments, chain.names(ensemble)))
+    length = parse(EvalConfig, [chain.config.stage("eval")]).sequence_length
     arguments = ("-m", "study.route", f"--model={btx}", f"--data_dir={chain.data}", domains, f"--out_dir={report}")
+    arguments += (f"--sequence_length={length}",)
     chain.jobs.append(Job("routing", arguments, chain.names([btx])))
 
 

@@ -117,7 +117,7 @@ def regime_table(points):
         cells += [f"{point['tokens_per_parameter']:.0f}", str(len(point["seeds"]))]
         for rival in RIVALS:
             lead, half = difference(point["chains"], rival, "bpb", "avg")
-            cells.append(f"{lead:+.3f} ± {half:.3f}" if half else f"{lead:+.3f}")
+            cells.append(f"{lead:+.3f} ± {half:.3f}" if len(point["seeds"]) > 1 else f"{lead:+.3f}")
         body.append(cells)
     header = ["width", "scale", "parameters", "tokens per parameter", "random seeds"]
     return markdown_table([*header, *(f"ahead of {words}" for words in RIVALS.values())], body)

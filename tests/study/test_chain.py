@@ -57,7 +57,8 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path):
 
 
 def test_progress_bars_are_shown_and_not_logged(tmp_path):
-    code = "print('first'); print('x: 10%|#', end='\\r'); print('x: 100%|##'); print('old; --overwrite=True'); print('end')"
+    code = "print('first'); print('x: 10%|#', end='\\r'); print('x: 100%|##'); "
+    code += "print('old; --overwrite=True'); print('end')"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     shown, said = [], []
     with open(tmp_path / "log", "w") as log:
@@ -73,7 +74,8 @@ def test_a_signal_is_passed_on(tmp_path):
 import sys
 sys.path.insert(0, {ROOT!r})
 from study.chain import Job, run_jobs
-code = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(143))); print('up', flush=True); time.sleep(60)"
+code = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(143)));"
+code += "print('up', flush=True); time.sleep(60)"
 run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tmp_path)!r}, slots=1)
 """
     process = subprocess.Popen([sys.executable, "-c", driver])

@@ -1,4 +1,4 @@
-"""The study of width and budget: its chains' settings, one small point by its real commands, leads worked out by hand."""
+"""The study of width and budget: its chains' settings, one small point by its real commands, leads by hand."""
 
 import os
 
