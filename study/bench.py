@@ -7,16 +7,20 @@
 All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A
 mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
 the checkouts run as their authors run them in bfloat16, under autocast. --compile=on adds our models and nanoGPT as
-torch.compile makes them. Subjects take turns step by step, a step's
-time is compared with that of the others in the same turn, and medians of these ratios count. What our step consists of,
-and what a run costs beside its steps, is in study/parts.py.
+torch.compile makes them. Subjects take turns step by step, a step's time is compared with that of the others in the
+same turn, and medians of these ratios count. On CUDA the table also has each model's peak memory, how often a step of
+it makes the host wait for the device (a step of ours should not), and MFU against the card's datasheet; elsewhere MFU
+refers to a matmul measured in the same process.
 """
 
 import dataclasses
 import importlib.util
+import math
 import os
 import statistics
 import sys
+import time
+import warnings
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -25,13 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import key, parse, split_list
-from common.device import compiled, device_key, pick_device, threads_key
+from common.device import DEVICES, compiled, pick_device
 from common.errors import UserError, command, write_atomically, write_json
 from common.run import versions
 from model import ModelConfig, Transformer, generate
-from study.parts import beside, in_turns, shares, start_up
 
 EXPERTS, CHOSEN = 4, 2
+DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}  # dense bf16 FLOP/s
 HEAD_SIZE = 32
 COMPILED = ", compiled"  # behind a name
 
@@ -54,8 +58,8 @@ class BenchConfig:
     nanomoe: str = key("", "a checkout of nanoMoE; empty leaves it out")
     clock: str = key("wall", "wall, or cpu: the processor's time for this process; use one thread", ("wall", "cpu"))
     compile: str = key("off", "whether to measure what torch.compile makes of the models, too", ("on", "off"))
-    device: str = device_key()
-    threads: int = threads_key()
+    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
+    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
 
 class Subject(NamedTuple):
@@ -71,12 +75,12 @@ class Subject(NamedTuple):
 # ---- the subjects ----
 
 
-def shape(config, width, wide=1, experts=0):
+def model_config_of(config, width, wide=1, experts=0):
     """Our shape for a width; `wide` times as wide in the feed-forward sublayers."""
     return ModelConfig(
         vocab_size=config.vocab_size,
         hidden_size=width,
-        intermediate_size=wide * (-(-width * 8 // 3) + 7) // 8 * 8,
+        intermediate_size=wide * math.ceil(width / 3) * 8,  # 8/3 of the width, a multiple of 8
         num_hidden_layers=config.layers,
         num_attention_heads=max(1, width // HEAD_SIZE),
         num_key_value_heads=max(1, width // HEAD_SIZE),
@@ -166,8 +170,8 @@ def checkout(folder, config, width, device, dtype, compile="off", **extra):
 
 def subjects(config, width, device, dtype):
     """{name: Subject} of everything that can be measured here."""
-    dense, wide = shape(config, width), shape(config, width, wide=CHOSEN)
-    mixture = shape(config, width, experts=EXPERTS)
+    dense, wide = model_config_of(config, width), model_config_of(config, width, wide=CHOSEN)
+    mixture = model_config_of(config, width, experts=EXPERTS)
     found = {"dense": ours(dense, device, dtype)}
     found[f"dense, {CHOSEN}x wide"] = ours(wide, device, dtype)
     found["mixture"] = ours(mixture, device, dtype)
@@ -188,19 +192,50 @@ def subjects(config, width, device, dtype):
     return found
 
 
+# ---- the clock ----
+
+
+def timed(config, device, function):
+    """Seconds that a function takes, the device's work included."""
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def in_turns(config, device, functions, warm=2):
+    """{name: [seconds]} of functions that take turns; the first turns do not count."""
+    times = {name: [] for name in functions}
+    for turn in range(warm + config.turns):
+        for name, function in functions.items():
+            seconds = timed(config, device, function)
+            if turn >= warm:
+                times[name].append(seconds)
+    return times
+
+
 # ---- the tasks ----
 
 
-def measure(config, found, device):
+def train_step(subject, inputs, targets):
+    """Forward, backward and optimizer."""
+    subject.model.train()
+    subject.loss(inputs, targets).backward()
+    subject.optimizer.step()
+    subject.optimizer.zero_grad(set_to_none=True)
+
+
+def time_tasks(config, found, device):
     """{task: {name: [seconds]}} for the tasks: train, evaluate, generate 1 and generate 32."""
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def train(subject):
-        subject.model.train()
-        subject.loss(inputs, targets).backward()
-        subject.optimizer.step()
-        subject.optimizer.zero_grad(set_to_none=True)
+        train_step(subject, inputs, targets)
 
     @torch.no_grad()
     def evaluate(subject):
@@ -222,8 +257,32 @@ def measure(config, found, device):
     return result
 
 
+def on_cuda(config, found, device):
+    """{name: (peak bytes of a training step, how often it makes the host wait)}; empty on a CPU."""
+    result = {}
+    ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length), device=device)
+    for name, subject in found.items() if device.type == "cuda" else ():
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                train_step(subject, ids, ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = sum("synchroniz" in str(one.message) for one in caught)
+        result[name] = torch.cuda.max_memory_allocated(), waits
+    return result
+
+
+def peak_rate(config, device, dtype):
+    """The FLOP/s that MFU refers to: the datasheet's for a card in bf16 that is known, else a measured matmul's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
+    return next((rate for card, rate in DATASHEET.items() if card in name), None) or matmul_rate(config, device, dtype)
+
+
 def matmul_rate(config, device, dtype, size=1024):
-    """Measured FLOP/s of a square matmul: the ceiling that MFU refers to."""
+    """Measured FLOP/s of a square matmul."""
     a = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / statistics.median(in_turns(config, device, {"": lambda: a @ a})[""])
 
@@ -255,10 +314,8 @@ def table(config, row):
     for way in ("", COMPILED) if "mixture" + COMPILED in train else ("",):
         speed = ratio(train, "mixture" + way, f"dense, {CHOSEN}x wide{way}")
         lines.append(f"Mixture over dense of equal active FLOPs{way}: {speed:.2f}.")
-    for name, parts in row["shares"].items():
-        lines.append(f"Shares of a step, {name}: " + ", ".join(f"{part} {s:.0%}" for part, s in parts.items()) + ".")
-    for name, costs in row["beside"].items():
-        lines.append(f"Beside the steps, {name}: " + ", ".join(f"{part} {t:.3g} s" for part, t in costs.items()) + ".")
+    for name, (peak, waits) in row["cuda"].items():
+        lines.append(f"{name}: {peak / 2**30:.2f} GiB at most, {waits} wait(s) in a step.")
     return "\n".join(lines)
 
 
@@ -277,14 +334,10 @@ def main():
             found = subjects(config, width, device, dtype)
             mine = {name: one for name, one in found.items() if isinstance(one.model, Transformer)}
             row = {"width": width, "dtype": str(dtype).removeprefix("torch.")}
-            row["times"] = measure(config, found, device)
+            row["times"] = time_tasks(config, found, device)
+            row["cuda"] = on_cuda(config, found, device)
             row["flops"] = {name: one.model.flops_per_token(config.sequence_length) for name, one in mine.items()}
-            row["matmul_flops"] = matmul_rate(config, device, dtype)
-            row["shares"] = {name: shares(config, mine[name], device) for name in ("dense", "mixture")}
-            row["beside"] = {
-                name: {**beside(config, mine[name], device), **start_up(config, mine[name].model, device)}
-                for name in ("dense", "mixture")
-            }
+            row["matmul_flops"] = peak_rate(config, device, dtype)
             rows.append(row)
             print(table(config, row), flush=True)
             text += "\n" + table(config, row)

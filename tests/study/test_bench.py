@@ -39,11 +39,7 @@ def test_bench_measures_everyone(dtype, compile, tmp_path, monkeypatch):
     twins = {f"{name}, compiled" for name in ("dense", "dense, 2x wide", "mixture", "nanoGPT") if compile == "on"}
     assert row["times"]["train"].keys() == names | twins and row["times"]["evaluate"].keys() == names
     assert row["times"]["generate 32"].keys() == names - {"nanoGPT"}
-    assert all(share > 0 for parts in row["shares"].values() for share in parts.values())
-    parts = {"attention", "mixture", "of these, routing", "sorting", "experts", "head and loss", "optimizer"}
-    assert row["shares"]["mixture"].keys() == parts and row["beside"].keys() == {"dense", "mixture"}
-    for costs in row["beside"].values():
-        assert costs.keys() == {"a batch of data", "a checkpoint", "imports", "model", "first step"}
-        assert costs["imports"] > costs["a batch of data"] > 0 and min(costs.values()) > 0
+    assert row["matmul_flops"] > 0 and row["flops"]["mixture"] > row["flops"]["dense"]
+    assert row["cuda"] == {}  # memory and waits are a GPU's
     text = (tmp_path / "out" / "bench.md").read_text()
     assert done.out.strip() in text and all(f"| {name} |" in text for name in names | twins)
