@@ -93,10 +93,11 @@ def _checked(field, value, where):
         inside = low <= value <= high and (value > low or within[0] == "[") and (value < high or within[-1] == "]")
         if not inside:
             raise UserError(f"{where}: {field.name} must lie in {within}, got {value!r}")
-    if kind is str and not value.isprintable() and not field.metadata["free_text"]:
+    if kind is str and not value.isprintable():
         surrogates = any("\ud800" <= character <= "\udfff" for character in value)  # bytes that are no UTF-8
         what = "is not UTF-8; write it in UTF-8" if surrogates else "holds a control character; use a plain name"
-        raise UserError(f"{printable(where)}: {field.name} {what}")
+        if surrogates or not field.metadata["free_text"]:
+            raise UserError(f"{printable(where)}: {field.name} {what}")
     return value
 
 

@@ -31,7 +31,8 @@ def all_readers(folder, data, tmp_path):
     """The commands that read a checkpoint, each given this one."""
     yield run("train.py", *SHORT, f"--data_dir={data}", f"--init_from={folder}", f"--out_dir={tmp_path}/out")
     yield run("mix.py", f"--experts={folder},{folder}", f"--out_dir={tmp_path}/out")
-    yield run("eval.py", f"--model={folder}", f"--data_dir={data}", "--sequence_length=32", f"--out_dir={tmp_path}/out")
+    size = "--sequence_length=32", "--max_new_tokens=8"
+    yield run("eval.py", f"--model={folder}", f"--data_dir={data}", *size, f"--out_dir={tmp_path}/out")
     yield run("sample.py", f"--model={folder}", "--device=cpu")
 
 
