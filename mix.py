@@ -23,7 +23,7 @@ times as many terms, so what they add up to is C times too small. Weights stay a
 describes no correction; --rescale=True multiplies each chunk's output by C.
 
 Tensors are streamed from the experts' files to the new one, so memory stays at one tensor of each expert. Only
---router_init=domain, contrast and ridge hold a model in memory (common/router_start.py).
+--router_init=contrast and ridge hold a model in memory (new_routers below).
 """
 
 import dataclasses

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests, at most 3 minutes on 2 CPU cores; arguments go to pytest: bash test.sh -k mix
+# Runs the tests, at most 4 minutes on 2 CPU cores; arguments go to pytest: bash test.sh -k mix
 set -euo pipefail
 cd "$(dirname "$0")"
 source setup.sh

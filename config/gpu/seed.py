@@ -18,7 +18,7 @@ tie_word_embeddings = True
 
 max_steps = 5850  # 383 M tokens, config/cpu's share; 48 a parameter in all, beyond docs/regime.md's crossing
 batch_size = 64  # 65,536 tokens a step
-micro_batch_size = 64  # 9.4 GiB, counted by --dry_run=True
+micro_batch_size = 64  # 9.4 GiB, counted at commit c3efc85
 sequence_length = 1024
 learning_rate = 3e-3  # config/cpu's, over how much wider this is; nobody has swept it
 min_learning_rate = 0.02  # annealed, or else half of what comes after is the annealing that it lacks
