@@ -13,6 +13,11 @@ import torch
 from helpers import ROOT, must, read_json, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from common.config import parse
+from finetune import FinetuneConfig
+from study import chain as chain_file
+from train import TrainConfig
+
 SHAPE = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SHAPE |= {"max_position_embeddings": 64, "eos_token_id": 319}
 STAND_INS = {
@@ -51,8 +56,23 @@ def recorded(command, tmp_path, **environment):
     return [(line[1], line[2:]) if line[0] == "-m" else (line[0], line[1:]) for line in words]
 
 
+def jobs_of(arguments):
+    """What study.chain would run with these flags: (script, arguments) of each job, in an order in which it may."""
+    config = parse(chain_file.ChainConfig, arguments)
+    chain = chain_file.Chain(config)
+    chain_file.pipeline(chain)
+    done, lines = set(), []
+    for job in chain.jobs:
+        assert {*job.needs} & {other.name for other in chain.jobs} <= done
+        done.add(job.name)
+        words = job.arguments[1:] if job.arguments[0] == "-m" else job.arguments
+        lines.append((words[0], words[1:]))
+    return lines
+
+
 def run_all(lines, prepared):
-    """Run recorded lines inside this process, each for two steps at most; returns their scripts."""
+    """Run recorded lines inside this process, each for two steps at most; returns the scripts, a chain's one by one."""
+    lines = [one for line in lines for one in (jobs_of(line[1]) if line[0] == "study.chain" else [line])]
     for script, arguments in lines:
         if script == "data.public":
             prepare(arguments, prepared)
@@ -91,8 +111,9 @@ def test_every_stage_runs(size, texts, data, tmp_path):
     domains = " ".join(f"{name}={path}" for name, path in texts.items())
     lines = recorded(f"bash run.sh {size}", tmp_path, SEED_MODEL=seed, OUT=f"{tmp_path}/out", DOMAINS=domains)
     done = run_all(lines, prepared)
-    assert done[:8] == ["data.public"] * 4 + ["train.py"] * 3 + ["mix.py"]
-    assert done[8:] == ["mix.py", "finetune.py", "eval.py", "study.btm", "study.route", "study.report"]
+    assert done[:9] == ["data.public"] * 4 + ["train.py"] * 3 + ["mix.py", "finetune.py"]
+    assert done[9:] == ["mix.py", *["eval.py"] * 7, "study.btm", "study.route"]
+    must(run("study/report.py", f"--report={tmp_path}/out/report"))
 
     out = tmp_path / "out"
     config = read_json(out / "btx" / "config.json")
@@ -123,10 +144,6 @@ def test_the_commands_of_the_readme(texts, data, tmp_path):
 
 def test_the_papers_numbers():
     """Section 3.1 of the paper: tokens of each branch and of the finetuning, in batches of 4 M tokens."""
-    from common.config import parse
-    from finetune import FinetuneConfig
-    from train import TrainConfig
-
     tokens = {"expert-code": 210e9, "expert-finemath": 201e9, "expert-wikipedia": 42e9, "finetune": 80e9}
     for name, expected in tokens.items():
         kind = FinetuneConfig if name == "finetune" else TrainConfig
