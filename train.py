@@ -328,7 +328,7 @@ def train(config, make_model):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise UserError(
                     f"step {step}: the loss is {loss}, the gradient's norm {norm}; {config.out_dir} keeps its last "
-                    "good checkpoint; try a lower --learning_rate"
+                    "good checkpoint, if it has one; try a lower --learning_rate"
                 )
             # sums for the next line of the log; they are part of a checkpoint
             for name, value in metrics.items():
