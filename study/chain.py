@@ -389,13 +389,14 @@ def score(chain, models, ensemble, btx):
     nobody knows what it has read, so it takes no part."""
     report = chain.config.path("report")
     domains = f"--domains={','.join(sorted(chain.domains))}"
+    # the ensembles come first: they take longest
+    settings = (chain.config.stage("eval"), domains, f"--out_dir={report}", *shlex.split(chain.config.flags))
+    arguments = ("-m", "study.btm", *settings, f"--experts={','.join(ensemble)}")
+    chain.jobs.append(Job("scores/btm", arguments, chain.names(ensemble)))
     for model in models:
         name = f"scores/{os.path.relpath(model, chain.config.out_dir)}"
         arguments = ("eval.py", chain.config.stage("eval"), domains, f"--out_dir={report}", f"--model={model}")
         chain.jobs.append(Job(name, (*arguments, *shlex.split(chain.config.flags)), chain.names([model])))
-    settings = (chain.config.stage("eval"), domains, f"--out_dir={report}", *shlex.split(chain.config.flags))
-    arguments = ("-m", "study.btm", *settings, f"--experts={','.join(ensemble)}")
-    chain.jobs.append(Job("scores/btm", arguments, chain.names(ensemble)))
     length = parse(EvalConfig, [chain.config.stage("eval")]).sequence_length
     arguments = ("-m", "study.route", f"--model={btx}", f"--data_dir={chain.data}", domains, f"--out_dir={report}")
     arguments += (f"--sequence_length={length}",)
