@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT, read, read_json
 
-NAMES = "seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
+NAMES = "dense-cm upcycle-cm seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +29,15 @@ def test_smoke_pipeline(copy):
     (out / "expert-wiki").mkdir(parents=True)
     (out / "expert-wiki" / "notes.txt").write_text("not of a run")
     done = pipeline(copy)
-    assert done.returncode == 1
-    assert "these branches failed: out/smoke/expert-wiki" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert "expert-wiki failed" in done.stderr and "Traceback" not in done.stderr
     finished = [out / name / "model.safetensors" for name in ("seed", "expert-code", "expert-math")]
     before = [path.stat().st_mtime_ns for path in finished]
 
     shutil.rmtree(out / "expert-wiki")
     done = pipeline(copy)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("already there, kept") == 3 and done.stdout.count("nothing to do") == 3
+    assert done.stdout.count("already there, kept") == 3 and done.stdout.count("nothing to do") == 6
     assert [path.stat().st_mtime_ns for path in finished] == before
 
     results = read_json(out / "report" / "results.json")
