@@ -8,7 +8,8 @@ import sys
 import pytest
 from helpers import ROOT, read, read_json
 
-NAMES = "dense-cm upcycle-cm seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
+NAMES = "dense-cm upcycle-cm "
+NAMES += "seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
 
 
 @pytest.fixture(scope="module")
