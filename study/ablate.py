@@ -17,7 +17,7 @@ from common.errors import UserError, command, read_json, write_atomically, write
 from common.run import read_run
 from study.chain import Chain, ChainConfig, Job, StudyConfig, parse_study, run_jobs
 from study.draw import plot_ablations
-from study.tables import BASE, ablation_table, dead_experts, mark_stale, mean_and_std, tie_width
+from study.tables import BASE, ablation_table, dead_experts, mark_stale, mean_and_std, stale_together, tie_width
 
 
 @dataclasses.dataclass
@@ -114,7 +114,7 @@ def row_of(variant, folders, scored):
         "seconds": statistics.mean(cost["seconds"] for cost in costs),
         "tokens_per_second": statistics.median(cost["tokens"] / cost["seconds"] for cost in costs),
         "dead_experts": [sum(map(len, dead_experts(row["load"]))) for row in rows],
-        "stale": sorted({name for row in rows for name in row["stale"]}),
+        "stale": stale_together(rows),
         "paper": variant.paper,
         "long": variant.long,
     }

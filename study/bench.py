@@ -221,7 +221,7 @@ def in_turns(config, device, functions, warm=2):
 # ---- the tasks ----
 
 
-def train_step(subject, inputs, targets):
+def one_step(subject, inputs, targets):
     """Forward, backward and optimizer."""
     subject.model.train()
     subject.loss(inputs, targets).backward()
@@ -235,10 +235,10 @@ def time_tasks(config, found, device):
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def train(subject):
-        train_step(subject, inputs, targets)
+        one_step(subject, inputs, targets)
 
     @torch.no_grad()
-    def evaluate(subject):
+    def only_forward(subject):
         subject.model.eval()
         subject.loss(inputs, targets)
 
@@ -247,7 +247,7 @@ def time_tasks(config, found, device):
 
     result = {"train": in_turns(config, device, tasks(train, found))}
     plain = [name for name in found if not name.endswith(COMPILED)]  # in training alone does it pay
-    result["evaluate"] = in_turns(config, device, tasks(evaluate, plain))
+    result["evaluate"] = in_turns(config, device, tasks(only_forward, plain))
     speakers = [name for name in plain if found[name].generate and config.new_tokens]
     for count in (1, 32) if speakers else ():
         prompts = torch.randint(config.vocab_size, (count, 16)).tolist()
@@ -267,7 +267,7 @@ def on_cuda(config, found, device):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                train_step(subject, ids, ids)
+                one_step(subject, ids, ids)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         waits = sum("synchroniz" in str(one.message) for one in caught)

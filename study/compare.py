@@ -221,7 +221,7 @@ def mean_rows(chains):
     for same in zip(*chains, strict=True):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
         counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
-        stale = sorted({name for row in same for name in row.get("stale", ())})
+        stale = tables.stale_together(same)
         rows.append({"name": same[0]["name"], **tables.mean_and_std(same), **counts, "stale": stale})
     return rows
 

@@ -105,9 +105,9 @@ def main():
     folders = split_list(config.experts)
     if len(folders) < 3:
         raise UserError("--experts must name at least two branches and, last, their seed: --experts=DIR,DIR,SEED")
-    shapes = [ModelConfig.from_pretrained(folder) for folder in folders]
-    for folder, shape in zip(folders, shapes, strict=True):
-        if shape.num_local_experts or shape != shapes[0]:
+    models = [ModelConfig.from_pretrained(folder) for folder in folders]
+    for folder, model in zip(folders, models, strict=True):
+        if model.num_local_experts or model != models[0]:
             raise UserError(f"{folder} is no dense model of the shape of {folders[0]}; name branches of one seed")
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])

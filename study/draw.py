@@ -55,8 +55,8 @@ def save(figure, path):
 
 def note_at_edge(axis, x, y, text):
     """The value of a point that lies beyond the edge, left of the arrow that stands for it."""
-    place = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
-    axis.annotate(text, (x, y), fontsize=8, **place)
+    style = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
+    axis.annotate(text, (x, y), fontsize=8, **style)
 
 
 def log_axis(axis, low, high):
@@ -147,8 +147,8 @@ def plot_heatmaps(models, rows_of, title, path):
     width = max(0.36 * layers, 2.2)
     label = 0.085 * max(len(name) for line in panels for name in line[0][0])
     size = label + width * len(domains) + 0.4, sum(heights) + 0.6
-    shape = {"figsize": size, "squeeze": False, "layout": "constrained", "height_ratios": heights}
-    figure, axes = plt.subplots(len(models), len(domains), **shape)
+    layout = {"figsize": size, "squeeze": False, "layout": "constrained", "height_ratios": heights}
+    figure, axes = plt.subplots(len(models), len(domains), **layout)
     for entry, panel_line, axis_line in zip(models, panels, axes, strict=True):
         for domain, (names, rows), axis in zip(domains, panel_line, axis_line, strict=True):
             darkest = 2 / len(rows)
@@ -212,7 +212,7 @@ def plot_regime(lines, path):
         low, high = ([y + sign * half for y, half in zip(line["lead"], line["half"], strict=True)] for sign in (-1, 1))
         panel.fill_between(line["x"], low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
     for rival, panel in zip(rivals, panels[0], strict=True):
-        x = [place for line in lines for place in line["x"]]
+        x = [value for line in lines for value in line["x"]]
         log_axis(panel.xaxis, 0.5 * min(x), 2 * max(x))
         panel.set_title(f"against {in_words(rival)}", fontsize=10)
         panel.set_xlabel("training tokens per parameter")
@@ -237,9 +237,9 @@ def plot_ablations(rows, path):
         for y, row in enumerate(rows):
             if row["long"] == long:
                 inside = row["bpb"]["avg"] <= edge
-                spread = row["std"]["bpb"]["avg"] if inside else 0.0
+                deviation = row["std"]["bpb"]["avg"] if inside else 0.0
                 style = {"color": colour, "marker": marker if inside else ">", "capsize": 3}
-                axis.errorbar(min(row["bpb"]["avg"], edge), y, xerr=spread, **style)
+                axis.errorbar(min(row["bpb"]["avg"], edge), y, xerr=deviation, **style)
                 if not inside:
                     note_at_edge(axis, edge, y, f"{row['bpb']['avg']:.3f}")
     for row in rows:

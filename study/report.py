@@ -12,7 +12,7 @@ import re
 
 from common.config import key, parse
 from common.errors import UserError, command, read_json, write_atomically
-from common.run import LOG, hash_of, read_log, read_run, source
+from common.run import LOG, hash_of, read_log, read_run, source, source_hash
 from eval import read_results
 from study.tables import (
     COUNTS,
@@ -24,7 +24,6 @@ from study.tables import (
     routing_table,
     run_table,
     score_table,
-    stale_line,
     versions_line,
 )
 
@@ -53,7 +52,8 @@ def routing_section(folder):
 def stamp(results, routing, folders):
     """The last line of report.md: a hash of all that the report is made of. folders: {folder: run.json}."""
     logs = {folder: read_log(folder) for folder in folders}
-    return f"<!-- made from {hash_of([results, routing, folders, logs, source()])} -->"
+    code = {**source(), "study/draw.py": source_hash("study/draw.py")}  # which is not loaded yet
+    return f"<!-- made from {hash_of([results, routing, folders, logs, code])} -->"
 
 
 def is_up_to_date(folder, last_line):
@@ -132,7 +132,7 @@ def main():
         mark_stale(row)
     results["rows"] = in_order(results["rows"])
     write_report(folder, results)
-    print(f"\n{headline_table(results['rows'])}{stale_line(results['rows'])}\n")
+    print(f"\n{headline_table(results['rows'])}\n")
     print(f"{folder}/report.md has every row, the costs and the pictures")
     if config.expected:
         check_expected(results["rows"], config.expected)

@@ -18,7 +18,7 @@ from common.corpus import Corpus
 from common.device import pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import same_tokenizer
-from common.run import parent_of, source
+from common.run import parent_of, source, source_hash
 from eval import ReadingConfig
 from model import ModelConfig, Transformer
 from study.tables import dead_experts
@@ -89,7 +89,7 @@ def mutual_information(weights):
     return (joint * ratio.log2()).sum(dim=(0, 2))
 
 
-def statistics(gates, config):
+def routing_of(gates, config):
     """A model's entry in routing.json. gates: {domain: (L, S, E)}; lists are [layer][expert]."""
     shares = {domain: usage(g) / usage(g).sum(dim=-1, keepdim=True) for domain, g in gates.items()}  # (L, E) each
     weights = torch.stack([weight(g) for g in gates.values()])  # (domains, L, E)
@@ -133,7 +133,7 @@ def read_routing(config, corpus, folders, ids):
                 f"--sequence_length={config.sequence_length} is longer than {name} takes: {model.max_length}"
             )
         gates = {domain: read_gates(model, rows) for domain, rows in windows.items()}
-        entries.append({"name": name, "id": identity, **statistics(gates, model.config)})
+        entries.append({"name": name, "id": identity, **routing_of(gates, model.config)})
         bits = ", ".join(f"{value:.3f}" for value in entries[-1]["mutual_information"])
         print(f"{name}: the expert tells {bits} bits about the domain, layer by layer")
         if folder == folders[0]:
@@ -170,7 +170,8 @@ def main():
     same_tokenizer([config.data_dir, *folders])
     ids = [parent_of(folder)[0] for folder in folders]
     settings = {name: getattr(config, name) for name in SETTINGS}
-    made_of = {"config": settings, "data": corpus.hashes(), "source": source()}
+    code = {**source(), "study/draw.py": source_hash("study/draw.py")}  # which is not loaded yet
+    made_of = {"config": settings, "data": corpus.hashes(), "source": code}
     if is_up_to_date(config.out_dir, made_of, ids):
         print(f"{config.out_dir}/routing.json is up to date, nothing to do")
         return

@@ -121,6 +121,48 @@ def home_lines(rows):
     return lines
 
 
+# ---- rows made before the source changed ----
+#
+# They are marked when a page is made, under "stale" of its JSON: the same JSON gives the same page at any later time.
+
+
+def stale_files(row):
+    """Which source files have changed since a row of results.json was scored, or since any leg of the runs behind it
+    that are still on disk; None where one of these has no record of its source."""
+    legs = [row.get("source")]
+    for record in map(read_run, row["runs"]):
+        if record is not None:
+            legs += [leg["files"] for leg in record.get("source", [{"files": {}}])]
+    if not all(legs):
+        return None
+    return sorted({name for files in legs for name in changed_files(files)})
+
+
+def mark_stale(row):
+    """Put stale_files of a row of results.json under its "stale"."""
+    row["stale"] = stale_files(row)
+
+
+def stale_together(rows):
+    """What is stale of a row that is made of these: the files of all of them, or None if one of them has None."""
+    found = [row.get("stale", []) for row in rows]
+    return None if None in found else sorted({name for files in found for name in files})
+
+
+def with_dagger(text, row):
+    """A row's name as tables show it; a row that no page has marked counts as made today."""
+    return text if row.get("stale", []) == [] else f"{text} †"
+
+
+def stale_line(rows):
+    """The line below a table that explains its daggers; empty where there are none."""
+    files = stale_together([row for row in rows if row.get("stale")])
+    reasons = [f"{', '.join(files)} changed"] if files else []
+    if stale_together(rows) is None:
+        reasons.append("the source was recorded")
+    return f"\n\n† made before {', or before '.join(reasons)}" if reasons else ""
+
+
 # ---- scores ----
 
 
@@ -137,31 +179,15 @@ def main_columns(rows):
 
 def score_table(rows, counts=(), columns=None):
     """A row per model, the best of each score column in bold; then the given columns of COUNTS. A row that was made
-    before the source changed (its "stale") has a dagger, which is explained below the table."""
+    before the source changed has a dagger, which is explained below the table."""
     columns = columns or columns_of(rows)
     best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
     body = []
     for row in rows:
         cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
-        name = row["name"] + (" †" if row.get("stale") else "")
-        body.append([name, *cells, *(short(row[name]) for name in counts)])
+        body.append([with_dagger(row["name"], row), *cells, *(short(row[name]) for name in counts)])
     names = [f"{n} {SHORT.get(m, m.replace('_', ' '))}" for m, n in columns]
     return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body) + stale_line(rows)
-
-
-def mark_stale(row):
-    """Put under "stale" which source files have changed since a row of results.json was made: since its scores, or
-    since any leg of the runs behind it."""
-    legs = [row.get("source", {})]
-    for folder in row["runs"]:
-        legs += [leg["files"] for leg in (read_run(folder) or {}).get("source", [])]
-    row["stale"] = sorted({name for files in legs for name in changed_files(files)})
-
-
-def stale_line(rows):
-    """The line below a table that names the files behind its daggers; empty where there are none."""
-    files = sorted({name for row in rows for name in row.get("stale", ())})
-    return f"\n\n† made before {' and '.join(files)} changed" if files else ""
 
 
 def headline_table(rows):
@@ -185,8 +211,9 @@ def headline_table(rows):
     for name, words in shown.items():
         if name in named:
             scores = [format_score(named[name], *column) for column in columns]
-            body.append([words, *scores, short(named[name]["active_params"])])
-    return markdown_table(["", *columns.values(), "parameters per token"], body)
+            body.append([with_dagger(words, named[name]), *scores, short(named[name]["active_params"])])
+    table = markdown_table(["", *columns.values(), "parameters per token"], body)
+    return table + stale_line([named[name] for name in shown if name in named])
 
 
 def _has(row, column):
@@ -267,8 +294,10 @@ def in_order(rows):
 
 def cost_table(rows):
     """What each row cost, from the seed on."""
-    body = [[row["name"], *(short(row[name]) for name in COUNTS), f"{row['seconds']:.0f}"] for row in rows]
-    return markdown_table(["model", *COUNTS.values(), "seconds, summed"], body)
+    body = []
+    for row in rows:
+        body.append([with_dagger(row["name"], row), *(short(row[name]) for name in COUNTS), f"{row['seconds']:.0f}"])
+    return markdown_table(["model", *COUNTS.values(), "seconds, summed"], body) + stale_line(rows)
 
 
 def difference(chains, name, metric, column, ours="btx"):
@@ -318,11 +347,15 @@ def crossing_lines(rows):
 
 
 def verdict_table(rows, chains, ours="btx"):
-    """BTX, or another row of its kind, against every row that may hold all domains: on the averages first."""
+    """BTX, or another row of its kind, against every row that may hold all domains: on the averages first. Daggers are
+    explained below the page's table of scores."""
     columns = main_columns(rows)
     columns.sort(key=lambda column: column[1] != "avg")
-    others = [row["name"] for row in rows if kind(row) not in ("btx", "expert") and row["name"] != ours]
-    body = [[name, *(verdict(chains, name, *column, ours) for column in columns)] for name in others]
+    others = [row for row in rows if kind(row) not in ("btx", "expert") and row["name"] != ours]
+    body = []
+    for row in others:
+        verdicts = [verdict(chains, row["name"], *column, ours) for column in columns]
+        body.append([with_dagger(row["name"], row), *verdicts])
     return markdown_table([f"{ours} against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
 
 
@@ -360,8 +393,8 @@ def ablation_table(rows):
     header += ["active params", "tokens/s", "dead experts", "paper", "order as in the paper"]
     body = []
     for row in rows:
-        cells = [row["name"], *(plus_minus(row, *column) for column in columns)]
+        cells = [with_dagger(row["name"], row), *(plus_minus(row, *column) for column in columns)]
         cells += [short(row["active_params"]), short(row["tokens_per_second"])]
         cells += [" / ".join(map(str, row["dead_experts"])), str(row["paper"] or "")]
         body.append([*cells, paper_verdict(row, base_of(row, rows), tie_width(rows))])
-    return markdown_table(header, body)
+    return markdown_table(header, body) + stale_line(rows)

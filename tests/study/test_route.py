@@ -48,7 +48,7 @@ def random_gates(k, tokens=50):
 def test_statistics_equal_loops_over_tokens(k):
     domains = {"code": random_gates(k), "math": random_gates(k, tokens=31)[:, ::-1] ** 3}  # as unscaled as a switch's
     config = dataclasses.replace(random_mixture(k).config)
-    found = route.statistics({d: torch.tensor(g.copy()) for d, g in domains.items()}, config)
+    found = route.routing_of({d: torch.tensor(g.copy()) for d, g in domains.items()}, config)
     assert found["experts"] == ["A code", "B math", "C prose", "D seed"]
     for domain, gates in domains.items():
         for layer in range(L):
@@ -106,7 +106,7 @@ def test_dead_means_under_one_percent_of_all_choices():
     other = gates.clone()
     gates[0, :2] = torch.tensor([0.5, 0, 0.5, 0])
     gates[0, 2:6] = torch.tensor([0.5, 0, 0, 0.5])
-    entry = route.statistics({"code": gates, "math": other}, random_mixture().config)
+    entry = route.routing_of({"code": gates, "math": other}, random_mixture().config)
     assert entry["dead"] == [["C prose"]]
 
 

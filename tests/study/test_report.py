@@ -1,0 +1,113 @@
+"""The report of one chain: what the screen shows, which rows are marked, and what expected.json says of them."""
+
+import json
+import os
+
+import pytest
+from helpers import must, read, read_json, run
+
+from study import tables
+
+
+@pytest.fixture(scope="module")
+def results(seed, btx, eval_config, tmp_path_factory):
+    """results.json of a seed model and a mixture, as eval.py wrote it."""
+    folder = tmp_path_factory.mktemp("scores")
+    must(run("eval.py", eval_config, f"--model={seed},{btx}", f"--out_dir={folder}"))
+    return read_json(folder / "results.json")
+
+
+@pytest.fixture
+def report(results, tmp_path):
+    """A function that writes results.json with changed rows, makes the report, and returns the folder and the run."""
+
+    def make(change=lambda row: row, *flags):
+        rows = [change(json.loads(json.dumps(row))) for row in results["rows"]]
+        (tmp_path / "results.json").write_text(json.dumps({**results, "rows": rows}))
+        return tmp_path, run("study/report.py", f"--report={tmp_path}", *flags)
+
+    return make
+
+
+def table_lines(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_screen_ends_with_the_headline(results, report):
+    folder, done = report()
+    must(done)
+    header, _, *rows = [line.strip("| ").split(" | ") for line in table_lines(done.out)]
+    assert header[:2] == ["bits per byte", "choices right"] and header[-1] == "parameters per token"
+    assert len(header) <= 4 and len(rows) == 2
+    for row, name, scores in zip(results["rows"], ("seed model", "**Branch-Train-MiX**"), rows, strict=True):
+        assert scores[:3] == [name, f"{row['bpb']['avg']:.3f}", f"{row['choice']['avg']:.1%}"]
+        assert scores[-1] == tables.short(row["active_params"])
+    assert done.out.strip().splitlines()[-1] == f"{folder}/report.md has every row, the costs and the pictures"
+    assert "†" not in done.out and "†" not in read(f"{folder}/report.md").decode()
+
+
+def test_a_row_scored_by_other_source_has_a_dagger(report):
+    def older(row):
+        return {**row, "source": {**row["source"], "model.py": "another"}} if row["name"] == "btx" else row
+
+    folder, done = report(older)
+    for text in (must(done).out, read(f"{folder}/report.md").decode()):
+        assert text.count("\n\n† made before model.py changed\n") == 1
+    marked = [line.split(" | ")[0] for line in table_lines(done.out) if "†" in line]
+    assert marked == ["| **Branch-Train-MiX** †"]
+    assert "| btx † |" in read(f"{folder}/report.md").decode()
+
+
+def test_a_row_without_a_record_of_its_source_has_a_dagger(report):
+    folder, done = report(lambda row: {key: value for key, value in row.items() if key != "source"})
+    assert must(done).out.count(" † |") == 2
+    assert "† made before the source was recorded\n" in read(f"{folder}/report.md").decode()
+
+
+def test_a_run_without_a_record_of_its_source(results, btx, tmp_path):
+    """run.json of before, which a resumed run gives an empty leg."""
+    row = results["rows"][1]
+    assert row["runs"][-1] == btx and tables.stale_files(row) == []
+    record = read_json(os.path.join(btx, "run.json"))
+    unrecorded = {name: value for name, value in record.items() if name != "source"}
+    for old in (unrecorded, {**record, "source": [{"step": 0, "files": {}}, *record["source"]]}):
+        (tmp_path / "run.json").write_text(json.dumps(old))
+        assert tables.stale_files({**row, "runs": [str(tmp_path)]}) is None
+    assert tables.stale_files({**row, "runs": [str(tmp_path / "gone")]}) == []
+
+
+def test_what_is_stale_of_a_mean():
+    new, old, oldest = {"stale": []}, {"stale": ["train.py"]}, {"stale": None}
+    assert tables.stale_together([new, {}]) == []
+    assert tables.stale_together([old, {"stale": ["eval.py", "train.py"]}]) == ["eval.py", "train.py"]
+    assert tables.stale_together([old, oldest]) is None
+    assert tables.stale_line([new, {}]) == ""
+    assert tables.stale_line([old, oldest]) == ("\n\n† made before train.py changed, or before the source was recorded")
+
+
+def test_the_report_is_made_once(report, monkeypatch):
+    folder, _ = report()
+    before = os.stat(folder / "report.md").st_mtime_ns, os.stat(folder / "bpb.png").st_mtime_ns
+    report()
+    assert (os.stat(folder / "report.md").st_mtime_ns, os.stat(folder / "bpb.png").st_mtime_ns) == before
+    os.remove(folder / "bpb.png")
+    report()
+    assert (folder / "bpb.png").exists()
+
+
+@pytest.mark.parametrize(("shift", "code"), [(0.0, 0), (0.011, 1)])
+def test_what_lies_outside_ends_with_an_exit_code(results, report, tmp_path, shift, code):
+    value = results["rows"][0]["bpb"]["avg"]
+    expected = tmp_path / "expected.json"
+    expected.write_text(json.dumps({"bpb": {"seed": {"avg": [value + shift, 0.01]}}, "ahead": []}))
+    _, done = report(lambda row: row, f"--expected={expected}")
+    assert done.code == code
+    last = done.out.strip().splitlines()[-1]
+    assert last == "all as expected" if not code else last.startswith("NO seed ")
+
+
+def test_what_is_expected_of_a_row_that_is_not_there(report, tmp_path):
+    expected = tmp_path / "expected.json"
+    expected.write_text(json.dumps({"bpb": {}, "ahead": [["btx", "dense-cm", "avg", 0.0]]}))
+    _, done = report(lambda row: row, f"--expected={expected}")
+    assert done.code == 2 and done.err.count("\n") == 1 and "has no row dense-cm" in done.err
