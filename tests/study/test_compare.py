@@ -152,7 +152,7 @@ def test_rows_made_before_the_source_changed_are_marked(results, out):
     assert f"{row['name']} †" in text and text.endswith("† made before model.py changed")
     path = f"{out}/btx/run.json"
     record = read_json(path)
-    btx = next(one for one in results["rows"] if one["name"] == "btx")
+    btx = dict(next(one for one in results["rows"] if one["name"] == "btx"))
     with open(path, "w") as file:
         source = [{"step": 0, "files": {"train.py": "another"}}, *record["source"]]
         json.dump({**record, "source": source}, file)
