@@ -275,4 +275,4 @@ def test_without_the_package(published, data, tmp_path, monkeypatch):
 
 def test_no_tokenizer_where_one_is_asked_for(tmp_path):
     message = error_line(run("data/prepare.py", f"--out_dir={tmp_path}/data", f"--tokenizer={tmp_path}"))
-    assert f"--tokenizer={tmp_path}: there is no tokenizer; give bpe or a folder" in message
+    assert f"--tokenizer={tmp_path}: there is no tokenizer; give bpe, gpt2, or a folder" in message
