@@ -97,7 +97,7 @@ def prepare(arguments, data):
     try:
         import datasets  # noqa: F401
 
-        must(run("data/public.py", *arguments, "--processes=1", f"--out_dir={data}"))  # one file is one shard
+        must(run("data/public.py", *arguments, f"--out_dir={data}"))
     except ImportError:
         flags = dict(flag[2:].split("=", 1) for flag in arguments if flag.startswith("--"))
         name = flags.get("domain") or os.path.basename(flags["source"]).removesuffix(".jsonl")
