@@ -204,8 +204,8 @@ def read_results(path):
     return found
 
 
-def results_so_far(path, corpus, config):
-    """results.json as it stands, or an empty one; refused when its settings or data differ."""
+def results_so_far(path, corpus, config, keep):
+    """results.json as it stands, or an empty one, also unless `keep`; refused when its settings or data differ."""
     tasks = {domain: meta["task"] for domain, meta in corpus.metas.items() if "task" in meta}
     fresh = {
         "rows": [],
@@ -217,7 +217,7 @@ def results_so_far(path, corpus, config):
         "baselines": {domain: task["baselines"][config.split] for domain, task in tasks.items()},
         "versions": versions(),
     }
-    if not os.path.exists(path):
+    if not keep or not os.path.exists(path):
         return fresh
     found = read_results(path)
     if any(found.get(name) != fresh[name] for name in ("config", "data", "baselines")):
@@ -243,9 +243,8 @@ def evaluate(config, corpus, entries):
         raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
     device = pick_device(config.device, config.threads)
     path = os.path.join(config.out_dir, "results.json")
-    if config.overwrite and os.path.exists(path):
-        os.remove(path)
-    rows = {row["name"]: row for row in results_so_far(path, corpus, config)["rows"]}
+    keep = not config.overwrite  # until the first new row replaces what is there
+    rows = {row["name"]: row for row in results_so_far(path, corpus, config, keep)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
     validation = Validation(corpus, config.sequence_length, config.eval_windows, config.split) if todo else None
     for entry in tqdm(todo, desc="evaluate", unit="model", dynamic_ncols=True, disable=not todo):
@@ -253,9 +252,10 @@ def evaluate(config, corpus, entries):
         check_fits(entry, model, corpus, config)
         rows[entry.name] = score(entry, model, validation, corpus, config)
         with locked(config.out_dir, wait=True):
-            results = results_so_far(path, corpus, config)
+            results = results_so_far(path, corpus, config, keep)
             others = {row["name"]: row for row in results["rows"]}
             write_json(path, {**results, "rows": list({**others, entry.name: rows[entry.name]}.values())})
+        keep = True
     for entry in entries:
         row = rows[entry.name]
         if files := changed_files(row.get("source", {})):

@@ -54,20 +54,22 @@ else
     $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
 fi
 
+settings=(--size="$size" --domains="$all" --flags="${FLAGS:-}" --launch="${LAUNCH:-}" --jobs="${JOBS:-0}")
+stages=(--seed_flags="${SEED_FLAGS:-}" --expert_flags="${EXPERT_FLAGS:-}" --finetune_flags="${FINETUNE_FLAGS:-}")
 case $task in
-    compare) exec $python -m study.compare --size="$size" --seeds="$(echo ${SEEDS:-1 2 3} | tr ' ' ,)" \
-        --domains="$all" --flags="${FLAGS:-}" ;;
-    regime) exec $python -m study.regime --size="$size" --domains="$all" ;;
+    compare) exec $python -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" "${stages[@]}" \
+        --seeds="$(echo ${SEEDS:-1 2 3} | tr ' ' ,)" ;;
+    regime) exec $python -m study.regime "${settings[@]}" --out_dir="${OUT:-out/$size}" ;;
     quick) rivals=False ;;
 esac
 
 # seed, branches, mixture and finetuning; dense training and upcycling beside them; scores and the report
 report=True
 [ "$task" != chain ] || report=False
-chain="$config/chain.py"
-[ -e "$chain" ] || chain=""
-$python -m study.chain $chain --size="$size" --domains="$all" --seed="$random_seed" --out_dir="$out" \
-    --published="$published" --generalist="$generalist" --mixture="$mixture" --rivals=$rivals --report=$report \
-    --seed_flags="${SEED_FLAGS:-}" --expert_flags="${EXPERT_FLAGS:-}" --finetune_flags="${FINETUNE_FLAGS:-}" \
-    --flags="${FLAGS:-}" --launch="${LAUNCH:-}" --jobs="${JOBS:-0}"
-[ "$task" != ablate ] || $python -m study.ablate --size="$size" --out_dir="$out" --flags="${FLAGS:-}"
+$python -m study.chain "${settings[@]}" "${stages[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
+    --generalist="$generalist" --mixture="$mixture" --rivals=$rivals --report=$report
+if [ "$task" = ablate ]; then
+    $python -m study.ablate "${settings[@]}" --out_dir="$out"
+    $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \
+        --data_dir="out/$size/data" --out_dir="$out/report/balancing"
+fi

@@ -211,7 +211,6 @@ class Run:
         self.log = ""  # the text of log.jsonl
         self.sums = {}  # of the metrics of all steps since the last line of it
         self.shards = ""  # the folder that state.pt names
-        self.started = time.monotonic()
         self.before = history_of(recipe["parents"])  # the runs before this one
         self.stage = len(self.before)
 
@@ -288,6 +287,7 @@ class Run:
         state = load_state(self.folder, last_step, model, optimizer) if self.resumed else None
         if self.processes.world > 1:
             self.processes.barrier()  # all have read the folder before the first one changes it
+        self.started = time.monotonic()  # of training: loading a model is not part of its speed
         if state is None or state["step"] == 0:
             self.begin()
             return 0

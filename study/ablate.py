@@ -15,7 +15,7 @@ from typing import NamedTuple
 from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.run import read_run
-from study.chain import Chain, ChainConfig, Job, StudyConfig, parse_study, run_jobs
+from study.chain import Job, StudyConfig, chain_of, parse_study
 from study.draw import plot_ablations
 from study.tables import BASE, ablation_table, dead_experts, mark_stale, mean_and_std, stale_together, tie_width
 
@@ -28,7 +28,6 @@ class AblateConfig(StudyConfig):
     steps: int = key(300, "finetuning steps of every row", within="[1, inf)")
     long_steps: int = key(1200, "steps of the routing rows' second, larger budget", within="[1, inf)")
     seeds: int = key(2, "random seeds of each row", within="[1, inf)")
-    flags: str = key("", "flags of every stage that trains", free_text=True)
 
 
 class Variant(NamedTuple):
@@ -150,10 +149,10 @@ def main():
         experts = split_list(mixed["recipe"]["config"]["experts"])
     if len(experts) < 2:
         raise UserError("--experts must name the trained experts and, last, the seed: --experts=DIR,DIR,...")
-    chain = Chain(ChainConfig(size=config.size, configs=config.configs, out_dir=config.out_dir, flags=config.flags))
+    chain = chain_of(config, config.out_dir, 1)
     numbers = range(1, config.seeds + 1)
     made = {v: [add_variant(config, chain, experts, v, number) for number in numbers] for v in VARIANTS}
-    run_jobs(chain.jobs, config.out_dir)
+    chain.run()
     results = read_json(config.path("ablate/scores/results.json"), "run again")
     scored = {row["name"]: row for row in results["rows"]}
     rows = [row_of(variant, folders, scored) for variant, folders in made.items()]

@@ -10,6 +10,7 @@ is skipped when it is finished, or resumed.
 """
 
 import dataclasses
+import functools
 import os
 import shlex
 import signal
@@ -31,8 +32,6 @@ from mix import MixConfig
 from model import ModelConfig, Transformer, on_meta
 from train import TrainConfig, build_model, freeze
 
-RIVALS = ("dense-cm", "upcycle-cm")
-
 
 @dataclasses.dataclass
 class StudyConfig:
@@ -41,6 +40,10 @@ class StudyConfig:
     size: str = key("cpu", "which pipeline: the folders config/SIZE and out/SIZE")
     configs: str = key("", "the folder of the stages' configs; empty is config/SIZE")
     out_dir: str = key("", "the folder of that pipeline; empty is out/SIZE")
+    domains: str = key("code,math,wiki", "the domains, a branch each")
+    flags: str = key("", "flags of every stage that trains or scores", free_text=True)
+    launch: str = key("", "what starts train.py and finetune.py, such as torchrun --nproc_per_node=8", free_text=True)
+    jobs: int = key(0, "jobs that run side by side; 0 is as many as there are GPUs, or cores", within="[0, inf)")
 
     def __post_init__(self):
         self.configs = self.configs or os.path.join("config", self.size)
@@ -59,7 +62,6 @@ class StudyConfig:
 class ChainConfig(StudyConfig):
     """Train a chain: seed, branches, mixture, finetuning, dense training and upcycling; then score and report."""
 
-    domains: str = key("code,math,wiki", "the domains, a branch each")
     seed: int = key(1, "the random seed of all training", within="[0, inf)")
     published: str = key("", "a checkpoint that takes the seed's place, a folder or hf:OWNER/NAME")
     generalist: str = key("", "a domain that gets no branch: the seed's own kind of text")
@@ -71,9 +73,6 @@ class ChainConfig(StudyConfig):
     finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
     dense_flags: str = key("", "flags of dense training, on top of expert.py", free_text=True)
     upcycle_flags: str = key("", "flags of upcycling, on top of finetune.py", free_text=True)
-    flags: str = key("", "flags of every stage that trains or scores", free_text=True)
-    launch: str = key("", "what starts train.py and finetune.py, such as torchrun --nproc_per_node=8", free_text=True)
-    jobs: int = key(0, "jobs that run side by side; 0 is as many as there are GPUs, or cores", within="[0, inf)")
 
 
 def parse_study(cls, name):
@@ -129,8 +128,10 @@ def follow(process, log, show, say):
     """Copy a job's output to its log, line by line. A progress bar, which redraws itself, goes to `show` instead, and
     what a reader must know of older results to `say`, too. Returns the last line."""
     text, last = b"", ""
-    while block := process.stdout.read1(4096):
-        text += block
+    block = b"\n"
+    while block:
+        block = process.stdout.read1(4096)
+        text += block or b"\n"  # what comes last may lack its line's end
         *lines, text = text.replace(b"\r", b"\n").split(b"\n")
         for line in (line.decode(errors="replace").strip() for line in lines):
             if "it/s" in line or "step/s" in line or "%|" in line:
@@ -159,7 +160,7 @@ def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
     def stop(number, frame):
         """Pass a signal on: training saves and ends."""
         stopped.append(number)
-        for process in running.values():
+        for process in list(running.values()):  # others leave meanwhile
             process.send_signal(number)
 
     def work(job, slot, process):
@@ -188,9 +189,11 @@ def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
                 if ready and free:
                     job = ready[0]
                     waiting.remove(job)
-                    alone = not running and len(ready) == 1
+                    alone = slots == 1 or (not running and len(ready) == 1)
                     slot = free.pop(0)
                     running[job.name] = process = start(job, launch, gpus, slot, alone)
+                    if stopped:  # while it was being started
+                        process.send_signal(stopped[-1])
                     threading.Thread(target=work, args=(job, slot, process)).start()
                 elif running:
                     changed.wait(1.0)
@@ -285,21 +288,53 @@ class Chain:
         """The seed model goes on with the data that BTX reads, all of its tensors."""
         folder = folder or self.config.path("compare/dense-cm")
         flags = (f"--max_steps={steps}", "--freeze=none", *shlex.split(self.config.dense_flags), *flags)
-        return self.train(folder, "train.py", "expert", self.seed_folder, self.budget().mixture, *flags)
+        return self.train(folder, "train.py", "expert", self.seed_folder, self.budget.mixture, *flags)
 
     def upcycle(self, steps, *flags, folder=None):
         """Copies of the seed model as the experts (Komatsuzaki et al. 2022), with the data that BTX reads."""
         copies = [self.seed_folder] * (len(self.branched) + 1)
         upcycled = self.config.path("compare/upcycled")
         if not any(job.name == "compare/upcycled" for job in self.jobs):
-            self.mix(copies, f"--num_experts_per_tok={self.budget().experts_per_token}", folder=upcycled, stage="")
+            self.mix(copies, f"--num_experts_per_tok={self.budget.experts_per_token}", folder=upcycled, stage="")
         folder = folder or self.config.path("compare/upcycle-cm")
         flags = (f"--max_steps={steps}", *shlex.split(self.config.upcycle_flags), *flags)
-        return self.train(folder, "finetune.py", "finetune", upcycled, self.budget().mixture, *flags)
+        return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)
 
+    def score(self, model):
+        """A row of the chain's results.json for a checkpoint."""
+        self._score(f"scores/{self.names([model])[0]}", ("eval.py",), f"--model={model}", needs=[model])
+
+    def score_ensembles(self, experts, suffix=""):
+        """The rows of Branch-Train-Merge; suffix: what tells these experts' rows from those of others."""
+        flags = (f"--experts={','.join(experts)}", f"--suffix={suffix}")
+        self._score(f"scores/btm{suffix}", ("-m", "study.btm"), *flags, needs=experts)
+
+    def _score(self, name, script, *flags, needs):
+        settings = (self.config.stage("eval"), self.all_domains(), f"--out_dir={self.config.path('report')}")
+        arguments = (*script, *settings, *flags, *shlex.split(self.config.flags))
+        self.jobs.append(Job(name, arguments, self.names(needs)))
+
+    def all_domains(self):
+        """The flag of what scores or looks on: these domains, and no others that the data folder may hold."""
+        return f"--domains={','.join(sorted(self.domains))}"
+
+    def run(self, quiet=False):
+        """Run the jobs that have been added; see run_jobs."""
+        run_jobs(self.jobs, self.config.out_dir, self.config.jobs, self.config.launch, quiet)
+
+    @functools.cached_property
     def budget(self):
         """What BTX spends after the seed: see Budget."""
         return Budget(self)
+
+
+def chain_of(config, folder, number, **settings):
+    """The Chain of a study, with no jobs yet: in a folder of its own, with one random seed and the rivals' settings of
+    config/SIZE/chain.py. config: a StudyConfig. settings: of ChainConfig, others than these."""
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(StudyConfig)}
+    values = {**shared, "out_dir": folder, "seed": number, **settings}
+    rivals = [config.stage("chain")] if os.path.exists(config.stage("chain")) else []
+    return Chain(parse(ChainConfig, [*rivals, *(f"--{name}={value}" for name, value in values.items())]))
 
 
 class Budget:
@@ -310,7 +345,8 @@ class Budget:
         self.branch = read_settings(config, "expert", config.expert_flags)
         self.finetuning = read_settings(config, "finetune", config.finetune_flags)
         self.experts_per_token = parse(MixConfig, [config.stage("mix")]).num_experts_per_tok
-        dense = self.dense_config(chain)
+        corpus = Corpus(chain.data)
+        dense = self.dense_config(chain, corpus)
         count = len(chain.branched) + 1
         mixed = dataclasses.replace(
             dense, num_local_experts=count, num_experts_per_tok=self.experts_per_token, expert_names=("",) * count
@@ -323,25 +359,25 @@ class Budget:
         self.mixture_flops = flops_per_token(self.finetuning, mixed, self.finetuning.freeze)
         self.flops = self.branch_tokens * self.branch_flops + self.finetuning_tokens * self.mixture_flops
         shares = {domain: tokens_of(self.branch) for domain in chain.branched}  # what BTX reads of each domain
-        for domain, share in Corpus(chain.data).mixture(config.mixture or ",".join(chain.domains)).items():
+        for domain, share in corpus.mixture(config.mixture or ",".join(chain.domains)).items():
             shares[domain] = shares.get(domain, 0) + share * self.finetuning_tokens
         self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in shares.items())
 
-    def dense_config(self, chain):
+    def dense_config(self, chain, corpus):
         """The ModelConfig of the seed model, which need not be there yet."""
         if chain.config.published:
             return ModelConfig.from_pretrained(chain.seed_folder)
         with on_meta():
             settings = read_settings(chain.config, "seed", chain.config.seed_flags)
-            return build_model(settings, Corpus(chain.data)).config
+            return build_model(settings, corpus).config
 
     def dense_steps(self, flops=None):
         """How many dense steps take BTX's FLOPs, or others."""
         return round((flops or self.flops) / self.dense_flops / tokens_of(self.branch, 1))
 
-    def upcycle_steps(self, flops=None):
-        """How many of the mixture's steps take BTX's FLOPs, or others."""
-        return round((flops or self.flops) / self.mixture_flops / tokens_of(self.finetuning, 1))
+    def upcycle_steps(self):
+        """How many of the mixture's steps take BTX's FLOPs."""
+        return round(self.flops / self.mixture_flops / tokens_of(self.finetuning, 1))
 
 
 def read_settings(config, stage, flags=""):
@@ -372,35 +408,22 @@ def pipeline(chain):
     seed = chain.seed()
     rivals = []
     if config.rivals:  # the longest jobs come first: nothing else then waits for them at the end
-        budget = chain.budget()
-        rivals.append(chain.upcycle(budget.upcycle_steps()))
-        rivals.append(chain.dense(budget.dense_steps()))
+        rivals.append(chain.upcycle(chain.budget.upcycle_steps()))
+        rivals.append(chain.dense(chain.budget.dense_steps()))
     branches = [chain.branch(domain) for domain in chain.branched]
     experts = [*branches, seed]
     mixed = chain.mix(experts)
     btx = chain.finetune(mixed)
     soup = chain.mix(experts, "--method=soup", folder=config.path("soup"), stage="")
     if config.report:
-        score(chain, [seed, *branches, btx, soup, mixed, *rivals], branches if config.published else experts, btx)
-
-
-def score(chain, models, ensemble, btx):
-    """Add the jobs that score models, and the report. ensemble: the experts of Branch-Train-Merge; of a published seed
-    nobody knows what it has read, so it takes no part."""
-    report = chain.config.path("report")
-    domains = f"--domains={','.join(sorted(chain.domains))}"
-    # the ensembles come first: they take longest
-    settings = (chain.config.stage("eval"), domains, f"--out_dir={report}", *shlex.split(chain.config.flags))
-    arguments = ("-m", "study.btm", *settings, f"--experts={','.join(ensemble)}")
-    chain.jobs.append(Job("scores/btm", arguments, chain.names(ensemble)))
-    for model in models:
-        name = f"scores/{os.path.relpath(model, chain.config.out_dir)}"
-        arguments = ("eval.py", chain.config.stage("eval"), domains, f"--out_dir={report}", f"--model={model}")
-        chain.jobs.append(Job(name, (*arguments, *shlex.split(chain.config.flags)), chain.names([model])))
-    length = parse(EvalConfig, [chain.config.stage("eval")]).sequence_length
-    arguments = ("-m", "study.route", f"--model={btx}", f"--data_dir={chain.data}", domains, f"--out_dir={report}")
-    arguments += (f"--sequence_length={length}",)
-    chain.jobs.append(Job("routing", arguments, chain.names([btx])))
+        # the ensembles come first: they take longest. Nobody knows what a published seed has read, so it is in none
+        chain.score_ensembles(branches if config.published else experts)
+        for model in (seed, *branches, btx, soup, mixed, *rivals):
+            chain.score(model)
+        length = parse(EvalConfig, [config.stage("eval")]).sequence_length
+        arguments = (f"--model={btx}", f"--data_dir={chain.data}", chain.all_domains())
+        arguments += (f"--out_dir={config.path('report')}", f"--sequence_length={length}")
+        chain.jobs.append(Job("routing", ("-m", "study.route", *arguments), chain.names([btx])))
 
 
 def draw_report(config):
@@ -417,10 +440,9 @@ def draw_report(config):
 
 def main():
     config = parse_study(ChainConfig, "chain")
-    os.makedirs(config.out_dir, exist_ok=True)
     chain = Chain(config)
     pipeline(chain)
-    run_jobs(chain.jobs, config.out_dir, config.jobs, config.launch)
+    chain.run()
     if config.report:
         draw_report(config)
 

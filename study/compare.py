@@ -26,12 +26,12 @@ import dataclasses
 import os
 import shlex
 
-from common.config import key, parse, split_list
+from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.run import read_log, read_run
 from study import tables
 from study.btm import ENSEMBLES
-from study.chain import Chain, ChainConfig, Job, StudyConfig, parse_study, pipeline, run_jobs, tokens_of
+from study.chain import StudyConfig, chain_of, parse_study, pipeline, tokens_of
 from study.draw import plot_differences
 
 SWEPT = ("dense-cm", "upcycle-cm", "btx-paper", "btx")
@@ -42,14 +42,15 @@ COUNTS = ("active_params", "total_params", "train_tokens", "train_flops", "secon
 class CompareConfig(StudyConfig):
     """Train the chains of some random seeds and all baselines beside them, evaluate them, and compare."""
 
-    seeds: str = key("1,2,3", "the random seeds, a chain each; the first chain is out_dir, others out_dir/seedN")
+    seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
+    seed_flags: str = key("", "flags of the seed's training", free_text=True)
+    expert_flags: str = key("", "flags of the branches'", free_text=True)
+    finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
     branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py", free_text=True)
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py", free_text=True)
     even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py", free_text=True)
     sweep: str = key("", f"rows to train with all of --rates instead, from {', '.join(SWEPT)}")
     rates: str = key("1e-3,3e-3,6e-3", "the learning rates of --sweep, the same for every row")
-    domains: str = key("code,math,wiki", "the domains, a branch each")
-    flags: str = key("", "flags of every stage that trains or scores", free_text=True)
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,13 +61,11 @@ class CompareConfig(StudyConfig):
             raise UserError(f"--seeds={self.seeds}: write whole numbers separated by commas, such as 1,2,3")
 
 
-def chain_of(config, number):
-    """The Chain of one random seed, with no jobs yet."""
-    folder = config.out_dir if number == split_list(config.seeds)[0] else config.path(f"seed{number}")
-    flags = [f"--{name}={getattr(config, name)}" for name in ("size", "configs", "domains", "flags")]
-    settings = config.stage("chain")
-    arguments = [settings] if os.path.exists(settings) else []
-    return Chain(parse(ChainConfig, [*arguments, *flags, f"--out_dir={folder}", f"--seed={number}"]))
+def chain_with(config, number):
+    """The Chain of one random seed, where run.sh has it: the first in out_dir, others in out_dir/seedN."""
+    folder = config.out_dir if number == "1" else config.path(f"seed{number}")
+    stages = {name: getattr(config, name) for name in ("seed_flags", "expert_flags", "finetune_flags")}
+    return chain_of(config, folder, number, **stages)
 
 
 # ---- the baselines: each adds the jobs of one row, and returns the folder it trains into ----
@@ -86,7 +85,7 @@ def paper(config, chain, *flags, folder="compare/btx-paper"):
     """BTX as printed: branches in which all tensors train, random routers, everything but the experts averaged."""
     name = "compare/paper/mixed"
     if not any(job.name == name for job in chain.jobs):
-        experts = whole_branches(config, chain, "paper", chain.budget().branch.max_steps)
+        experts = whole_branches(config, chain, "paper", chain.budget.branch.max_steps)
         chain.mix(experts, folder=chain.config.path(name), stage="")
     flags = (*shlex.split(config.paper_flags), *flags)
     return chain.finetune(chain.config.path(name), *flags, folder=chain.config.path(folder))
@@ -94,7 +93,7 @@ def paper(config, chain, *flags, folder="compare/btx-paper"):
 
 def even(config, chain):
     """BTX for the same FLOPs, half of its tokens in the branches and half in the finetuning."""
-    budget = chain.budget()
+    budget = chain.budget
     half = budget.flops / (budget.branch_flops + budget.mixture_flops)  # tokens of the branches, and of the finetuning
     steps = round(half / len(chain.branched) / tokens_of(budget.branch, 1))
     branches = [
@@ -108,14 +107,13 @@ def even(config, chain):
 
 def longer_branches(config, chain):
     """Branches that share all FLOPs that BTX spends after the seed, for ensembles; returns all experts' folders."""
-    budget = chain.budget()
-    steps = round(budget.flops / len(chain.branched) / budget.dense_flops / tokens_of(budget.branch, 1))
+    steps = chain.budget.dense_steps(chain.budget.flops / len(chain.branched))
     return whole_branches(config, chain, "longer", steps)
 
 
 def baselines(config, chain):
     """Add every row that needs no clock; returns their folders."""
-    budget = chain.budget()
+    budget = chain.budget
     mixed = chain.config.path("mixed")
     dense_steps = round(budget.tokens / tokens_of(budget.branch, 1))
     upcycle_steps = round(budget.tokens / tokens_of(budget.finetuning, 1))
@@ -130,7 +128,6 @@ def baselines(config, chain):
 
 def time_matched(chain):
     """Add the rows that get the seconds which BTX took after the seed; returns their folders."""
-    budget = chain.budget()
     spent = read_run(chain.config.path("btx"))["history"]
     before = read_run(chain.seed_folder)["history"]
     seconds = sum(cost["seconds"] for name, cost in spent.items() if name not in before)
@@ -139,7 +136,6 @@ def time_matched(chain):
         folder = chain.config.path(f"compare/{name}")
         record = read_run(folder)
         steps[name] = max(1, round(seconds / record["history"][folder]["seconds"] * record["step"]))
-    assert budget.flops > 0
     return [
         chain.dense(steps["dense-cm"], folder=chain.config.path("compare/dense-tm")),
         chain.upcycle(steps["upcycle-cm"], folder=chain.config.path("compare/upcycle-tm")),
@@ -149,35 +145,24 @@ def time_matched(chain):
 # ---- the comparison ----
 
 
-def score_jobs(config, chain, folders, longer):
-    """The jobs that score the baselines, and the ensembles of the longer branches, in the chain's results.json."""
-    settings = (chain.config.stage("eval"), f"--domains={','.join(sorted(chain.domains))}")
-    settings += (f"--out_dir={chain.config.path('report')}", *shlex.split(config.flags))
-    jobs = []
-    for folder in folders:
-        name = f"scores/{os.path.basename(folder)}"
-        jobs.append(Job(name, ("eval.py", *settings, f"--model={folder}"), chain.names([folder])))
-    arguments = ("-m", "study.btm", *settings, f"--experts={','.join(longer)}", "--suffix=-cm")
-    return [*jobs, Job("scores/btm-cm", arguments, chain.names(longer))]
-
-
 def train_and_score(config, number):
     """Train and score all rows of one random seed; returns its results.json, rows in the paper's order."""
-    chain = chain_of(config, number)
-    os.makedirs(chain.config.out_dir, exist_ok=True)
+    chain = chain_with(config, number)
     pipeline(chain)
     folders = baselines(config, chain)
-    longer = longer_branches(config, chain)
-    run_jobs([*chain.jobs, *score_jobs(config, chain, folders, longer)], chain.config.out_dir)
-    timed = chain_of(config, number)
-    timed.jobs = [Job("compare/upcycled", ())]  # it is there already
-    folders += time_matched(timed)
-    timed.jobs = timed.jobs[1:]
-    run_jobs([*timed.jobs, *score_jobs(config, chain, folders[-2:], longer)], chain.config.out_dir)
+    chain.score_ensembles(longer_branches(config, chain), "-cm")
+    for folder in folders:
+        chain.score(folder)
+    chain.run()
+    chain.jobs.clear()  # the rest has to know how long those took
+    timed = time_matched(chain)
+    for folder in timed:
+        chain.score(folder)
+    chain.run()
     results = read_json(chain.config.path("report/results.json"), "run again")
-    folders += [chain.config.path(f"compare/{name}") for name in ("dense-cm", "upcycle-cm")]
-    names = {"seed", *(f"expert-{domain}" for domain in chain.branched), "soup", "mixed", "btx"}
-    names |= {*map(os.path.basename, folders), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
+    names = {"seed", "soup", "mixed", "btx", "dense-cm", "upcycle-cm"}
+    names |= {f"expert-{domain}" for domain in chain.branched}
+    names |= {*map(os.path.basename, [*folders, *timed]), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
     results["rows"] = tables.in_order([row for row in results["rows"] if row["name"] in names])
     for row in results["rows"]:
         tables.add_average(row)
@@ -190,11 +175,10 @@ def sweep(config):
 
     Every method gets the same rates, and the score is the one that training logs: validation text, not test text.
     """
-    chain = chain_of(config, split_list(config.seeds)[0])
+    chain = chain_with(config, split_list(config.seeds)[0])
     chain.config.report = False
-    os.makedirs(chain.config.out_dir, exist_ok=True)
     pipeline(chain)
-    budget = chain.budget()
+    budget = chain.budget
     found = {name: {} for name in split_list(config.sweep)}
     for name in found:
         for rate in split_list(config.rates):
@@ -208,7 +192,7 @@ def sweep(config):
             else:
                 chain.finetune(chain.config.path("mixed"), flag, folder=chain.config.path(folder))
             found[name][rate] = folder
-    run_jobs(chain.jobs, chain.config.out_dir)
+    chain.run()
     return {
         name: {rate: read_log(chain.config.path(folder))[-1]["bpb"]["avg"] for rate, folder in rates.items()}
         for name, rates in found.items()

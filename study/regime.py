@@ -10,10 +10,10 @@ stopped and continued like every other stage. docs/regime.md has what was found.
 import dataclasses
 import os
 
-from common.config import key, parse, split_list
+from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_json
 from common.run import read_run, versions
-from study.chain import Chain, ChainConfig, StudyConfig, parse_study, pipeline, read_settings, run_jobs
+from study.chain import StudyConfig, chain_of, parse_study, pipeline, read_settings
 from study.draw import plot_regime
 from study.tables import difference, markdown_table, short
 
@@ -27,7 +27,6 @@ class RegimeConfig(StudyConfig):
     widths: str = key("32,64", "widths of the seed model, multiples of 16")
     scales: str = key("0.25,0.5,1", "what all steps of the configs are multiplied with")
     seeds: str = key("1,2,3", "random seeds of every point")
-    domains: str = key("code,math,wiki", "the domains, a branch each")
 
 
 def points_of(config):
@@ -61,22 +60,14 @@ def shape_flags(config, width):
 def measure_point(config, width, scale, number):
     """Train and score a point with one random seed; returns {row: its scores and costs}."""
     folder = config.path(f"regime/width-{width}/scale-{scale:g}/seed{number}")
-    settings = config.stage("chain")
-    arguments = [settings] if os.path.exists(settings) else []
-    names = {"size": config.size, "configs": config.configs, "domains": config.domains, "out_dir": folder}
-    names |= {"seed": number, "report": False}
-    names["seed_flags"] = f"{length_flags(config, 'seed', scale)} {shape_flags(config, width)}"
-    names |= {f"{stage}_flags": length_flags(config, stage, scale) for stage in ("expert", "finetune")}
-    chain = Chain(parse(ChainConfig, [*arguments, *(f"--{name}={value}" for name, value in names.items())]))
-    os.makedirs(folder, exist_ok=True)
+    stages = {f"{stage}_flags": length_flags(config, stage, scale) for stage in ("seed", "expert", "finetune")}
+    stages["seed_flags"] += f" {shape_flags(config, width)}"
+    chain = chain_of(config, folder, number, report=False, **stages)
     pipeline(chain)
-    models = {"btx": os.path.join(folder, "btx")} | {name: os.path.join(folder, "compare", name) for name in RIVALS}
-    scores = f"--out_dir={folder}/report"
-    flags = (f"--model={','.join(models.values())}", "--task_problems=1", "--max_new_tokens=1", scores)
-    run_jobs(chain.jobs, folder, quiet=True)
-    scoring = Chain(chain.config)
-    scoring.add(os.path.join(folder, "report"), "eval.py", "eval", *flags, f"--domains={config.domains}")
-    run_jobs(scoring.jobs, folder, quiet=True)
+    models = [os.path.join(folder, "btx"), *(os.path.join(folder, "compare", name) for name in RIVALS)]
+    flags = (f"--model={','.join(models)}", chain.all_domains(), "--task_problems=1", "--max_new_tokens=1")
+    chain.add(os.path.join(folder, "report"), "eval.py", "eval", *flags, needs=models)
+    chain.run(quiet=True)
     rows = read_json(os.path.join(folder, "report/results.json"), "run again")["rows"]
     seed = read_run(os.path.join(folder, "seed"))["history"]
     return {"rows": rows, "seed_tokens": sum(cost["tokens"] for cost in seed.values())}

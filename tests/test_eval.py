@@ -146,6 +146,19 @@ def test_again_does_nothing_and_other_settings_are_refused(results, command, wor
     assert (read(path), os.stat(path).st_mtime_ns) == before
 
 
+def test_overwriting_keeps_the_old_rows_until_there_is_a_new_one(results, seed, data, tmp_path):
+    """A model that cannot be scored costs nobody the rows that are there; the first new row replaces all of them."""
+    out = tmp_path / "scores"
+    out.mkdir()
+    (out / "results.json").write_text(json.dumps(results))
+    command = "eval.py", *FLAGS, f"--model={seed}", f"--data_dir={data}", f"--out_dir={out}", "--overwrite=True"
+    assert "longer than seed takes" in error_line(run(*command, "--sequence_length=256"))
+    assert read_json(out / "results.json") == results
+    must(run(*command, "--eval_windows=6"))
+    found = read_json(out / "results.json")
+    assert [row["name"] for row in found["rows"]] == ["seed"] and found["config"]["eval_windows"] == 6
+
+
 def test_val_and_test_are_scored_apart(results, rows, seed, data, tmp_path, monkeypatch):
     """Other windows, other problems, other baselines, and not in one results.json; training looks at val."""
     asked, encoding = [], load_tokenizer(data)

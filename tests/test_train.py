@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, same_bits, weights
 from test_routing import random_model, shape
 
+from common.config import parse
 from common.corpus import Batches, Corpus
 from common.errors import UserError
 from common.parallel import Processes
 from model import ROUTERS, ModelConfig, Transformer
-from train import TrainConfig, check_sizes, learning_rate, make_optimizer
+from train import TrainConfig, build_model, check_sizes, learning_rate, make_optimizer, train
 
 
 def test_learning_rate_by_hand():
@@ -154,6 +156,21 @@ def test_one_step_is_adamw_by_hand(data, tmp_path):
         expected = parameter.detach().double() * decay - 3e-3 * gradient / (gradient.abs() + 1e-8)
         sure = gradient.abs() > 1e-6  # rounding decides the direction of the rest
         np.testing.assert_allclose(trained[name][sure], expected[sure], rtol=1e-3, atol=1e-5)
+
+
+def test_seconds_are_of_training_alone(data, tmp_path):
+    """A model that takes three seconds to load: they are in no leg's seconds, so not in its tokens a second either."""
+    folder = str(tmp_path / "run")
+    config = parse(TrainConfig, [*SHAPE, *SHORT, "--max_steps=2", f"--data_dir={data}", f"--out_dir={folder}"])
+
+    def make_slowly(config, corpus):
+        time.sleep(3)
+        return build_model(config, corpus)
+
+    began = time.monotonic()
+    train(config, make_slowly)
+    seconds = read_json(f"{folder}/run.json")["history"][folder]["seconds"]
+    assert 0 < seconds <= time.monotonic() - began - 3
 
 
 # ---- memory and sizes ----

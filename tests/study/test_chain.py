@@ -47,6 +47,19 @@ def test_jobs_side_by_side_have_one_thread_each_and_a_job_alone_has_all(tmp_path
     assert said == {"a": "1", "b": "1", "last": "None"}
 
 
+def test_one_slot_gives_a_job_all_cores(tmp_path):
+    code = "import os; print(os.environ.get('OMP_NUM_THREADS'))"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
+        run_jobs([Job("a", ("-c", code)), Job("b", ("-c", code))], str(tmp_path), slots=1)
+    assert [(tmp_path / "logs" / f"{name}.log").read_text() for name in "ab"] == ["None\n"] * 2
+
+
+def test_a_last_line_without_its_end_is_not_lost(tmp_path):
+    run_jobs([Job("a", ("-c", "import sys; sys.stdout.write('first\\nlast')"))], str(tmp_path), slots=1)
+    assert (tmp_path / "logs" / "a.log").read_text() == "first\nlast\n"
+
+
 def test_a_failure_is_named_and_the_others_go_on(tmp_path):
     notes = tmp_path / "notes"
     broken = Job("broken", ("-c", "import sys; print('error: no such data'); sys.exit(2)"))

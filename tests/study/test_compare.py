@@ -15,14 +15,17 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("chain") / "out")
+    """The chain of random seed 3, as run.sh places it."""
+    return str(tmp_path_factory.mktemp("chain") / "out" / "seed3")
 
 
 @pytest.fixture(scope="module")
 def config(chain_configs, out):
     flags = {"branch_flags": "--learning_rate=4e-3", "paper_flags": "--router_learning_rate=2.0"}
     flags |= {"even_flags": "--router_learning_rate=5.0", "rates": "1e-3,3e-3", "sweep": ",".join(compare.SWEPT)}
-    return compare.CompareConfig(configs=chain_configs, out_dir=out, seeds="3", domains="math,rain", **flags)
+    return compare.CompareConfig(
+        configs=chain_configs, out_dir=os.path.dirname(out), seeds="3", domains="math,rain", **flags
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,12 +173,12 @@ def test_the_headline(results):
     assert names == wanted
 
 
-def test_the_sweep_scores_on_validation_text(config, results):
+def test_the_sweep_scores_on_validation_text(config, out, results):
     found = compare.sweep(config)
     assert list(found) == list(compare.SWEPT)
     for name, scores in found.items():
         for rate in ("1e-3", "3e-3"):
-            folder = f"{config.out_dir}/compare/sweep/{name}-{rate}"
+            folder = f"{out}/compare/sweep/{name}-{rate}"
             assert scores[rate] == read_log(folder)[-1]["bpb"]["avg"]
             assert read_json(f"{folder}/run.json")["recipe"]["config"]["learning_rate"] == float(rate)
         assert scores["1e-3"] != scores["3e-3"]
@@ -186,11 +189,28 @@ def test_seeds_that_are_no_numbers():
         compare.CompareConfig(seeds="one")
 
 
-def test_a_budget_is_known_before_anything_is_trained(config, results, tmp_path):
+def test_a_budget_is_known_before_anything_is_trained(config, out, results):
     """The configs' own arithmetic, against what the logs of a finished chain say."""
-    fresh = compare.chain_of(config, "3")
-    assert isinstance(fresh, chain.Chain) and fresh.budget().tokens == spent(config.out_dir, "btx")
-    assert fresh.budget().flops == pytest.approx(spent(config.out_dir, "btx", "flops"), rel=1e-12)
+    fresh = compare.chain_with(config, "3")
+    assert isinstance(fresh, chain.Chain) and fresh.budget.tokens == spent(out, "btx")
+    assert fresh.budget.flops == pytest.approx(spent(out, "btx", "flops"), rel=1e-12)
+
+
+def test_what_run_sh_is_given_reaches_every_chain(chain_configs):
+    """And random seed 1 is where `bash run.sh` has it, whatever stands first."""
+    given = {"launch": "torchrun", "jobs": 3, "flags": "--dtype=float32", "domains": "math,rain"}
+    given |= {"seed_flags": "--splice=0.1", "expert_flags": "--splice=0.2", "finetune_flags": "--splice=0.3"}
+    config = compare.CompareConfig(configs=chain_configs, out_dir="some", seeds="2,1", **given)
+    folders = {}
+    for number in ("2", "1"):
+        made = compare.chain_with(config, number)
+        assert {name: getattr(made.config, name) for name in given} == given and made.config.seed == int(number)
+        folders[number] = made.config.out_dir
+        chain.pipeline(made)
+        flags = {job.name: job.arguments for job in made.jobs}
+        assert "--splice=0.1" in flags["seed"] and "--splice=0.2" in flags["expert-math"]
+        assert "--splice=0.3" in flags["btx"] and "--dtype=float32" in flags["scores/btx"]
+    assert folders == {"1": "some", "2": "some/seed2"}
 
 
 # ---- verdicts ----
