@@ -55,23 +55,28 @@ def parse(cls, argv=None):
 
 def _read_file(path, fields):
     """Parse the `name = literal` lines of a config file into a dict, checked against the fields."""
-    values, lines = {}, {}
-    for statement in _syntax_tree(path).body:
+    with open(path, "rb") as file:
+        text = file.read()
+    try:
+        statements = ast.parse(text).body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # no Python, or no UTF-8
+        where = f"{path}:{getattr(error, 'lineno', None) or 1}"
+        raise UserError(f"{where}: {getattr(error, 'msg', error)}; write `key = value` lines in UTF-8") from None
+    values = {}
+    for statement in statements:
         where = f"{path}:{statement.lineno}"
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            continue  # a docstring
-        simple = isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-        if not simple or len(statement.targets) > 1:
-            raise UserError(f"{where}: a config file holds only lines of the form `key = value`")
-        name = statement.targets[0].id
-        field = fields.get(name) or _unknown(name, fields, where)
-        if name in values:
-            raise UserError(f"{where}: {name} is set a second time (first on line {lines[name]})")
+        match statement:
+            case ast.Expr(value=ast.Constant()):  # a docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id=name)]) if name not in values:
+                field = fields.get(name) or _unknown(name, fields, where)
+            case _:
+                raise UserError(f"{where}: a config file holds only lines of the form `key = value`, each key once")
         try:
             value = ast.literal_eval(statement.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise UserError(f"{where}: {name} must be a plain number, string or True/False") from None
-        values[name], lines[name] = _checked(field, value, where), statement.lineno
+        values[name] = _checked(field, value, where)
     return values
 
 
@@ -102,22 +107,6 @@ def _checked(field, value, where):
 
 
 # ---- what is not as it should be ----
-
-
-def _syntax_tree(path):
-    """The parsed file, or a UserError that says why it is none."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
-            return ast.parse(file.read())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save it as UTF-8 text") from None
-    except (ValueError, MemoryError, RecursionError) as error:  # a NUL byte, or brackets nested without end
-        reason = error or "nested too deeply"
-        raise UserError(f"{path} is no config file ({reason}); write `key = value` lines") from None
 
 
 def _literal(text):
