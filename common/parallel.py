@@ -4,24 +4,18 @@ PyTorch's own engine does it: fully_shard (FSDP2; the idea is ZeRO, Rajbhandari 
 and optimizer in pieces, gathers each layer's weights just before it runs and frees them after, and averages gradients
 during the backward pass. --shard_size says how many processes share one copy: 1 is plain data parallelism, a copy for
 each; all of them is the least memory; in between, copies lie within a machine and only gradients pass between machines.
---expert_parallel=N puts a mixture's experts on different processes, which Branch-Train-MiX leaves open.
+--expert_parallel=N puts a mixture's experts on different processes: see expert_parallel.py.
 
-Reading order: Processes, which is all that train.py knows; the sharded model; the experts' exchange. The parts of torch
-that only several processes need take half a second to load, so the functions that use them import them.
+Reading order: Processes, which is all that train.py knows; the sharded model. The parts of torch that only several
+processes need take seconds to load, so the functions that use them import them.
 """
 
 import os
 import sys
 import warnings
-from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from common.errors import UserError
 
@@ -111,6 +105,8 @@ def shard(model, device, world, shard_size, expert_parallel):
 
     mesh = init_device_mesh(device.type, (world // shard_size, shard_size), mesh_dim_names=("copies", "shards"))
     if expert_parallel > 1:
+        from common.expert_parallel import distribute_experts
+
         pieces = max(1, shard_size // expert_parallel)  # of each expert
         sizes = (world // (pieces * expert_parallel), pieces, expert_parallel)
         cube = init_device_mesh(device.type, sizes, mesh_dim_names=("copies", "shards", "experts"))
@@ -201,75 +197,3 @@ def load_shards(path, step, model, optimizer):
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     else:
         model.load_state_dict(state["model"])
-
-
-# ---- experts on different processes: --expert_parallel=N ----
-#
-# N neighbours hold a mixture's E experts between them, E / N each. In each layer a token's rows travel to the processes
-# of its experts and back: two exchanges (all-to-all) forwards and two backwards, as in GShard (Lepikhin et al. 2021).
-
-
-class Exchange(Function):
-    """Rows go to the processes that want them; backwards, their gradients come home.
-
-    rows: (R, D), by receiver; sent, received: N numbers, how many go to and come from each. Returns (R', D), by sender.
-    """
-
-    @staticmethod
-    def forward(ctx, rows, sent, received, group):
-        ctx.home = received, sent, group
-        found = rows.new_empty(sum(received), rows.size(1))
-        dist.all_to_all_single(found, rows.contiguous(), received, sent, group=group)
-        return found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return Exchange.apply(gradient, *ctx.home), None, None, None
-
-
-def distribute_experts(experts, mesh):
-    """Leave to this process its E / N of a layer's stacked experts (model.Experts), in place: from here on parameters
-    are DTensors (E, F, D) of which it holds a part, and forward takes and returns what it did.
-
-    mesh: the DeviceMesh of the N processes that hold one copy of the experts between them.
-    """
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    for name, parameter in list(experts.named_parameters()):
-        part = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-        setattr(experts, name, nn.Parameter(part, requires_grad=parameter.requires_grad))
-    experts.forward = partial(run_experts, experts, type(experts).forward, mesh)
-
-
-@torch.compiler.disable
-def run_experts(experts, run, mesh, x, ends):
-    """What model.Experts.forward does, `run`, on rows that others send. x: (R, D), sorted by expert; ends: (E,) int32,
-    the row behind each expert's last. Returns (R, D)."""
-    group = mesh.get_group()
-    counts = ends.diff(prepend=ends.new_zeros(1)).view(mesh.size(), -1)  # (N, E / N): rows that we send, by receiver
-    asked = torch.empty_like(counts)  # (N, E / N): rows for each of our experts, by sender
-    dist.all_to_all_single(asked, counts, group=group)
-    sent, received = torch.stack((counts.sum(dim=1), asked.sum(dim=1))).tolist()  # here the host waits for the device
-    rows = Exchange.apply(x, sent, received, group)  # (R', D): by sender, and of each by expert
-    own = torch.arange(asked.size(1), device=x.device).repeat(mesh.size())
-    own = own.repeat_interleave(asked.flatten(), output_size=len(rows))  # (R',): the expert of each row
-    if not len(rows):  # nobody asks: a row of zeros, so that our experts take part in the backward pass, too
-        rows, own = F.pad(rows, (0, 0, 0, 1)), own.new_zeros(1)
-    order = own.argsort(stable=True)  # (R',): by expert
-    ends = F.one_hot(own, asked.size(1)).sum(dim=0).cumsum(dim=0).int()  # (E / N,)
-    y = run(own_experts(experts, mesh.size()), rows[order], ends)[order.argsort()]  # (R', D), by sender again
-    return Exchange.apply(y[: sum(received)], received, sent, group)
-
-
-def own_experts(experts, processes):
-    """The weights that this process holds, (E / N, F, D) each, under the names that model.Experts.forward reads.
-
-    Their gradients come from the rows of N processes, each of which has a mean loss of its own. What averages gradients
-    over those that hold the same experts does not know of these N means, so they are averaged here.
-    """
-    parts = {name: parameter.to_local() for name, parameter in experts.named_parameters()}
-    for part in parts.values():
-        if torch.is_grad_enabled() and part.requires_grad:
-            part.register_hook(lambda gradient: gradient / processes)
-    return SimpleNamespace(**parts)

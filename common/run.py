@@ -53,17 +53,11 @@ def hash_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def source_hash(path):
-    """The hash of one of the project's files without comments and docstrings; None where it is gone."""
-    path = os.path.join(ROOT, path)
-    return _code_hash(path, os.stat(path).st_mtime_ns) if os.path.exists(path) else None
-
-
 @functools.cache
-def _code_hash(path, modified):
-    """See source_hash; modified: the file's time, so that each version of it is parsed once."""
+def source_hash(path):
+    """The hash of one of the project's files without comments and docstrings; None where it is gone or no Python."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(os.path.join(ROOT, path), encoding="utf-8") as file:
             tree = ast.parse(file.read())
     except (OSError, SyntaxError):
         return None
@@ -161,32 +155,20 @@ def read_log(folder):
         return [json.loads(line) for line in file]
 
 
-def _open_and_lock(folder, wait):
-    """A descriptor of a folder that holds its lock; see `locked`."""
-    os.makedirs(folder, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        os.close(descriptor)
-        remedy = "let it finish, or choose another --out_dir"
-        raise UserError(f"another process is writing into {folder}; {remedy}") from None
-    return descriptor
-
-
 @contextlib.contextmanager
 def locked(folder, wait=False):
     """Keep other processes out of a folder, which is made where it is missing; UserError when one is in there, or
-    wait for it. The lock ends with its process, even a killed one. A folder that stays empty is removed again."""
-    descriptor = _open_and_lock(folder, wait)
-    while not os.path.exists(folder) or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-        os.close(descriptor)  # the process before us has removed the folder, as below
-        descriptor = _open_and_lock(folder, wait)
+    wait for it. The lock ends with its process, even a killed one."""
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            remedy = "let it finish, or choose another --out_dir"
+            raise UserError(f"another process is writing into {folder}; {remedy}") from None
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)  # if it is empty
         os.close(descriptor)
 
 
