@@ -19,15 +19,13 @@ Functions that take a `config` want a model.ModelConfig. Sizes: D hidden_size, F
 H heads, G key-value heads, K head_dim, E experts.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -91,10 +89,10 @@ def model_type(config):
 
 def write_config(folder, config, dtype=torch.float32):
     """Write config.json. The architectures' defaults differ, so every value is written out. dtype: the weights'."""
-    kind, shape = model_type(config), dataclasses.asdict(config)
+    kind = model_type(config)
     left_out = () if config.num_local_experts else MIXTURE_KEYS
     left_out += () if config.qk_norm else ("qk_norm",)
-    shape = {name: value for name, value in shape.items() if name not in left_out}
+    shape = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
     shape |= {
         "architectures": [ARCHITECTURES[kind]],
@@ -118,7 +116,7 @@ def read_config(folder):
     path = os.path.join(folder, "config.json")
     found = read_json(path, "name a checkpoint folder, such as one that train.py wrote")
     kind = found.get("model_type") if isinstance(found, dict) else None
-    if not isinstance(kind, str) or kind not in DEFAULTS:
+    if kind not in list(DEFAULTS):
         raise UserError(f"{path}: model_type {kind!r} is none that model.py reads: {', '.join(DEFAULTS)}")
     found = {**DEFAULTS[kind], **found}
     found["qk_norm"] = kind.startswith("qwen3") or bool(found.get("qk_norm"))
@@ -127,12 +125,11 @@ def read_config(folder):
         found["num_local_experts"] = found.get("num_experts", found.get("num_local_experts"))
     if found.get("num_key_value_heads") is None:
         found["num_key_value_heads"] = found.get("num_attention_heads")
-    try:
-        if found.get("head_dim") is None:
-            found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
-    except (KeyError, TypeError, ZeroDivisionError):
-        found["head_dim"] = 1  # the sizes that it follows from are refused below
-    for name in SIZES:
+    if kind not in MIXTURES:
+        found["num_local_experts"] = 0
+    for name in (*SIZES, "num_local_experts") if kind in MIXTURES else SIZES:
+        if name == "head_dim" and found.get(name) is None:  # it follows from the sizes before it
+            found[name] = found["hidden_size"] // found["num_attention_heads"]
         if type(found.get(name)) is not int or found[name] < 1:
             raise UserError(f"{path}: {name} must be a whole number of at least 1, it is {found.get(name)!r}")
     check_supported(path, found)
@@ -140,10 +137,7 @@ def read_config(folder):
     for name in ("rope_theta", "rms_norm_eps"):
         if not is_positive(found.get(name, 1.0)):
             raise UserError(f"{path}: {name} must be a positive number, it is {found[name]!r}")
-    experts = found.setdefault("num_local_experts", 0)
-    if type(experts) is not int or experts < (kind in MIXTURES):
-        raise UserError(f"{path}: num_local_experts must be a whole number of at least 1, it is {experts!r}")
-    found["expert_names"] = tuple(found.get("expert_names", map(str, range(experts))))
+    found["expert_names"] = tuple(found.get("expert_names", map(str, range(found["num_local_experts"]))))
     return found
 
 
@@ -174,8 +168,8 @@ def read_rope(path, found):
     if kind == "default":
         return None
     if kind not in ROPE_SCALINGS:
-        known = ", ".join(("default", *ROPE_SCALINGS))
-        raise UserError(f"{path}: the checkpoint has rope_type {kind!r}, model.py computes {known}")
+        known = ", ".join(ROPE_SCALINGS)
+        raise UserError(f"{path}: the checkpoint has rope_type {kind!r}, model.py computes default, {known}")
     rope = {"original_max_position_embeddings": found["max_position_embeddings"], **rope}
     scaling = {"rope_type": kind, **{name: rope.get(name) for name in ROPE_SCALINGS[kind]}}
     for name in ROPE_SCALINGS[kind]:
@@ -200,14 +194,15 @@ FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama'
 
 # ---- weights: names and shapes ----
 
-GROUPS = ("embeddings", "head", "attention", "norms", "router", "feed-forward")
+# a part of a tensor's name -> the group that it belongs to; the first that fits decides
+PARTS = {"embed_tokens": "embeddings", "lm_head": "head", "self_attn": "attention", "norm": "norms"}
+PARTS |= {".gate.": "router", ".mlp.": "feed-forward", ".experts.": "feed-forward"}
+GROUPS = tuple(dict.fromkeys(PARTS.values()))
 
 
 def group_of(name):
     """Which part of a model, one of GROUPS, a tensor belongs to."""
-    parts = {"embed_tokens": "embeddings", "lm_head": "head", "self_attn": "attention", "norm": "norms"}
-    parts |= {".gate.": "router", ".mlp.": "feed-forward", ".experts.": "feed-forward"}
-    return next(group for part, group in parts.items() if part in name)
+    return next(group for part, group in PARTS.items() if part in name)
 
 
 def hidden_dim(name):
@@ -217,7 +212,8 @@ def hidden_dim(name):
 
 def expected_tensors(config):
     """{name: shape} of a checkpoint with this config, in the order of the file; a tied head is not stored."""
-    D, F, V, K = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    D, F, V, E = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_local_experts
+    K = config.head_dim
     q, kv = config.num_attention_heads * K, config.num_key_value_heads * K
     feed_forward = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
     shapes = {"model.embed_tokens.weight": (V, D)}
@@ -226,13 +222,12 @@ def expected_tensors(config):
         layer |= {"self_attn.v_proj": (kv, D), "self_attn.o_proj": (D, q), "post_attention_layernorm": (D,)}
         if config.qk_norm:
             layer |= {"self_attn.q_norm": (K,), "self_attn.k_norm": (K,)}
-        if config.num_local_experts:
-            layer["block_sparse_moe.gate"] = (config.num_local_experts, D)
-            for ours, mixtral in FEED_FORWARD.items():
-                experts = range(config.num_local_experts)
-                layer |= {f"block_sparse_moe.experts.{e}.{mixtral}": feed_forward[ours] for e in experts}
+        if E:
+            layer["block_sparse_moe.gate"] = (E, D)
+            for llama, mixtral in FEED_FORWARD.items():
+                layer |= {f"block_sparse_moe.experts.{e}.{mixtral}": feed_forward[llama] for e in range(E)}
         else:
-            layer |= {f"mlp.{ours}": shape for ours, shape in feed_forward.items()}
+            layer |= {f"mlp.{llama}": shape for llama, shape in feed_forward.items()}
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (D,)
     if not config.tie_word_embeddings:
@@ -252,46 +247,31 @@ def to_disk(weights):
     return result
 
 
-class Stored(NamedTuple):
-    """File, tensor name and slice of a stored tensor: all of it or, of stacked experts, one expert's rows."""
-
-    file: str
-    name: str
-    part: tuple = ()
+def qwen_name(name):
+    """Qwen3-MoE's name for a tensor of ours."""
+    llama = {mixtral: llama for llama, mixtral in FEED_FORWARD.items()}
+    return ".".join(llama.get(part, part) for part in name.replace("block_sparse_moe", "mlp").split("."))
 
 
-def under_our_names(stored, config):
-    """{our name: Stored} of the tensors {name: file} in a checkpoint, in any of the namings at the top of this file."""
-    found, F = {}, config.intermediate_size
-    for name, file in stored.items():
-        if name.endswith("rotary_emb.inv_freq"):  # a constant that old files hold
-            continue
-        ours = name.replace(".mlp.", ".block_sparse_moe.") if config.num_local_experts else name
-        prefix, _, matrix = ours.rpartition(".")
-        for e in range(config.num_local_experts):
-            if ours.endswith(".experts.gate_up_proj"):
-                found[f"{prefix}.{e}.w1.weight"] = Stored(file, name, (e, slice(0, F)))
-                found[f"{prefix}.{e}.w3.weight"] = Stored(file, name, (e, slice(F, 2 * F)))
-            elif ours.endswith(".experts.down_proj"):
-                found[f"{prefix}.{e}.w2.weight"] = Stored(file, name, (e, slice(None)))
-        if matrix in ("weight", "bias") or not config.num_local_experts:
-            parts = [FEED_FORWARD.get(part, part) if ".experts." in ours else part for part in ours.split(".")]
-            found[".".join(parts)] = Stored(file, name)
-    return found
+def places(name, shape, config):
+    """Where a file may hold a tensor of ours, in the namings at the top: (name there, shape there, slice of it)."""
+    theirs = qwen_name(name)
+    yield name, shape, ...
+    yield theirs, shape, ...
+    if ".experts." in name:
+        path, e, matrix, _ = theirs.rsplit(".", 3)
+        E, (rows, columns) = config.num_local_experts, shape
+        if matrix == "down_proj":
+            yield f"{path}.down_proj", (E, rows, columns), int(e)
+        else:
+            start = 0 if matrix == "gate_proj" else rows
+            yield f"{path}.gate_up_proj", (E, 2 * rows, columns), (int(e), slice(start, start + rows))
 
 
 # ---- weights: writing ----
 #
 # Weights of more than FILE_BYTES are several files, model-00001-of-00003.safetensors and so on, which an index lists.
 # The index is written last, so weights without it are not complete.
-
-
-def name_on_disk(name, config):
-    """The name under which a tensor is written: ours, which is Llama's or Mixtral's, or Qwen3-MoE's."""
-    if model_type(config) != "qwen3_moe":
-        return name
-    dense = {mixtral: llama for llama, mixtral in FEED_FORWARD.items()}
-    return ".".join(dense.get(part, part) for part in name.replace("block_sparse_moe", "mlp").split("."))
 
 
 def divide_into_files(sizes, limit):
@@ -309,54 +289,49 @@ def divide_into_files(sizes, limit):
 def write_weights(folder, config, tensors, dtype=torch.float32):
     """Write the weights from an iterable of (name, tensor): those of expected_tensors(config), in its order, one
     tensor in memory at a time. Returns their weights_hash, so that nobody has to read them again for it."""
-    shapes = expected_tensors(config)
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
-    lists, tensors = divide_into_files(sizes, FILE_BYTES), iter(tensors)
+    on_disk = qwen_name if model_type(config) == "qwen3_moe" else str
+    shapes = {on_disk(name): shape for name, shape in expected_tensors(config).items()}
+    tensors = ((on_disk(name), tensor) for name, tensor in tensors)
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    lists = divide_into_files(sizes, FILE_BYTES)
     files = [f"model-{i + 1:05d}-of-{len(lists):05d}.safetensors" for i in range(len(lists))]
     files = files if len(files) > 1 else [WEIGHTS]
     os.makedirs(folder, exist_ok=True)
-    if len(files) > 1:
-        remove_weights(folder)
+    remove_weights(folder, keep=files[0])  # a file of this name is replaced when the new one is whole
     index, hashes = {}, []
     for file, names in zip(files, lists, strict=True):
-        on_disk = {name_on_disk(name, config): shapes[name] for name in names}
-        index |= dict.fromkeys(on_disk, file)
-        hashes.append(write_file(os.path.join(folder, file), on_disk, checked(names, tensors, shapes), dtype))
+        index |= dict.fromkeys(names, file)
+        part = {name: shapes[name] for name in names}
+        hashes.append(write_file(os.path.join(folder, file), part, tensors, dtype))
     assert next(tensors, None) is None, "more tensors than the config has"
     if len(files) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(os.path.join(folder, INDEX), {"metadata": metadata, "weight_map": index}, indent=2)
-    else:
-        remove_weights(folder, keep=WEIGHTS)  # files of larger weights that were here before
     return joint_hash(index, hashes)
 
 
-def checked(names, tensors, shapes):
-    """The next tensors of an iterator of (name, tensor), which have to be these."""
-    for expected, (name, tensor) in zip(names, islice(tensors, len(names)), strict=True):
-        assert name == expected and tuple(tensor.shape) == tuple(shapes[name]), name
-        yield tensor
-
-
 def write_file(path, shapes, tensors, dtype):
-    """Write one safetensors file and return its content_hash. shapes: {name: shape}, which fixes the header before the
-    first tensor is there.
+    """Write the next of `tensors`, an iterator of (name, tensor), as one safetensors file; returns its content_hash.
+    shapes: {name: shape} of those that must come, which fixes the header before the first tensor is there.
 
     The format is 8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
     """
-    header, end = {}, 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    arrays = (tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors)
-    digest = hashlib.sha256()
-    with atomic_file(path) as file, ThreadPoolExecutor(1) as beside:
-        for part in chain([len(text).to_bytes(8, "little") + text], arrays):
-            hashed = beside.submit(digest.update, part)  # takes about as long as the writing
-            file.write(part)
-            hashed.result()
+    text = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(text)
+    with atomic_file(path) as file:
+        file.write(text)
+        for name, shape in shapes.items():
+            found, tensor = next(tensors)
+            assert (found, tensor.shape) == (name, shape), found
+            data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            digest.update(data)
+            file.write(data)
     return digest.hexdigest()
 
 
@@ -381,10 +356,7 @@ def copy_tokenizer(source, folder):
 
 def same_tokenizer(folders):
     """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
-    hashes = {}
-    for folder in folders:
-        if has_tokenizer(folder):
-            hashes[folder] = tokenizer_hash(folder)
+    hashes = {folder: tokenizer_hash(folder) for folder in folders if has_tokenizer(folder)}
     for folder, found in hashes.items():
         if found != next(iter(hashes.values())):
             raise UserError(
@@ -399,9 +371,8 @@ def free_memory():
     """Bytes that a process can still take, as Linux estimates them; infinite where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            sizes = dict(line.split(":") for line in file)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+            return 1024 * int(re.search(r"MemAvailable: *(\d+) kB", file.read())[1])
+    except (OSError, TypeError):
         return math.inf
 
 
@@ -412,84 +383,92 @@ def check_memory(folder, needed):
         raise UserError(f"{folder} needs {needs}, {free / 1e9:.1f} GB are free; use a larger machine")
 
 
+def read_index(folder):
+    """(the files of a folder's weights, {name on disk: file}); the second is empty where one file holds all."""
+    path = os.path.join(folder, INDEX)
+    if os.path.exists(os.path.join(folder, WEIGHTS)) or not os.path.exists(path):
+        return [WEIGHTS], {}
+    found = read_json(path, "copy the checkpoint again")
+    index = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(index, dict):
+        raise UserError(f"{path} lists no files (it has no weight_map); copy the checkpoint again")
+    return sorted(set(index.values())), index
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A safetensors file to read from. Open it anew for each tensor: all that was read stays in memory until the file
+    is closed."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; train it first, or name another checkpoint folder") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error}); train or copy it again") from None
+
+
+def list_tensors(folder):
+    """{name on disk: (path of its file, shape, dtype)} of a folder's weights."""
+    found = {}
+    for path in [os.path.join(folder, name) for name in read_index(folder)[0]]:
+        with opened(path) as file:
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            found |= {name: (path, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+    return found
+
+
 class WeightFiles:
     """The tensors of a checkpoint folder by name, each read from disk when asked for. UserError unless its files hold
     just what a model of this config needs; one tensor with NaN or infinity is refused, too, when it is read."""
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
-        index = os.path.join(folder, INDEX)
-        if os.path.exists(index) and not os.path.exists(os.path.join(folder, WEIGHTS)):
-            stored = read_json(index, "copy the checkpoint again")
-            stored = stored.get("weight_map") if isinstance(stored, dict) else None
-            if not isinstance(stored, dict):
-                raise UserError(f"{index} lists no files (it has no weight_map); copy the checkpoint again")
-        else:
-            stored = dict.fromkeys(self._open(WEIGHTS, lambda file: list(file.keys())), WEIGHTS)
-        self.stored = under_our_names(stored, config)
-        expected = expected_tensors(config)
-        if config.tie_word_embeddings:
-            self.stored.pop("lm_head.weight", None)  # some checkpoints store the tied head all the same
-        missing, foreign = expected.keys() - self.stored.keys(), self.stored.keys() - expected.keys()
-        if missing or foreign:
-            what = f"lacks {min(missing)}" if missing else f"has an unknown tensor {min(foreign)}"
-            raise UserError(f"{folder} does not fit its config.json: it {what}; use the folder as it was written")
-        stored_as = {}  # {file: {name: (shape, dtype)}}, each file opened once
-        for file in {one.file for one in self.stored.values()}:
-            names = [one.name for one in self.stored.values() if one.file == file]
-            stored_as[file] = self._open(file, lambda opened, names=names: describe(opened, names))
-        for name, shape in expected.items():
-            one = self.stored[name]
-            if one.part:
-                rows = shape[0] * (2 if one.name.endswith("gate_up_proj") else 1)
-                shape = config.num_local_experts, rows, shape[1]
-            found, dtype = stored_as[one.file][one.name]
-            if found != shape:
-                raise UserError(f"{folder}: {one.name} has shape {found}, config.json says {shape}")
+        self.places = {}  # {our name: (path, name on disk, slice)}
+        stored, misfit = list_tensors(folder), f"{folder} does not fit its config.json: it"
+        used = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some store the tied head all the same
+        for ours, shape in expected_tensors(config).items():
+            found = [place for place in places(ours, shape, config) if place[0] in stored]
+            if not found:
+                raise UserError(f"{misfit} lacks {ours}; use the folder as it was written")
+            name, shape, part = found[0]
+            path, stored_shape, dtype = stored[name]
+            if stored_shape != shape:
+                raise UserError(f"{folder}: {name} has shape {stored_shape}, config.json says {shape}")
             if dtype not in SAFETENSORS_DTYPES.values():
                 kinds = ", ".join(SAFETENSORS_DTYPES.values())
-                raise UserError(f"{folder}: {one.name} is stored as {dtype}; model.py reads {kinds}")
-
-    def _open(self, name, read):
-        path = os.path.join(self.folder, name)
-        try:
-            with safe_open(path, framework="pt") as file:
-                return read(file)
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; train it first, or name another checkpoint folder") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged or no safetensors file ({error}); train or copy it again") from None
+                raise UserError(f"{folder}: {name} is stored as {dtype}; model.py reads {kinds}")
+            self.places[ours] = path, name, part
+            used.add(name)
+        unknown = [name for name in stored.keys() - used if not name.endswith("rotary_emb.inv_freq")]
+        if unknown:
+            raise UserError(f"{misfit} has an unknown tensor {min(unknown)}; use the folder as it was written")
 
     @property
     def dtype(self):
         return self["model.norm.weight"].dtype
 
     def __getitem__(self, name):
-        file, stored, part = self.stored[name]
-        tensor = self._open(file, lambda file: file.get_slice(stored)[part] if part else file.get_tensor(stored))
+        path, stored, part = self.places[name]
+        with opened(path) as file:
+            tensor = file.get_slice(stored)[part]
         # a sum is finite where all is, but for an overflow: looking at each number takes longer, and memory
         if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise UserError(f"{self.folder}: {name} holds NaN or infinity; train or copy the checkpoint again")
         return tensor
 
-    def read(self, module, prefix=""):
-        """{name: value} for a module's parameters, in float32, experts stacked. prefix: of a part's names on disk."""
+    def read(self, module):
+        """{name: value} for a module's parameters, in float32, experts stacked."""
         found = {}
         for name, parameter in module.named_parameters():
             found[name] = value = torch.empty(parameter.shape, device="cpu")
             if ".experts." in name:
-                path, matrix = (prefix + name).rsplit(".", 1)
+                prefix, matrix = name.rsplit(".", 1)
                 for e, expert in enumerate(value):
-                    expert.copy_(self[f"{path}.{e}.{matrix}.weight"])
+                    expert.copy_(self[f"{prefix}.{e}.{matrix}.weight"])
             else:
-                value.copy_(self[prefix + name])
+                value.copy_(self[name])
         return found
-
-
-def describe(file, names):
-    """{name: (shape, dtype)} of some tensors of an open safetensors file."""
-    slices = {name: file.get_slice(name) for name in names}
-    return {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
 
 
 def fingerprint(path, ends=2**20):
@@ -512,14 +491,11 @@ def content_hash(path):
 
 def weights_hash(folder):
     """The hash of a folder's weights, in one file or several; None where they are missing."""
-    if os.path.exists(path := os.path.join(folder, WEIGHTS)):
-        return content_hash(path)
     try:
-        stored = read_json(os.path.join(folder, INDEX), "")["weight_map"]
-        hashes = [content_hash(os.path.join(folder, name)) for name in sorted(set(stored.values()))]
+        files, index = read_index(folder)
+        return joint_hash(index, [content_hash(os.path.join(folder, name)) for name in files])
     except (UserError, FileNotFoundError):
         return None
-    return joint_hash(stored, hashes)
 
 
 def joint_hash(stored, hashes):
@@ -533,9 +509,7 @@ def joint_hash(stored, hashes):
 # out/hf/OWNER/NAME, and is used without a network from then on.
 
 DOWNLOADS = os.path.join("out", "hf")
-# weights, shape and tokenizer; never code or pickles
-DOWNLOADED = ("model*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer*.json", "tokenizer.model")
-DOWNLOADED += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+DOWNLOADED = ("model*.safetensors", "*.json", "tokenizer.model", "merges.txt")  # never code or pickles
 
 
 def local_folder(name):

@@ -212,7 +212,7 @@ def test_a_published_model_is_branched_mixed_and_sampled(hub, data):
     train = "train.py", *SHORT, "--max_steps=1", f"--data_dir={data}", "--init_from=hf:some.one/a-seed"
     must(run(*train, "--out_dir=branch"))
     assert hub[0][:2] == ("some.one/a-seed", None) and hub[0][3] == ["*/*"]
-    assert "config.json" in hub[0][2] and not [name for name in hub[0][2] if name.endswith((".py", ".bin", "*"))]
+    assert "*.json" in hub[0][2] and not [name for name in hub[0][2] if name.endswith((".py", ".bin", "*"))]
     assert "nothing to do" in must(run(*train, "--out_dir=branch")).out
     must(run("mix.py", "--experts=branch,hf:some.one/a-seed", "--out_dir=mixed"))
     assert read_json("mixed/config.json")["expert_names"] == ["branch", "a-seed"]
