@@ -57,17 +57,13 @@ def continue_prompt(config):
     return model, encoding, ids, answers
 
 
-def print_answers(config, encoding, answers):
+def main():
+    config = parse(SampleConfig)
+    _, encoding, _, answers = continue_prompt(config)
     for answer in answers:
         print(config.prompt + encoding.decode(answer))
         if config.num_samples > 1:
             print("---")
-
-
-def main():
-    config = parse(SampleConfig)
-    _, encoding, _, answers = continue_prompt(config)
-    print_answers(config, encoding, answers)
 
 
 if __name__ == "__main__":

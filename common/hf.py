@@ -181,7 +181,7 @@ def read_rope(path, found):
 
 
 def is_positive(value):
-    return type(value) in (int, float) and 0 < value < float("inf")
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 WEIGHTS = "model.safetensors"
@@ -288,7 +288,7 @@ def divide_into_files(sizes, limit):
 
 def write_weights(folder, config, tensors, dtype=torch.float32):
     """Write the weights from an iterable of (name, tensor): those of expected_tensors(config), in its order, one
-    tensor in memory at a time. Returns their weights_hash, so that nobody has to read them again for it."""
+    tensor in memory at a time."""
     on_disk = qwen_name if model_type(config) == "qwen3_moe" else str
     shapes = {on_disk(name): shape for name, shape in expected_tensors(config).items()}
     tensors = ((on_disk(name), tensor) for name, tensor in tensors)
@@ -298,21 +298,19 @@ def write_weights(folder, config, tensors, dtype=torch.float32):
     files = files if len(files) > 1 else [WEIGHTS]
     os.makedirs(folder, exist_ok=True)
     remove_weights(folder, keep=files[0])  # a file of this name is replaced when the new one is whole
-    index, hashes = {}, []
+    index = {}
     for file, names in zip(files, lists, strict=True):
+        write_file(os.path.join(folder, file), {name: shapes[name] for name in names}, tensors, dtype)
         index |= dict.fromkeys(names, file)
-        part = {name: shapes[name] for name in names}
-        hashes.append(write_file(os.path.join(folder, file), part, tensors, dtype))
     assert next(tensors, None) is None, "more tensors than the config has"
     if len(files) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(os.path.join(folder, INDEX), {"metadata": metadata, "weight_map": index}, indent=2)
-    return joint_hash(index, hashes)
 
 
 def write_file(path, shapes, tensors, dtype):
-    """Write the next of `tensors`, an iterator of (name, tensor), as one safetensors file; returns its content_hash.
-    shapes: {name: shape} of those that must come, which fixes the header before the first tensor is there.
+    """Write the next of `tensors`, an iterator of (name, tensor), as one safetensors file. shapes: {name: shape} of
+    those that must come, which fixes the header before the first tensor is there.
 
     The format is 8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
     """
@@ -322,17 +320,12 @@ def write_file(path, shapes, tensors, dtype):
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    text = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(text)
     with atomic_file(path) as file:
-        file.write(text)
-        for name, shape in shapes.items():
-            found, tensor = next(tensors)
-            assert (found, tensor.shape) == (name, shape), found
-            data = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
-            digest.update(data)
-            file.write(data)
-    return digest.hexdigest()
+        file.write(len(text).to_bytes(8, "little") + text)
+        for expected in shapes.items():
+            name, tensor = next(tensors)
+            assert (name, tensor.shape) == expected, name
+            file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def remove_weights(folder, keep=None):
@@ -357,11 +350,10 @@ def copy_tokenizer(source, folder):
 def same_tokenizer(folders):
     """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
     hashes = {folder: tokenizer_hash(folder) for folder in folders if has_tokenizer(folder)}
+    first = next(iter(hashes), None)
     for folder, found in hashes.items():
-        if found != next(iter(hashes.values())):
-            raise UserError(
-                f"{folder} has another tokenizer than {next(iter(hashes))}; use checkpoints of one data folder"
-            )
+        if found != hashes[first]:
+            raise UserError(f"{folder} has another tokenizer than {first}; use checkpoints of one data folder")
 
 
 # ---- weights: reading ----
@@ -431,10 +423,10 @@ class WeightFiles:
             found = [place for place in places(ours, shape, config) if place[0] in stored]
             if not found:
                 raise UserError(f"{misfit} lacks {ours}; use the folder as it was written")
-            name, shape, part = found[0]
-            path, stored_shape, dtype = stored[name]
-            if stored_shape != shape:
-                raise UserError(f"{folder}: {name} has shape {stored_shape}, config.json says {shape}")
+            name, whole, part = found[0]
+            path, shape, dtype = stored[name]
+            if shape != whole:
+                raise UserError(f"{folder}: {name} has shape {shape}, config.json says {whole}")
             if dtype not in SAFETENSORS_DTYPES.values():
                 kinds = ", ".join(SAFETENSORS_DTYPES.values())
                 raise UserError(f"{folder}: {name} is stored as {dtype}; model.py reads {kinds}")
@@ -493,14 +485,10 @@ def weights_hash(folder):
     """The hash of a folder's weights, in one file or several; None where they are missing."""
     try:
         files, index = read_index(folder)
-        return joint_hash(index, [content_hash(os.path.join(folder, name)) for name in files])
+        hashes = [content_hash(os.path.join(folder, name)) for name in files]
     except (UserError, FileNotFoundError):
         return None
-
-
-def joint_hash(stored, hashes):
-    """The hash of weights from those of their files, in order. stored: {name on disk: file}."""
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps([stored, hashes]).encode()).hexdigest()
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps([index, hashes]).encode()).hexdigest()
 
 
 # ---- the Hub: `hf:OWNER/NAME` wherever a checkpoint folder is asked for ----
@@ -509,7 +497,7 @@ def joint_hash(stored, hashes):
 # out/hf/OWNER/NAME, and is used without a network from then on.
 
 DOWNLOADS = os.path.join("out", "hf")
-DOWNLOADED = ("model*.safetensors", "*.json", "tokenizer.model", "merges.txt")  # never code or pickles
+DOWNLOADED = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt"]  # never code or pickles
 
 
 def local_folder(name):
@@ -530,14 +518,12 @@ def download(name):
     folder = os.path.join(DOWNLOADS, model + (f"@{revision.replace('/', '-')}" if revision else ""))
     try:
         # patterns see whole paths, in which * also matches a slash
-        patterns = {"allow_patterns": list(DOWNLOADED), "ignore_patterns": ["*/*"]}
+        patterns = {"allow_patterns": DOWNLOADED, "ignore_patterns": ["*/*"]}
         snapshot_download(model, revision=revision, local_dir=folder, **patterns)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{name} could not be downloaded ({type(error).__name__}: {reason}); check the name and the network, or "
-            "give the folder of a copy"
-        ) from None
+        reason = str(error).strip().partition("\n")[0]
+        remedy = "check the name and the network, or give the folder of a copy"
+        raise UserError(f"{name} could not be downloaded ({type(error).__name__}: {reason}); {remedy}") from None
     return folder
 
 

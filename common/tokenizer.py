@@ -51,14 +51,11 @@ def load_tokenizer(folder):
         raise UserError(f"{path} is missing or cannot be read; {REMEDY}") from None
     if content_hash(description, text) != description["hash"]:
         raise UserError(f"{path} does not belong to the tiktoken.json next to it; {REMEDY}")
-    ranks = {}
-    for line in text.splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    lines = [line.split() for line in text.splitlines()]
     return tiktoken.Encoding(
         name=description["name"],
         pat_str=description["pattern"],
-        mergeable_ranks=ranks,
+        mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in lines},
         special_tokens=description["special_tokens"],
         explicit_n_vocab=description["vocab_size"],
     )
@@ -68,16 +65,14 @@ def tokenizer_hash(folder):
     """The hash (hex) that identifies a folder's tokenizer: two folders with the same one share all ids."""
     if is_published(folder):
         return json_hash(folder)
-    return read_json(os.path.join(folder, "tiktoken.json"), "prepare the data first (python -m data.prepare)")["hash"]
+    return read_json(os.path.join(folder, "tiktoken.json"), REMEDY)["hash"]
 
 
 def token_bytes(encoding):
     """How many bytes of text each id stands for: int64 array [n_vocab], 0 for special tokens."""
-    special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
-    lengths = [
-        0 if token in special else len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)
-    ]
-    return np.array(lengths, dtype=np.int64)
+    lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
+    special = [encoding.is_special_token(token) for token in range(encoding.n_vocab)]
+    return np.where(special, 0, lengths)
 
 
 # ---- tokenizer.json, the format of Hugging Face's `tokenizers` ----
@@ -117,14 +112,12 @@ class JsonEncoding:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # "<s>" in a text is three characters
-        self.vocab = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.n_vocab = max(self.vocab.values(), default=-1) + 1
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special_tokens_set = {token.content for token in added.values() if token.special}
-        spell = speller(path)
-        self.pieces = {number: spell(piece) for piece, number in self.vocab.items() if number not in added}
-        self.pieces |= {number: token.content.encode() for number, token in added.items()}
-        self.eot_token = end_of_text(folder, self.vocab)
+        vocab, spell = self.tokenizer.get_vocab(with_added_tokens=True), speller(path)
+        self.n_vocab = max(vocab.values(), default=-1) + 1
+        self.eot_token = end_of_text(folder, vocab)
+        self.added = self.tokenizer.get_added_tokens_decoder()
+        self.pieces = {number: spell(piece) for piece, number in vocab.items()}
+        self.pieces |= {number: token.content.encode() for number, token in self.added.items()}
 
     def encode_ordinary(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -132,8 +125,8 @@ class JsonEncoding:
     def encode_to_numpy(self, text, disallowed_special=()):
         return np.array(self.encode_ordinary(text), np.uint32)
 
-    def encode_single_token(self, text):
-        return self.vocab[text]
+    def is_special_token(self, token):
+        return token in self.added and self.added[token].special
 
     def decode_single_token_bytes(self, token):
         return self.pieces.get(token, b"")  # some vocabularies have gaps
