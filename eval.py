@@ -23,7 +23,7 @@ from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
 from data.task import CHOICES, METRICS, mean_score, read_answer
 from model import Transformer, generate
-from train import Validation, bits_per_byte
+from train import bits_per_byte, validation_scores
 
 GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
 CHOICE_TOKENS = 128  # of a question and one of its choices
@@ -169,11 +169,13 @@ def checkpoint_entry(folder):
     )
 
 
-def score(entry, model, validation, corpus, config):
+def score(entry, model, corpus, config):
     """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
     cost = total_cost(entry.history)
     active, total = model.num_parameters()
-    scores = validation.scores(model)
+    length, count = config.sequence_length, config.eval_windows
+    windows = {domain: corpus.windows(domain, config.split, length, count) for domain in corpus.domains}
+    scores = validation_scores(model, windows, corpus.token_bytes)
     if "load" in scores:
         scores["experts"] = model.config.expert_names
     return {
@@ -246,11 +248,10 @@ def evaluate(config, corpus, entries):
     keep = not config.overwrite  # until the first new row replaces what is there
     rows = {row["name"]: row for row in results_so_far(path, corpus, config, keep)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
-    validation = Validation(corpus, config.sequence_length, config.eval_windows, config.split) if todo else None
     for entry in tqdm(todo, desc="evaluate", unit="model", dynamic_ncols=True, disable=not todo):
         model = place(entry.load(), device, config.dtype)
         check_fits(entry, model, corpus, config)
-        rows[entry.name] = score(entry, model, validation, corpus, config)
+        rows[entry.name] = score(entry, model, corpus, config)
         with locked(config.out_dir, wait=True):
             results = results_so_far(path, corpus, config, keep)
             others = {row["name"]: row for row in results["rows"]}

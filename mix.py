@@ -31,11 +31,10 @@ import functools
 import os
 import zlib
 
-import numpy as np
 import torch
 
 from common.config import key, parse, split_list
-from common.corpus import Corpus, cut
+from common.corpus import Corpus
 from common.errors import UserError, command
 from common.hf import (
     FEED_FORWARD,
@@ -189,8 +188,7 @@ def new_routers(config, shapes, folders, experts, dense):
 def hidden_states(model, corpus, domain, count):
     """L tensors (S, D): what enters each layer's feed-forward sublayer in `count` windows of a domain's train text."""
     length = min(LENGTH, model.max_length)
-    tokens = corpus.tokens(domain, "train", length)
-    windows, _ = cut(tokens, np.linspace(0, len(tokens) - length - 1, count).astype(int), length)
+    windows, _ = corpus.windows(domain, "train", length, count)
     states = []
     norms = [layer.post_attention_layernorm for layer in model.model.layers]
     hooks = [norm.register_forward_hook(lambda _, x, h: states.append(h.flatten(0, 1))) for norm in norms]

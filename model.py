@@ -7,7 +7,7 @@ Tensor sizes in comments:
     H heads   G key-value heads   K head_dim   F intermediate_size   E experts   k experts per token
 
 Reading order: ModelConfig, rotary positions, Attention, MLP, the routers and their losses, Experts, MoE, Layer,
-Transformer, Cache, generate. The head's loss is in common/ops.py, checkpoint formats are in common/hf.py.
+Transformer, LayerCache, generate. The head's loss is in common/ops.py, checkpoint formats are in common/hf.py.
 """
 
 import contextlib
@@ -474,19 +474,18 @@ class Transformer(nn.Module):
         """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back.
 
         step: in training, the number of the step, a 0-dimensional tensor; a router's noise and capacity exist only
-        then. The noise is drawn from torch's global generator. cache: a Cache of the tokens before these; a first call
-        may have any number of tokens, later ones have one each.
+        then. The noise is drawn from torch's global generator. cache: from new_cache, of the tokens before these; a
+        first call may have any number of tokens, later ones have one each.
         """
-        start = cache.length if cache is not None else 0
+        start = cache[0].length if cache else 0
         end = start + ids.size(1)
         if end > self.max_length:
             raise ValueError(f"{end} tokens, but the model knows {self.max_length} positions")
         x = self.model.embed_tokens(ids).to(self.compute_dtype)  # (B, T, D)
         cos = self.cos[start:end].to(x.dtype)  # (T, K / 2)
         sin = self.sin[start:end].to(x.dtype)
-        layer_caches = cache.layers if cache is not None else [None] * len(self.model.layers)
         routed = []
-        for layer, layer_cache in zip(self.model.layers, layer_caches, strict=True):
+        for layer, layer_cache in zip(self.model.layers, cache or [None] * len(self.model.layers), strict=True):
             run = partial(checkpoint, layer, use_reentrant=False) if self.recompute else layer
             x, routing = run(x, cos, sin, layer_cache, step)
             routed.append(routing)
@@ -530,8 +529,10 @@ class Transformer(nn.Module):
         write_config(folder, self.config)
 
     def new_cache(self, batch_size, length):
-        """A Cache for `batch_size` texts of at most `length` tokens."""
-        return Cache(self, batch_size, length)
+        """What a model has read of `batch_size` texts of at most `length` tokens: a LayerCache for each layer."""
+        shape = batch_size, self.config.num_key_value_heads, length, self.config.head_dim
+        like = torch.empty(0, device=self.cos.device, dtype=self.compute_dtype)
+        return [LayerCache(shape, like) for _ in self.model.layers]
 
     def active_numel(self, name, parameter):
         """How many of a parameter's weights one token uses: k of E experts, all of everything else."""
@@ -591,21 +592,6 @@ class LayerCache:
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
-class Cache:
-    """What a model has read of B texts: a LayerCache for each layer."""
-
-    def __init__(self, model, batch_size, length):
-        config = model.config
-        shape = batch_size, config.num_key_value_heads, length, config.head_dim
-        like = torch.empty(0, device=model.cos.device, dtype=model.compute_dtype)
-        self.layers = [LayerCache(shape, like) for _ in model.model.layers]
-
-    @property
-    def length(self):
-        """How many tokens have been read."""
-        return self.layers[0].length
 
 
 @torch.inference_mode()

@@ -165,26 +165,20 @@ def bits_per_byte(model, inputs, targets, token_bytes, batch_size=16):
     return float(nats) / math.log(2) / int(token_bytes[targets].sum()), used
 
 
-class Validation:
-    """Fixed windows of every domain's split ("val" or "test")."""
+def validation_scores(model, windows, token_bytes):
+    """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
 
-    def __init__(self, corpus, sequence_length, count, split="val"):
-        self.windows = {name: corpus.windows(name, split, sequence_length, count) for name in corpus.domains}
-        self.bytes = corpus.token_bytes
-
-    def scores(self, model):
-        """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
-
-        A share is the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
-        """
-        bpb, load = {}, {}
-        for domain, (inputs, targets) in self.windows.items():
-            bpb[domain], used = bits_per_byte(model, inputs, targets, self.bytes)
-            if used is not None:
-                shares = used / used.sum(dim=1, keepdim=True)
-                load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
-        bpb["avg"] = sum(bpb.values()) / len(bpb)
-        return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
+    A share is the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
+    windows: {domain: (inputs, targets)}, from Corpus.windows.
+    """
+    bpb, load = {}, {}
+    for domain, (inputs, targets) in windows.items():
+        bpb[domain], used = bits_per_byte(model, inputs, targets, token_bytes)
+        if used is not None:
+            shares = used / used.sum(dim=1, keepdim=True)
+            load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
+    bpb["avg"] = sum(bpb.values()) / len(bpb)
+    return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
 
 
 # ---- the run ----
@@ -288,7 +282,7 @@ def train(config, make_model):
         # a branch's windows differ from those that the seed model has read: that is what the stage is for
         length = config.sequence_length
         batches = Batches(corpus, mixture, length, config.batch_size, config.seed, config.splice, run.stage)
-        validation = Validation(corpus, length, config.eval_windows)
+        windows = {name: corpus.windows(name, "val", length, config.eval_windows) for name in corpus.domains}
         tokens_per_step = config.batch_size * length
         flops_per_token = model.flops_per_token(length)
 
@@ -306,7 +300,7 @@ def train(config, make_model):
 
             # evaluate: a line in log.jsonl, which holds nothing that differs between two runs of one recipe
             if (step % config.eval_interval == 0 or last) and not resumed:
-                scores = validation.scores(model)
+                scores = validation_scores(model, windows, corpus.token_bytes)
                 steps = (step - 1) % config.eval_interval + 1  # since the last line
                 means = {name: (value / steps).tolist() for name, value in run.sums.items()}
                 run.add({"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **means, **scores})

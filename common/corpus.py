@@ -4,7 +4,6 @@ Batches and windows are functions of their arguments alone. The batch of step 81
 resumed one, and split over any number of processes, so there is no loader state to save.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -20,6 +19,7 @@ from common.tokenizer import load_tokenizer, token_bytes
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
 HELD_OUT_SHARE = 0.05  # of all text, for each split of HELD_OUT
+REMEDY = "prepare the domain again with --overwrite=True"
 
 
 def _fraction(text):
@@ -59,22 +59,11 @@ class Corpus:
         self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
         if not self.domains:
             raise UserError(f"{folder} holds no data; prepare it first: python -m data.prepare --out_dir={folder}")
-        remedy = "prepare the domain again with --overwrite=True"
         if only != "all":
             self.domains = sorted(self.mixture(only))
-        self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), remedy) for name in self.domains}
-        for name, meta in self.metas.items():
-            check_splits(meta, os.path.join(folder, name))
-
-    @functools.cached_property
-    def encoding(self):
-        """The tiktoken.Encoding."""
-        return load_tokenizer(self.folder)
-
-    @functools.cached_property
-    def token_bytes(self):
-        """(V,) int64: how many bytes of text each token stands for."""
-        return torch.from_numpy(token_bytes(self.encoding))
+        self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), REMEDY) for name in self.domains}
+        self.encoding = load_tokenizer(folder)  # a tiktoken.Encoding
+        self.token_bytes = torch.from_numpy(token_bytes(self.encoding))  # (V,) int64: bytes of text, of each token
 
     def hashes(self, domains=None):
         """{domain: hash of its text}, of some domains or all."""
@@ -106,9 +95,7 @@ class Corpus:
         try:
             tokens = np.memmap(path, dtype=np.dtype(self.metas[domain]["dtype"]), mode="r")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); prepare the domain again with --overwrite=True"
-            ) from None
+            raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
         if len(tokens) <= length:
             raise UserError(
                 f"{path} has {len(tokens)} tokens, a sequence needs {length + 1}; add text or shorten --sequence_length"
@@ -144,9 +131,7 @@ class Corpus:
             with open(path, encoding="utf-8") as file:
                 return [json.loads(line) for line in file][:count]
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}); prepare the domain again with --overwrite=True"
-            ) from None
+            raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
 
 
 def cut(tokens, starts, length):

@@ -300,9 +300,9 @@ class Chain:
         flags = (f"--max_steps={steps}", *shlex.split(self.config.upcycle_flags), *flags)
         return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)
 
-    def score(self, model):
-        """A row of the chain's results.json for a checkpoint."""
-        self._score(f"scores/{self.names([model])[0]}", ("eval.py",), f"--model={model}", needs=[model])
+    def score(self, *models):
+        """A row of the chain's results.json for each of some checkpoints, by one job."""
+        self._score(f"scores/{self.names(models)[0]}", ("eval.py",), f"--model={','.join(models)}", needs=models)
 
     def score_ensembles(self, experts, suffix=""):
         """The rows of Branch-Train-Merge; suffix: what tells these experts' rows from those of others."""
@@ -418,8 +418,10 @@ def pipeline(chain):
     if config.report:
         # the ensembles come first: they take longest. Nobody knows what a published seed has read, so it is in none
         chain.score_ensembles(branches if config.published else experts)
-        for model in (seed, *branches, btx, soup, mixed, *rivals):
-            chain.score(model)
+        chain.score(seed, *branches)
+        chain.score(soup, mixed, btx)
+        if rivals:
+            chain.score(*rivals)
         length = parse(EvalConfig, [config.stage("eval")]).sequence_length
         arguments = (f"--model={btx}", f"--data_dir={chain.data}", chain.all_domains())
         arguments += (f"--out_dir={config.path('report')}", f"--sequence_length={length}")

@@ -41,7 +41,7 @@ def test_one_token_at_a_time_equals_one_pass(name, rows):
     cache, pieces = model.new_cache(rows, 12), [ids[:, :5], *ids[:, 5:].split(1, dim=1)]
     with torch.no_grad():
         logits = torch.cat([model(piece, cache=cache).logits for piece in pieces], dim=1)
-    assert cache.length == 12
+    assert cache[0].length == 12
     torch.testing.assert_close(logits, model(ids).logits, rtol=1e-3, atol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_the_cache_of_bfloat16_holds_bfloat16():
     model.compute_dtype = torch.bfloat16
     cache = model.new_cache(2, 8)
     model(torch.tensor([[1, 2], [3, 4]]), cache=cache)
-    assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16} and cache.length == 2
+    assert {layer.keys.dtype for layer in cache} == {torch.bfloat16} and cache[0].length == 2
 
 
 def relu(self, x):

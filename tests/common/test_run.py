@@ -32,7 +32,6 @@ from transformers import AutoModelForCausalLM
 import train as train_file
 from common import run as runs
 from common.config import parse
-from common.errors import UserError
 from common.hf import weights_hash
 from finetune import FinetuneConfig, load_mixture
 from model import Transformer
