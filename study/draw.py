@@ -4,48 +4,25 @@ import math
 import os
 import statistics
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from common.run import read_log
-from study.tables import BASE, difference, kind
+from study.tables import BASE, WORDS, bases_of, difference, kind
+
+plt.switch_backend("agg")  # files, no windows
+plt.rcParams["figure.constrained_layout.use"] = True
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 MARKERS = "os^Dvx"
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
-WORDS = {  # rows' names in words, for pictures
-    "seed": "seed",
-    "soup": "average of all weights",
-    "mixed": "mixture, not finetuned",
-    "btx": "Branch-Train-MiX",
-    "btx-even": "Branch-Train-MiX, half of it finetuning",
-    "btx-paper": "Branch-Train-MiX as printed",
-    "btx-sample": "Branch-Train-MiX, sample top-1",
-    "dense-dm": "dense, same tokens",
-    "dense-cm": "dense, same FLOPs",
-    "dense-tm": "dense, same device time",
-    "upcycle-dm": "upcycling, same tokens",
-    "upcycle-cm": "upcycling, same FLOPs",
-    "upcycle-tm": "upcycling, same device time",
-    "btm-top1": "ensemble, nearest expert",
-    "btm-top2": "ensemble, two nearest",
-    "btm-posterior": "ensemble, last token's posterior",
-    "btm-posterior-prefix": "ensemble, prefix posterior",
-}
 
 
 def in_words(name):
-    """'expert-code' -> 'code expert'; 'btm-top1-cm' -> 'ensemble, nearest expert, same FLOPs'."""
-    if name.startswith("expert-"):
-        return f"{name.removeprefix('expert-')} expert"
-    if name.endswith("-cm") and name not in WORDS:
-        return f"{in_words(name.removesuffix('-cm'))}, same FLOPs"
-    return WORDS.get(name, name)
+    """'btx' -> 'Branch-Train-MiX'; 'expert-code' -> 'code expert'."""
+    return f"{name.removeprefix('expert-')} expert" if name.startswith("expert-") else WORDS.get(name, name)
 
 
 def save(figure, path):
@@ -53,18 +30,27 @@ def save(figure, path):
     plt.close(figure)
 
 
-def note_at_edge(axis, x, y, text):
-    """The value of a point that lies beyond the edge, left of the arrow that stands for it."""
-    style = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
-    axis.annotate(text, (x, y), fontsize=8, **style)
+def name_rows(axis, names):
+    """Write rows' names along the y axis, the first at the top."""
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+
+
+def plot_point(axis, x, y, half, edge, digits, **style):
+    """A point with its interval x ± half; beyond the edge, an arrow stands there in its place, beside the value."""
+    if x <= edge:
+        axis.errorbar(x, y, xerr=half, capsize=3, **style)
+    else:
+        axis.plot(edge, y, **{**style, "marker": ">"})
+        place = {"ha": "right", "va": "center", "xytext": (-8, 0), "textcoords": "offset points"}
+        axis.annotate(f"{x:.{digits}f}", (edge, y), fontsize=8, **place)
 
 
 def log_axis(axis, low, high):
     """An axis (axis.xaxis or axis.yaxis) in logarithmic scale with plain numbers at 1, 2 and 5 times powers of ten."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
-    ticks = [mantissa * 10.0**power for power in range(-4, 5) for mantissa in (1, 2, 5)]
-    axis.set_ticks([tick for tick in ticks if low <= tick <= high])
-    axis.set_major_formatter(PLAIN)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -89,12 +75,10 @@ def plot_curves(folders, domains, path):
     for axis, domain in zip(axes, domains, strict=True):
         values = [line["bpb"][domain] for log in logs.values() for line in log]
         log_axis(axis.yaxis, 0.9 * min(values), 1.1 * max(values))
-        axis.set_title(domain if domain != "avg" else "average")
-        axis.set_xlabel("training FLOPs")
+        axis.set(title=domain if domain != "avg" else "average", xlabel="training FLOPs")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(folders), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(folders), frameon=False)
     save(figure, path)
 
 
@@ -112,57 +96,39 @@ def plot_bpb(rows, domains, path):
             axis.hlines(y, best, value, color="#bbbbbb")
             axis.scatter(value, y, color=colour, zorder=2)
             axis.annotate(f"{value:.3f}", (value, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
-        axis.set_title(domain if domain != "avg" else "average")
-        axis.set_xlabel("bits per byte")
-    axes[0].set_yticks(range(len(rows)), [in_words(row["name"]) for row in rows])
-    axes[0].invert_yaxis()
-    figure.tight_layout()
+        axis.set(title=domain if domain != "avg" else "average", xlabel="bits per byte")
+    name_rows(axes[0], [in_words(row["name"]) for row in rows])  # of all: they share the axis
     save(figure, path)
 
 
-# ---- routing: a panel per domain and model; layers run to the right ----
+# ---- routing ----
 
 
-def expert_rows(entry, domain):
-    """(names, R x L values) for routing.png: each expert's share of a layer's (token, expert) choices."""
-    return entry["experts"], list(zip(*entry["domains"][domain]["share"], strict=True))
-
-
-def pair_rows(entry, domain):
-    """(names, R x L values) for pairs.png: the share of tokens whose two largest gates are the pair's."""
-    names, layers = entry["experts"], entry["domains"][domain]["co_activation"]
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    return [f"{names[i]} + {names[j]}" for i, j in pairs], [[layer[i][j] for layer in layers] for i, j in pairs]
-
-
-def plot_heatmaps(models, rows_of, title, path):
-    """models: entries of routing.json, one line of panels each; rows_of(entry, domain) gives a panel's rows.
-
-    The middle tone is an even share, the darkest twice that or more.
-    """
+def plot_routing(models, path):
+    """Each expert's share of a layer's (token, expert) choices: a panel per model and domain, layers run to the right.
+    The middle tone is an even share, the darkest twice that or more. models: entries of routing.json."""
     domains = list(models[0]["domains"])
-    panels = [[rows_of(entry, domain) for domain in domains] for entry in models]
-    layers = len(panels[0][0][1][0])
-    heights = [0.26 * len(line[0][0]) + 0.45 for line in panels]
-    width = max(0.36 * layers, 2.2)
-    label = 0.085 * max(len(name) for line in panels for name in line[0][0])
-    size = label + width * len(domains) + 0.4, sum(heights) + 0.6
-    layout = {"figsize": size, "squeeze": False, "layout": "constrained", "height_ratios": heights}
+    layers = len(models[0]["mutual_information"])
+    heights = [0.26 * len(entry["experts"]) + 0.45 for entry in models]
+    label = 0.085 * max(len(name) for entry in models for name in entry["experts"])
+    size = label + max(0.36 * layers, 2.2) * len(domains) + 0.4, sum(heights) + 0.6
+    layout = {"figsize": size, "squeeze": False, "height_ratios": heights}
     figure, axes = plt.subplots(len(models), len(domains), **layout)
-    for entry, panel_line, axis_line in zip(models, panels, axes, strict=True):
-        for domain, (names, rows), axis in zip(domains, panel_line, axis_line, strict=True):
-            darkest = 2 / len(rows)
-            axis.imshow(rows, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
-            for y, row in enumerate(rows):
-                for x, value in enumerate(row):
-                    ink = "white" if value > 0.7 * darkest else "black"
-                    axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
+    for entry, axis_line in zip(models, axes, strict=True):
+        names = entry["experts"]
+        darkest = 2 / len(names)
+        for domain, axis in zip(domains, axis_line, strict=True):
+            shares = np.array(entry["domains"][domain]["share"]).T  # (E, L)
+            axis.imshow(shares, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+            for (y, x), share in np.ndenumerate(shares):
+                ink = "white" if share > 0.7 * darkest else "black"
+                axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
             axis.set_title(f"{entry['name']} reading {domain}", fontsize=9)
             axis.set_xticks(range(layers), labels=range(layers) if entry is models[-1] else [], fontsize=8)
             axis.set_yticks(range(len(names)), labels=names if axis is axis_line[0] else [], fontsize=8)
             axis.tick_params(length=0)
     figure.supxlabel("layer", fontsize=9)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle("share of the routers' choices (%)", fontsize=10)
     save(figure, path)
 
 
@@ -183,19 +149,13 @@ def plot_differences(chains, columns, path):
         edge = 5 * statistics.median(abs(ahead) for ahead, _ in found)
         for y, (ahead, half) in enumerate(found):
             colour = "#777777" if abs(ahead) <= half else COLOURS[0] if ahead > 0 else COLOURS[1]
-            if ahead <= edge:
-                axis.errorbar(ahead, y, xerr=half, color=colour, marker="o", capsize=3)
-            else:
-                axis.plot(edge, y, color=colour, marker=">")
-                note_at_edge(axis, edge, y, f"{ahead:.2f}")
+            plot_point(axis, ahead, y, half, edge, digits=2, color=colour, marker="o")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(label, fontsize=10)
         axis.set_xlabel("BTX worse  ←  →  BTX better", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
-    axes[0, 0].set_yticks(range(len(names)), [in_words(name) for name in names])  # of all: they share the axis
-    axes[0, 0].invert_yaxis()
-    figure.tight_layout()
+    name_rows(axes[0, 0], [in_words(name) for name in names])
     save(figure, path)
 
 
@@ -209,8 +169,8 @@ def plot_regime(lines, path):
         panel = panels[0][rivals.index(line["rival"])]
         i = widths.index(line["width"])
         panel.plot(line["x"], line["lead"], label=f"width {line['width']}", color=COLOURS[i], marker=MARKERS[i])
-        low, high = ([y + sign * half for y, half in zip(line["lead"], line["half"], strict=True)] for sign in (-1, 1))
-        panel.fill_between(line["x"], low, high, color=COLOURS[i], alpha=0.12, linewidth=0)
+        lead, half = np.array(line["lead"]), np.array(line["half"])
+        panel.fill_between(line["x"], lead - half, lead + half, color=COLOURS[i], alpha=0.12, linewidth=0)
     for rival, panel in zip(rivals, panels[0], strict=True):
         x = [value for line in lines for value in line["x"]]
         log_axis(panel.xaxis, 0.5 * min(x), 2 * max(x))
@@ -220,7 +180,6 @@ def plot_regime(lines, path):
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("BTX ahead by, bits per byte")
     panels[0][0].legend(frameon=False)
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -232,26 +191,17 @@ def plot_ablations(rows, path):
     edge = values[0] + 4 * (values[len(values) // 2] - values[0]) + 0.02
     figure, axis = plt.subplots(figsize=(8, 0.3 * len(rows) + 1.2))
     kinds = {False: (COLOURS[0], "o", "-", "short finetuning"), True: (COLOURS[1], "s", "--", "long finetuning")}
-    for long, (colour, marker, _, label) in kinds.items():
+    for long, (colour, marker, line, label) in kinds.items():
         axis.plot([], [], color=colour, marker=marker, linestyle="", label=label)
-        for y, row in enumerate(rows):
-            if row["long"] == long:
-                inside = row["bpb"]["avg"] <= edge
-                deviation = row["std"]["bpb"]["avg"] if inside else 0.0
-                style = {"color": colour, "marker": marker if inside else ">", "capsize": 3}
-                axis.errorbar(min(row["bpb"]["avg"], edge), y, xerr=deviation, **style)
-                if not inside:
-                    note_at_edge(axis, edge, y, f"{row['bpb']['avg']:.3f}")
-    for row in rows:
-        if row["name"] in (BASE, f"{BASE}, longer"):
-            colour, _, line, _ = kinds[row["long"]]
-            axis.axvline(row["bpb"]["avg"], color=colour, linestyle=line, linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.invert_yaxis()
+        base = bases_of(rows)[long]
+        axis.axvline(base["bpb"]["avg"], color=colour, linestyle=line, linewidth=0.8, zorder=0)
+    for y, row in enumerate(rows):
+        colour, marker, *_ = kinds[row["long"]]
+        plot_point(axis, values[y], y, row["std"]["bpb"]["avg"], edge, digits=3, color=colour, marker=marker)
+    name_rows(axis, [row["name"] for row in rows])
     axis.set_xlabel(f"average bits per byte (lower is better); lines: {BASE}")
     axis.legend(frameon=False, loc="upper right")
     axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
     save(figure, path)
 
 
@@ -265,10 +215,8 @@ def plot_damage(found, path):
         style = {"color": COLOURS[1 - i], "marker": MARKERS[i], "linestyle": "", "label": f"replaced by {words}"}
         axis.plot(values, [y + 0.16 * i for y in range(len(labels))], **style)
     axis.axvline(found["nothing"]["averaged"]["avg"], color="#999999", linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
+    name_rows(axis, labels)
     axis.set_xlabel("bits per byte of the experts at home, averaged (the line: nothing replaced)")
     axis.legend(frameon=False, loc="lower right", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
     save(figure, path)

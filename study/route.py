@@ -2,8 +2,8 @@
 
     python -m study.route --model=out/cpu/btx,out/cpu/btx-balanced --data_dir=out/cpu/data --out_dir=out/cpu/report
 
-Writes routing.json, the pictures routing.png (experts) and pairs.png (pairs of experts), and for the first model
-tokens-<domain>.html, a page with each token's experts. Nothing is sampled: a second run gives the same numbers.
+Writes routing.json, the picture routing.png, and for the first model tokens-<domain>.html, a page with each token's
+experts. Nothing is sampled: a second run gives the same numbers.
 Sizes: L layers, S tokens, E experts.
 """
 
@@ -18,11 +18,12 @@ from common.corpus import Corpus
 from common.device import pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import same_tokenizer
-from common.run import parent_of, source, source_hash
+from common.run import parent_of, source
 from eval import ReadingConfig
 from model import ModelConfig, Transformer
+from study.draw import plot_routing
 from study.tables import dead_experts
-from study.tokens import check_mixture, expert_names, show_experts
+from study.tokens import check_mixture, expert_names, write_page
 
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "dtype")
 BATCH_SIZE = 16
@@ -67,16 +68,6 @@ def gate_entropy(gates):
     return torch.special.entr(g).sum(dim=-1).mean(dim=-1) / math.log(2)
 
 
-def co_activation(gates, k):
-    """(L, E, E): entry (i, j) is the share of tokens that have i and j among their two largest gates (k >= 2).
-
-    The diagonal is the share that have i there. With k = 1 it is all there is.
-    """
-    top = gates.topk(min(2, k), dim=-1).indices  # (L, S, 1 or 2)
-    picked = torch.zeros_like(gates, dtype=torch.float64).scatter(-1, top, 1.0)  # (L, S, E)
-    return picked.transpose(1, 2) @ picked / gates.size(1)
-
-
 def mutual_information(weights):
     """(L,): how many bits the expert tells about the domain, sum_de p(d, e) log2(p(d, e) / p(d) p(e)).
 
@@ -104,7 +95,6 @@ def routing_of(gates, config):
                 "share": rounded(shares[domain]),
                 "weight": rounded(weight(g)),
                 "gate_entropy": rounded(gate_entropy(g)),
-                "co_activation": rounded(co_activation(g, config.num_experts_per_tok)),
             }
             for domain, g in gates.items()
         },
@@ -129,9 +119,8 @@ def read_routing(config, corpus, folders, ids):
         model = place(Transformer.from_pretrained(folder), device, config.dtype)
         name = os.path.basename(os.path.normpath(folder))
         if config.sequence_length > model.max_length:
-            raise UserError(
-                f"--sequence_length={config.sequence_length} is longer than {name} takes: {model.max_length}"
-            )
+            length = f"--sequence_length={config.sequence_length}"
+            raise UserError(f"{length} is longer than {name} takes: {model.max_length}")
         gates = {domain: read_gates(model, rows) for domain, rows in windows.items()}
         entries.append({"name": name, "id": identity, **routing_of(gates, model.config)})
         bits = ", ".join(f"{value:.3f}" for value in entries[-1]["mutual_information"])
@@ -140,23 +129,9 @@ def read_routing(config, corpus, folders, ids):
             os.makedirs(config.out_dir, exist_ok=True)
             for domain, rows in windows.items():
                 page = os.path.join(config.out_dir, f"tokens-{domain}.html")
-                title = f"{name} reading {domain}"
-                show_experts(page, title, model, corpus.encoding, rows[:PAGE_WINDOWS].tolist())
+                texts = rows[:PAGE_WINDOWS].tolist()
+                write_page(page, f"{name} reading {domain}", model, corpus.encoding, texts)
     return entries
-
-
-def is_up_to_date(out_dir, made_of, ids):
-    """Whether out_dir holds the measurements of these models, and the pictures and pages that go with them."""
-    path = os.path.join(out_dir, "routing.json")
-    if not os.path.exists(path):
-        return False
-    found = read_json(path, "delete it and run again")
-    same = [entry["id"] for entry in found["models"]] == ids
-    same = same and all(found.get(name) == value for name, value in made_of.items())
-    pictures = ["routing.png", *(f"tokens-{domain}.html" for domain in made_of["data"])]
-    if any(entry["experts_per_token"] > 1 for entry in found["models"]):
-        pictures.append("pairs.png")
-    return same and all(os.path.exists(os.path.join(out_dir, name)) for name in pictures)
 
 
 def main():
@@ -170,24 +145,16 @@ def main():
     same_tokenizer([config.data_dir, *folders])
     ids = [parent_of(folder)[0] for folder in folders]
     settings = {name: getattr(config, name) for name in SETTINGS}
-    code = {**source(), "study/draw.py": source_hash("study/draw.py")}  # which is not loaded yet
-    made_of = {"config": settings, "data": corpus.hashes(), "source": code}
-    if is_up_to_date(config.out_dir, made_of, ids):
-        print(f"{config.out_dir}/routing.json is up to date, nothing to do")
-        return
-
-    from study import draw  # matplotlib takes half a second, which routing that is there need not wait for
-
+    made_of = {"config": settings, "data": corpus.hashes(), "source": source()}
+    path = os.path.join(config.out_dir, "routing.json")
+    if os.path.exists(path):
+        found = read_json(path, "delete it and run again")
+        if [entry["id"] for entry in found["models"]] == ids and {**found, **made_of} == found:
+            print(f"{path} is up to date, nothing to do")
+            return
     entries = read_routing(config, corpus, folders, ids)
-    title = "share of the routers' choices (%)"
-    draw.plot_heatmaps(entries, draw.expert_rows, title, os.path.join(config.out_dir, "routing.png"))
-    paired = [entry for entry in entries if entry["experts_per_token"] > 1]
-    if paired:
-        title = "share of tokens (%) by their pair of experts"
-        draw.plot_heatmaps(paired, draw.pair_rows, title, os.path.join(config.out_dir, "pairs.png"))
-    write_json(
-        os.path.join(config.out_dir, "routing.json"), {"models": entries, **made_of}, indent=None
-    )  # all is there
+    plot_routing(entries, os.path.join(config.out_dir, "routing.png"))
+    write_json(path, {"models": entries, **made_of}, indent=None)  # last: what it names is there
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Nothing is computed on models here: rows are those of results.json, which eval.p
 
 import statistics
 
+import numpy as np
+
 from common.run import changed_files, read_run
 
 DEAD = 0.01  # an expert that gets a smaller share of a layer's choices is dead
@@ -26,12 +28,30 @@ COUNTS = {
     "train_tokens": "training tokens",
     "train_flops": "training FLOPs",
 }
-ORDER = (  # of the comparison's rows, the paper's
-    *("seed", "expert", "dense-dm", "dense-cm", "dense-tm", "upcycle-dm", "upcycle-cm", "upcycle-tm", "soup"),
-    *("btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"),
-    *("btm-top1-cm", "btm-top2-cm", "btm-posterior-cm", "btm-posterior-prefix-cm"),
-    *("mixed", "btx", "btx-even", "btx-paper", "btx-sample"),
-)
+WORDS = {  # the comparison's rows in the order of the tables, the paper's, and what pictures call them
+    "seed": "seed",
+    "expert": "expert",  # before it, its domain
+    "dense-dm": "dense, same tokens",
+    "dense-cm": "dense, same FLOPs",
+    "dense-tm": "dense, same device time",
+    "upcycle-dm": "upcycling, same tokens",
+    "upcycle-cm": "upcycling, same FLOPs",
+    "upcycle-tm": "upcycling, same device time",
+    "soup": "average of all weights",
+    "btm-top1": "ensemble, nearest expert",
+    "btm-top2": "ensemble, two nearest",
+    "btm-posterior": "ensemble, last token's posterior",
+    "btm-posterior-prefix": "ensemble, prefix posterior",
+    "btm-top1-cm": "ensemble, nearest expert, same FLOPs",
+    "btm-top2-cm": "ensemble, two nearest, same FLOPs",
+    "btm-posterior-cm": "ensemble, last token's posterior, same FLOPs",
+    "btm-posterior-prefix-cm": "ensemble, prefix posterior, same FLOPs",
+    "mixed": "mixture, not finetuned",
+    "btx": "Branch-Train-MiX",
+    "btx-even": "Branch-Train-MiX, half of it finetuning",
+    "btx-paper": "Branch-Train-MiX as printed",
+    "btx-sample": "Branch-Train-MiX, sample top-1",
+}
 BASE = "top-2"  # the ablation that every other one is held against
 
 
@@ -51,10 +71,6 @@ def markdown_table(header, rows):
     return "\n".join(lines)
 
 
-def bold(text, best):
-    return f"**{text}**" if best else text
-
-
 def format_score(row, metric, name):
     """'0.794' or '17.6%'."""
     return f"{row[metric][name]:{'.3f' if metric in BITS else '.1%'}}"
@@ -66,8 +82,8 @@ def plus_minus(row, metric, name):
     return format_score(row, metric, name) + deviation
 
 
-def yes_or_no(holds, text):
-    return f"- {'yes' if holds else '**no**'}: {text}"
+def claim(holds, text, ours, theirs):
+    return f"- {'yes' if holds else '**no**'}: {text} ({ours:.3f} and {theirs:.3f})"
 
 
 def versions_line(found, where):
@@ -88,14 +104,13 @@ def mean_and_std(rows):
     """{metric: {name: mean}} of several rows of results.json that differ in a random seed, and the same form of
     standard deviations (of a sample; 0 for a single row) under "std"."""
 
-    def over(metric, name, of):
-        values = [row[metric][name] for row in rows]
-        return of(values) if of is statistics.mean or len(values) > 1 else 0.0
-
-    def all_scores(of):
-        return {m: {name: over(m, name, of) for name in rows[0][m]} for m in METRICS if m in rows[0]}
-
-    return {**all_scores(statistics.mean), "std": all_scores(statistics.stdev)}
+    mean, std = {}, {}
+    for metric in METRICS:
+        if metric in rows[0]:
+            values = {name: [row[metric][name] for row in rows] for name in rows[0][metric]}
+            mean[metric] = {name: statistics.mean(some) for name, some in values.items()}
+            std[metric] = {name: statistics.stdev(some) if len(some) > 1 else 0.0 for name, some in values.items()}
+    return {**mean, "std": std}
 
 
 def dead_experts(load):
@@ -103,21 +118,24 @@ def dead_experts(load):
 
     load: {domain: L x E shares of a layer's (token, expert) choices}; domains count equally.
     """
-    layers = zip(*load.values(), strict=True)  # L tuples of the domains' E shares
-    shares = [[statistics.mean(expert) for expert in zip(*layer, strict=True)] for layer in layers]
-    return [[e for e, share in enumerate(layer) if share < DEAD] for layer in shares]
+    shares = np.mean(list(load.values()), axis=0)  # (L, E)
+    return [np.flatnonzero(layer < DEAD).tolist() for layer in shares]
+
+
+def homes_of(bits):
+    """{"expert-code": "code", ...}, of the experts whose domain is scored. bits: {row: {domain: bits per byte}}."""
+    domains = {name: name.removeprefix("expert-") for name in bits if name.startswith("expert-")}
+    return {name: domain for name, domain in domains.items() if domain in bits[name]}
 
 
 def home_lines(rows):
     """How close BTX is to each expert at home: whether mixing keeps what the experts learned."""
-    named = {row["name"]: row for row in rows}
+    bits = {row["name"]: row["bpb"] for row in rows}
     lines = []
-    for name, row in named.items() if "btx" in named else ():
-        domain = name.removeprefix("expert-")
-        if name != domain and domain in row["bpb"]:
-            ours, theirs = named["btx"]["bpb"][domain], row["bpb"][domain]
-            text = f"btx is within {AT_HOME} % of {name} at home ({ours:.3f} and {theirs:.3f})"
-            lines.append(yes_or_no(ours <= (1 + AT_HOME / 100) * theirs, text))
+    for name, domain in homes_of(bits).items() if "btx" in bits else ():
+        ours, theirs = bits["btx"][domain], bits[name][domain]
+        close = ours <= (1 + AT_HOME / 100) * theirs
+        lines.append(claim(close, f"btx is within {AT_HOME} % of {name} at home", ours, theirs))
     return lines
 
 
@@ -126,21 +144,14 @@ def home_lines(rows):
 # They are marked when a page is made, under "stale" of its JSON: the same JSON gives the same page at any later time.
 
 
-def stale_files(row):
-    """Which source files have changed since a row of results.json was scored, or since any leg of the runs behind it
-    that are still on disk; None where one of these has no record of its source."""
+def mark_stale(row):
+    """Put under "stale" of a row of results.json which source files have changed since it was scored, or since any leg
+    of the runs behind it that are still on disk; None where one of these has no record of its source."""
     legs = [row.get("source")]
     for record in map(read_run, row["runs"]):
         if record is not None:
             legs += [leg["files"] for leg in record.get("source", [{"files": {}}])]
-    if not all(legs):
-        return None
-    return sorted({name for files in legs for name in changed_files(files)})
-
-
-def mark_stale(row):
-    """Put stale_files of a row of results.json under its "stale"."""
-    row["stale"] = stale_files(row)
+    row["stale"] = sorted({name for files in legs for name in changed_files(files)}) if all(legs) else None
 
 
 def stale_together(rows):
@@ -149,9 +160,9 @@ def stale_together(rows):
     return None if None in found else sorted({name for files in found for name in files})
 
 
-def with_dagger(text, row):
+def with_dagger(row):
     """A row's name as tables show it; a row that no page has marked counts as made today."""
-    return text if row.get("stale", []) == [] else f"{text} †"
+    return row["name"] if row.get("stale", []) == [] else f"{row['name']} †"
 
 
 def stale_line(rows):
@@ -161,6 +172,11 @@ def stale_line(rows):
     if stale_together(rows) is None:
         reasons.append("the source was recorded")
     return f"\n\n† made before {', or before '.join(reasons)}" if reasons else ""
+
+
+def model_table(header, rows, cells):
+    """A line per row: its name, then cells(row), a list. Below the table stands what the daggers mean."""
+    return markdown_table(header, [[with_dagger(row), *cells(row)] for row in rows]) + stale_line(rows)
 
 
 # ---- scores ----
@@ -178,22 +194,21 @@ def main_columns(rows):
 
 
 def score_table(rows, counts=(), columns=None):
-    """A row per model, the best of each score column in bold; then the given columns of COUNTS. A row that was made
-    before the source changed has a dagger, which is explained below the table."""
+    """A row per model, the best of each score column in bold; then the given columns of COUNTS."""
     columns = columns or columns_of(rows)
     best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
-    body = []
-    for row in rows:
-        cells = [bold(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
-        body.append([with_dagger(row["name"], row), *cells, *(short(row[name]) for name in counts)])
+
+    def cells(row):
+        scores = [(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
+        return [f"**{text}**" if wins else text for text, wins in scores] + [short(row[name]) for name in counts]
+
     names = [f"{n} {SHORT.get(m, m.replace('_', ' '))}" for m, n in columns]
-    return markdown_table(["model", *names, *(COUNTS[name] for name in counts)], body) + stale_line(rows)
+    return model_table(["model", *names, *(COUNTS[name] for name in counts)], rows, cells)
 
 
 def headline_table(rows):
     """The table that run.sh ends with and README starts with: one row per way to spend the compute. rows: of
     results.json or compare.json; those that are there."""
-    named = {row["name"]: row for row in rows}
     shown = {
         "seed": "seed model",
         "dense-cm": "dense training",
@@ -206,19 +221,14 @@ def headline_table(rows):
         ("choice", "avg"): "choices right",
         ("accuracy", "wiki"): "facts recalled",
     }
-    columns = {column: words for column, words in columns.items() if all(_has(row, column) for row in rows)}
-    body = []
-    for name, words in shown.items():
-        if name in named:
-            scores = [format_score(named[name], *column) for column in columns]
-            body.append([with_dagger(words, named[name]), *scores, short(named[name]["active_params"])])
-    table = markdown_table(["", *columns.values(), "parameters per token"], body)
-    return table + stale_line([named[name] for name in shown if name in named])
+    columns = {column: words for column, words in columns.items() if column in columns_of(rows)}
+    named = {row["name"]: row for row in rows}
+    rows = [{**named[name], "name": words} for name, words in shown.items() if name in named]
 
+    def cells(row):
+        return [*(format_score(row, *column) for column in columns), short(row["active_params"])]
 
-def _has(row, column):
-    metric, name = column
-    return name in row.get(metric, {})
+    return model_table(["", *columns.values(), "parameters per token"], rows, cells)
 
 
 def baseline_lines(baselines):
@@ -245,24 +255,22 @@ def run_table(folders):
 
 def claims(rows):
     """What the BTX paper would lead one to expect, each with the numbers and whether they bear it out."""
-    named = {row["name"]: row for row in rows}
-    experts = {name.removeprefix("expert-"): row for name, row in named.items() if name.startswith("expert-")}
-    seed, btx = named.get("seed"), named.get("btx")
-    found = []
-    for domain, row in experts.items() if seed else ():
-        home = row["bpb"][domain] < seed["bpb"][domain]
-        found.append((home, f"expert-{domain} beats the seed at home", row["bpb"][domain], seed["bpb"][domain]))
-        away = [d for d in row["bpb"] if d not in (domain, "avg")]
-        ours, theirs = (sum(r["bpb"][d] for d in away) / max(1, len(away)) for r in (row, seed))
-        found.append((ours > theirs, f"expert-{domain} loses to the seed away from home", ours, theirs))
-    if seed and "mixed" in named:  # the gate of docs/mixing.md
-        ours, theirs = named["mixed"]["bpb"]["avg"], seed["bpb"]["avg"]
-        found.append((ours <= theirs, "the mixture is no worse than the seed before it is finetuned", ours, theirs))
-    for name, row in named.items() if btx else ():
-        if name != "btx":
-            ours, theirs = btx["bpb"]["avg"], row["bpb"]["avg"]
-            found.append((ours < theirs, f"btx beats {name} on average", ours, theirs))
-    return [yes_or_no(holds, f"{what} ({a:.3f} and {b:.3f})") for holds, what, a, b in found] + home_lines(rows)
+    bits = {row["name"]: row["bpb"] for row in rows}
+    lines = []
+    for name, home in homes_of(bits).items() if "seed" in bits else ():
+        ours, theirs = bits[name][home], bits["seed"][home]
+        lines.append(claim(ours < theirs, f"{name} beats the seed at home", ours, theirs))
+        away = [domain for domain in bits[name] if domain not in (home, "avg")]
+        ours, theirs = (sum(bits[one][domain] for domain in away) / max(1, len(away)) for one in (name, "seed"))
+        lines.append(claim(ours > theirs, f"{name} loses to the seed away from home", ours, theirs))
+    averages = {name: scores["avg"] for name, scores in bits.items()}
+    if {"seed", "mixed"} <= averages.keys():  # the gate of docs/mixing.md
+        text = "the mixture is no worse than the seed before it is finetuned"
+        lines.append(claim(averages["mixed"] <= averages["seed"], text, averages["mixed"], averages["seed"]))
+    btx = averages.pop("btx", None)
+    for name, theirs in averages.items() if btx else ():
+        lines.append(claim(btx < theirs, f"btx beats {name} on average", btx, theirs))
+    return lines + home_lines(rows)
 
 
 def routing_table(models):
@@ -283,21 +291,20 @@ def routing_table(models):
 
 
 def kind(row):
-    """The row's place in ORDER: its name, without the domain."""
+    """The row's key in WORDS: its name, without the domain."""
     return "expert" if row["name"].startswith("expert-") else row["name"]
 
 
 def in_order(rows):
-    """Rows in the paper's order, experts as they come; rows of other names last."""
-    return sorted(rows, key=lambda row: ORDER.index(kind(row)) if kind(row) in ORDER else len(ORDER))
+    """Rows in the order of WORDS, experts as they come; rows of other names last."""
+    place = {name: i for i, name in enumerate(WORDS)}
+    return sorted(rows, key=lambda row: place.get(kind(row), len(place)))
 
 
 def cost_table(rows):
     """What each row cost, from the seed on."""
-    body = []
-    for row in rows:
-        body.append([with_dagger(row["name"], row), *(short(row[name]) for name in COUNTS), f"{row['seconds']:.0f}"])
-    return markdown_table(["model", *COUNTS.values(), "seconds, summed"], body) + stale_line(rows)
+    header = ["model", *COUNTS.values(), "seconds, summed"]
+    return model_table(header, rows, lambda row: [*(short(row[name]) for name in COUNTS), f"{row['seconds']:.0f}"])
 
 
 def difference(chains, name, metric, column, ours="btx"):
@@ -306,15 +313,12 @@ def difference(chains, name, metric, column, ours="btx"):
     Differences are taken within a chain, whose rows share a seed model and its luck: a paired comparison. With one
     chain there is no interval (0).
     """
-    ahead = []
-    for rows in chains:
-        named = {row["name"]: row for row in rows}
-        sign = -1 if metric in BITS else 1
-        ahead.append(sign * (named[ours][metric][column] - named[name][metric][column]))
+    sign = -1 if metric in BITS else 1
+    named = [{row["name"]: row[metric][column] for row in rows} for rows in chains]
+    ahead = [sign * (scores[ours] - scores[name]) for scores in named]
     n = len(ahead)
-    if n == 1:
-        return ahead[0], 0.0
-    return statistics.mean(ahead), T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(ahead) / n**0.5
+    half = T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(ahead) / n**0.5 if n > 1 else 0.0
+    return statistics.mean(ahead), half
 
 
 def verdict(chains, name, metric, column, ours="btx"):
@@ -338,24 +342,24 @@ def share_at_par(ours, theirs):
 
 def crossing_lines(rows):
     """From which share of spliced windows on BTX is ahead of rows that are better on pure ones."""
-    named, lines = {row["name"]: row for row in rows}, []
-    for ours in (name for name in ("btx", "btx-even") if name in named):
-        shares = {row["name"]: share_at_par(named[ours], row) for row in rows if "bpb" in row and "spliced" in row}
-        better = [name for name in shares if shares[name] and named[name]["bpb"]["avg"] < named[ours]["bpb"]["avg"]]
-        lines += [f"- {ours} has fewer bits than {name} from {shares[name]:.1%} on" for name in better]
+    lines = []
+    for ours in (row for row in rows if row["name"] in ("btx", "btx-even")):
+        for row in rows:
+            share = share_at_par(ours, row)
+            if share and row["bpb"]["avg"] < ours["bpb"]["avg"]:
+                lines.append(f"- {ours['name']} has fewer bits than {row['name']} from {share:.1%} on")
     return lines
 
 
 def verdict_table(rows, chains, ours="btx"):
     """BTX, or another row of its kind, against every row that may hold all domains: on the averages first. Daggers are
     explained below the page's table of scores."""
-    columns = main_columns(rows)
-    columns.sort(key=lambda column: column[1] != "avg")
-    others = [row for row in rows if kind(row) not in ("btx", "expert") and row["name"] != ours]
-    body = []
-    for row in others:
-        verdicts = [verdict(chains, row["name"], *column, ours) for column in columns]
-        body.append([with_dagger(row["name"], row), *verdicts])
+    columns = sorted(main_columns(rows), key=lambda column: column[1] != "avg")
+    body = [
+        [with_dagger(row), *(verdict(chains, row["name"], *column, ours) for column in columns)]
+        for row in rows
+        if kind(row) not in ("btx", "expert", ours)
+    ]
     return markdown_table([f"{ours} against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
 
 
@@ -381,20 +385,21 @@ def paper_verdict(row, base, tie):
     return "yes" if (ours > 0) == (paper > 0) else "**no**"
 
 
-def base_of(row, rows):
-    """The top-2 row of the same budget."""
-    name = f"{BASE}, longer" if row["long"] else BASE
-    return next(one for one in rows if one["name"] == name)
+def bases_of(rows):
+    """{row["long"]: the top-2 row of that budget}."""
+    return {row["long"]: row for row in rows if row["name"] in (BASE, f"{BASE}, longer")}
 
 
 def ablation_table(rows):
     columns = [(metric, name) for metric in ("bpb", "accuracy") for name in rows[0][metric]]
     header = ["variant", *(f"{name} {metric}" for metric, name in columns)]
     header += ["active params", "tokens/s", "dead experts", "paper", "order as in the paper"]
-    body = []
-    for row in rows:
-        cells = [with_dagger(row["name"], row), *(plus_minus(row, *column) for column in columns)]
-        cells += [short(row["active_params"]), short(row["tokens_per_second"])]
-        cells += [" / ".join(map(str, row["dead_experts"])), str(row["paper"] or "")]
-        body.append([*cells, paper_verdict(row, base_of(row, rows), tie_width(rows))])
-    return markdown_table(header, body) + stale_line(rows)
+    bases, tie = bases_of(rows), tie_width(rows)
+
+    def cells(row):
+        scores = [plus_minus(row, *column) for column in columns]
+        scores += [short(row["active_params"]), short(row["tokens_per_second"])]
+        dead = " / ".join(map(str, row["dead_experts"]))
+        return [*scores, dead, str(row["paper"] or ""), paper_verdict(row, bases[row["long"]], tie)]
+
+    return model_table(header, rows, cells)

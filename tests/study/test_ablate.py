@@ -9,7 +9,7 @@ from common.config import parse
 from finetune import FinetuneConfig
 from mix import MixConfig
 from study.ablate import VARIANTS, row_of, slug
-from study.tables import BASE, base_of, dead_experts, paper_verdict, tie_width
+from study.tables import BASE, bases_of, dead_experts, paper_verdict, tie_width
 
 
 def row(name, avg, std=0.0, paper=None, long=False):
@@ -25,8 +25,7 @@ def test_every_variant_is_a_valid_command_with_a_folder_of_its_own():
 
 def test_rows_are_held_against_top_2_of_their_own_budget():
     rows = [row(BASE, 1.0), row(f"{BASE}, longer", 0.9, long=True), row("soft, longer", 0.8, long=True)]
-    assert base_of(rows[0], rows) is rows[0]
-    assert base_of(rows[2], rows) is rows[1]
+    assert bases_of(rows) == {False: rows[0], True: rows[1]}
 
 
 @pytest.mark.parametrize(
