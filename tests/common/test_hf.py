@@ -77,6 +77,8 @@ def test_a_damaged_or_missing_file_is_made_again(seed, experts, tmp_path, small_
         assert weights_hash(folder) != before
         assert "missing or damaged; making it again" in must(run(*mix)).out
         assert weights_hash(folder) == before
+    (folder / INDEX).write_text("[]")
+    assert weights_hash(folder) is None
     os.remove(folder / INDEX)
     assert weights_hash(folder) is None
     assert "missing or damaged" in must(run(*mix)).out and weights_hash(folder) == before
