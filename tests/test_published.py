@@ -112,7 +112,7 @@ def test_every_stage_runs(size, texts, data, tmp_path):
     lines = recorded(f"bash run.sh {size}", tmp_path, SEED_MODEL=seed, OUT=f"{tmp_path}/out", DOMAINS=domains)
     done = run_all(lines, prepared)
     assert done[:9] == ["data.public"] * 4 + ["train.py"] * 3 + ["mix.py", "finetune.py"]
-    assert done[9:] == ["mix.py", "study.btm", *["eval.py"] * 7, "study.route"]
+    assert done[9:] == ["mix.py", "study.btm", *["eval.py"] * 2, "study.route"]
     must(run("study/report.py", f"--report={tmp_path}/out/report"))
 
     out = tmp_path / "out"
