@@ -20,7 +20,7 @@ from common.errors import UserError, command, read_json, write_json
 from common.hf import same_tokenizer
 from common.run import parent_of, source
 from eval import ReadingConfig
-from model import ModelConfig, Transformer
+from model import Transformer
 from study.draw import plot_routing
 from study.tables import dead_experts
 from study.tokens import check_mixture, expert_names, write_page
@@ -48,52 +48,47 @@ def read_gates(model, windows):
 # ---- statistics; gates are (L, S, E) and 0 where an expert was not used ----
 
 
-def usage(gates):
-    """(L, E): the share of a layer's tokens that used the expert; with k experts per token a layer sums to k."""
-    return (gates > 0).double().mean(dim=1)
-
-
-def weight(gates):
-    """(L, E): the expert's share of the gate weight; a layer sums to 1."""
+def share(gates):
+    """(L, E): the expert's share of all gates of a layer; of its (token, expert) choices for gates > 0."""
     total = gates.double().sum(dim=1)  # (L, E)
     return total / total.sum(dim=-1, keepdim=True)
 
 
-def gate_entropy(gates):
-    """(L,): mean over tokens of -sum_i g_i log2 g_i in bits: 0 when one expert has all weight, log2 k when k share it.
+def entropy(p):
+    """The entropy in bits of distributions along the last axis: 0 where one entry has all, log2 k where k share it."""
+    return torch.special.entr(p).sum(dim=-1) / math.log(2)
 
-    Gates are scaled to sum to 1 first, which those of a switch router do not.
-    """
-    g = gates.double() / gates.double().sum(dim=-1, keepdim=True)  # (L, S, E)
-    return torch.special.entr(g).sum(dim=-1).mean(dim=-1) / math.log(2)
+
+def gate_entropy(gates):
+    """(L,): the entropy of a token's gates, averaged over tokens. Gates are scaled to sum to 1 first, which those of a
+    switch router do not."""
+    gates = gates.double()
+    return entropy(gates / gates.sum(dim=-1, keepdim=True)).mean(dim=-1)
 
 
 def mutual_information(weights):
-    """(L,): how many bits the expert tells about the domain, sum_de p(d, e) log2(p(d, e) / p(d) p(e)).
+    """(L,): how many bits the expert tells about the domain, H(expert) - H(expert given domain).
 
-    weights: (domains, L, E), p(e | d) of each layer. Domains count equally, p(d) = 1 / domains, so the value lies
-    between 0 (every domain spreads alike) and log2 of the smaller of the numbers of domains and of experts.
+    weights: (domains, L, E), p(expert | domain) of each layer. Domains count equally, so the value lies between 0 (all
+    domains spread alike) and log2 of the smaller of the numbers of domains and of experts.
     """
-    joint = weights / len(weights)  # (domains, L, E)
-    independent = joint.sum(dim=0) / len(weights)  # (L, E): p(d) p(e)
-    ratio = torch.where(joint > 0, joint / independent, 1.0)
-    return (joint * ratio.log2()).sum(dim=(0, 2))
+    return entropy(weights.mean(dim=0)) - entropy(weights).mean(dim=0)
 
 
 def routing_of(gates, config):
     """A model's entry in routing.json. gates: {domain: (L, S, E)}; lists are [layer][expert]."""
-    shares = {domain: usage(g) / usage(g).sum(dim=-1, keepdim=True) for domain, g in gates.items()}  # (L, E) each
-    weights = torch.stack([weight(g) for g in gates.values()])  # (domains, L, E)
+    shares = {domain: share(g > 0) for domain, g in gates.items()}  # (L, E) each
+    weights = {domain: share(g) for domain, g in gates.items()}
     names = expert_names(config)
     return {
         "experts": names,
         "experts_per_token": config.num_experts_per_tok,
-        "mutual_information": rounded(mutual_information(weights)),
+        "mutual_information": rounded(mutual_information(torch.stack(list(weights.values())))),
         "dead": [[names[e] for e in layer] for layer in dead_experts({d: s.tolist() for d, s in shares.items()})],
         "domains": {
             domain: {
                 "share": rounded(shares[domain]),
-                "weight": rounded(weight(g)),
+                "weight": rounded(weights[domain]),
                 "gate_entropy": rounded(gate_entropy(g)),
             }
             for domain, g in gates.items()
@@ -140,7 +135,7 @@ def main():
     if not folders:
         raise UserError("nothing to measure; give --model=DIR or --model=DIR,DIR")
     for folder in folders:
-        check_mixture(ModelConfig.from_pretrained(folder), folder)
+        check_mixture(folder)
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     ids = [parent_of(folder)[0] for folder in folders]

@@ -103,7 +103,6 @@ def add_average(row):
 def mean_and_std(rows):
     """{metric: {name: mean}} of several rows of results.json that differ in a random seed, and the same form of
     standard deviations (of a sample; 0 for a single row) under "std"."""
-
     mean, std = {}, {}
     for metric in METRICS:
         if metric in rows[0]:
@@ -278,8 +277,7 @@ def routing_table(models):
     layers = range(len(models[0]["mutual_information"]))
     body = []
     for model in models:
-        domains = model["domains"].values()
-        entropy = [sum(domain["gate_entropy"][layer] for domain in domains) / len(domains) for layer in layers]
+        entropy = np.mean([domain["gate_entropy"] for domain in model["domains"].values()], axis=0)  # (L,)
         bits = model["mutual_information"]
         body.append([f"{model['name']}: expert tells about domain, bits", *(f"{value:.3f}" for value in bits)])
         body.append([f"{model['name']}: entropy of a token's gates, bits", *(f"{value:.2f}" for value in entropy)])

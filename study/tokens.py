@@ -24,15 +24,10 @@ from common.hf import FEED_FORWARD
 from model import ModelConfig, Transformer
 from sample import SampleConfig, continue_prompt
 
-# For each pair a colour (Okabe and Ito's), and a line under the text as a second cue. 7 and 5 have no common factor, so
-# the first 35 pairs differ.
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00"]
-LINES = ["solid", "dotted", "double", "dashed", "wavy"]
 
-
-def check_mixture(config, folder):
+def check_mixture(folder):
     """Raise UserError for a dense checkpoint."""
-    if not config.num_local_experts:
+    if not ModelConfig.from_pretrained(folder).num_local_experts:
         raise UserError(f"{folder} is a dense model without experts to show; mix some first (mix.py, finetune.py)")
 
 
@@ -106,8 +101,6 @@ def write_page(path, title, model, encoding, texts):
     data = {
         "experts": expert_names(model.config),
         "pairs": pairs,
-        "colours": COLOURS,
-        "lines": LINES,
         "pair": top_pairs(gates, pairs).tolist(),  # [layer][token]
         "gates": (100 * gates).round().int().transpose(0, 1).tolist(),  # [token][layer][expert], percent
         "bits": [[None if math.isnan(b) else round(b, 2) for b in token] for token in bits.T.tolist()],
@@ -137,7 +130,7 @@ class TokensConfig(SampleConfig):
 
 def main():
     config = parse(TokensConfig)
-    check_mixture(ModelConfig.from_pretrained(config.model), config.model)
+    check_mixture(config.model)
     model, encoding, ids, answers = continue_prompt(config)
     write_page(config.page, config.prompt, model, encoding, [ids + answer for answer in answers])
 

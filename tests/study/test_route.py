@@ -83,15 +83,14 @@ def test_mutual_information_by_hand():
     assert route.mutual_information(mixed).tolist() == pytest.approx([0.3113], abs=1e-4)
 
 
-def test_mutual_information_is_the_loss_of_entropy():
-    """I = H(expert) - H(expert given domain), on random shares, for each layer by itself."""
+def test_mutual_information_equals_the_textbooks_sum():
+    """sum_de p(d, e) log2(p(d, e) / p(d) p(e)), on random shares, for each layer by itself."""
     weights = torch.rand(5, L, E, dtype=torch.float64)
     weights /= weights.sum(dim=-1, keepdim=True)
 
-    def entropy(p):
-        return -(p * p.log2()).sum(dim=-1)
-
-    expected = entropy(weights.mean(dim=0)) - entropy(weights).mean(dim=0)
+    joint = weights / 5  # p(d, e)
+    independent = joint.sum(dim=0) / 5  # p(d) p(e)
+    expected = (joint * (joint / independent).log2()).sum(dim=(0, 2))
     torch.testing.assert_close(route.mutual_information(weights), expected)
 
 
@@ -240,8 +239,9 @@ def test_page_works_in_a_browser(page, tmp_path):
     assert [int(gate) for gate in re.findall(r">(\d+) %</td>", rows)] == numbers["gates"][5][1]
     assert f">{numbers['bits'][5][0]:.2f}</td>" in rows
     styles = re.findall(r"<span data-t[^>]*text-decoration: ([^;]*);", dom)
-    styles = [set(view.LINES) & set(style.split()) or {"solid"} for style in styles]  # solid goes without saying
-    assert styles == [{view.LINES[p % len(view.LINES)]} for p in numbers["pair"][1]]
+    lines = ["solid", "dotted", "double", "dashed", "wavy"]
+    styles = [set(lines) & set(style.split()) or {"solid"} for style in styles]  # solid goes without saying
+    assert styles == [{lines[p % len(lines)]} for p in numbers["pair"][1]]
 
 
 # ---- the scripts ----
