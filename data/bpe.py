@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 import regex
-import tiktoken
 
 from common.errors import UserError, write_atomically, write_json
 from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, content_hash
@@ -26,12 +25,11 @@ PATTERN = r"\s*\n\s*|[ ._]?\p{L}+|[0-9]| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s"
 def _merge(symbols, target):
     """Join every two neighbours that spell `target`, from left to right."""
     merged = []
-    position = 0
-    while position < len(symbols):
-        joined = b"".join(symbols[position : position + 2])
-        pair = joined == target and len(symbols) - position > 1
-        merged.append(joined if pair else symbols[position])
-        position += 2 if pair else 1
+    for symbol in symbols:
+        if merged and merged[-1] + symbol == target:
+            merged[-1] = target
+        else:
+            merged.append(symbol)
     return merged
 
 
@@ -87,19 +85,6 @@ def train_bpe(texts, vocab_size):
     return ranks
 
 
-def _gpt2():
-    """The ranks and the pattern of GPT-2's tokenizer, downloaded and cached by tiktoken."""
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:
-        reason = type(error).__name__
-        raise UserError(
-            f"the gpt2 tokenizer could not be downloaded ({reason}); set TIKTOKEN_CACHE_DIR to a folder that has "
-            "it, or train one here with --tokenizer=bpe"
-        ) from None
-    return encoding._mergeable_ranks, encoding._pat_str
-
-
 # ---- writing ----
 
 
@@ -115,15 +100,19 @@ def last_merge(token, ranks):
     return parts
 
 
-def from_ranks(ranks, pattern, end):
-    """The contents of tokenizer.json and tokenizer_config.json for a tiktoken encoding. ranks: {bytes: id}; pattern:
-    what a token may not cross; end: the id of END_OF_TEXT."""
+def from_ranks(ranks):
+    """The contents of tokenizer.json and tokenizer_config.json for the ranks of train_bpe."""
     spelled = {token: "".join(byte_characters()[byte] for byte in token) for token in ranks}
     merges = [last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    special = {"id": end, "content": END_OF_TEXT, "special": True}
+    special = {"id": len(ranks), "content": END_OF_TEXT, "special": True}
     special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    model = {"type": "BPE"}
+    model |= dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    model |= dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    model["vocab"] = {spelled[token]: number for token, number in ranks.items()}
+    model["merges"] = [[spelled[part] for part in merge] for merge in merges if merge]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -133,18 +122,7 @@ def from_ranks(ranks, pattern, end):
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": None,
         "decoder": byte_level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {spelled[token]: number for token, number in ranks.items()},
-            "merges": [[spelled[part] for part in merge] for merge in merges if merge],
-        },
+        "model": model,
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -155,20 +133,19 @@ def from_ranks(ranks, pattern, end):
     return tokenizer, settings
 
 
-def save_tokenizer(folder, name, vocab_size, texts):
-    """Write both formats of a tokenizer into a folder: "bpe" is trained on `texts` (strings) until it has vocab_size
-    entries; "gpt2" ignores both."""
-    ranks, pattern = (train_bpe(texts, vocab_size), PATTERN) if name == "bpe" else _gpt2()
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+def save_tokenizer(folder, vocab_size, texts):
+    """Train a tokenizer of vocab_size entries on `texts` (strings), and write both its formats into a folder."""
+    ranks = train_bpe(texts, vocab_size)
+    lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     description = {
-        "name": name,
-        "pattern": pattern,
+        "name": "bpe",
+        "pattern": PATTERN,
         "special_tokens": {END_OF_TEXT: len(ranks)},
-        "vocab_size": len(ranks) + 1,
+        "vocab_size": vocab_size,
     }
-    description["hash"] = content_hash(description, "".join(lines))
-    write_atomically(os.path.join(folder, "tokenizer.tiktoken"), "".join(lines))
-    tokenizer, settings = from_ranks(ranks, pattern, len(ranks))
+    description["hash"] = content_hash(description, lines)
+    write_atomically(os.path.join(folder, "tokenizer.tiktoken"), lines)
+    tokenizer, settings = from_ranks(ranks)
     write_json(os.path.join(folder, SETTINGS), settings, indent=2)
     write_atomically(os.path.join(folder, FILE), json.dumps(tokenizer, ensure_ascii=False))
     # Last, because its presence means that the tokenizer is complete.

@@ -50,43 +50,27 @@ def completions(text):
     return sorted(rows, key=lambda row: hashlib.sha256(f"{row['prompt']}{row['answer']}".encode()).digest())
 
 
-def found_elsewhere(rows, texts):
-    """Which prompts, with their answers, are in one of the texts: a set of (prompt, answer). Where one is, its inner
-    lines are whole lines of that text, so most are told apart by their lines, without a search through all text."""
-    inner = {id(row): set(f"{row['prompt']}{row['answer']}".split("\n")[1:-1]) for row in rows}
-    wanted = set().union(*inner.values())
-    known = set()
-    for text in texts:
-        known |= wanted.intersection(text.split("\n"))
-    everything = "\0".join(texts)
-    suspects = [(row["prompt"], row["answer"]) for row in rows if inner[id(row)] <= known]
-    return {pair for pair in suspects if "".join(pair) in everything}
-
-
 def code_task(texts, split, seed, count=500):
     """Lines of the split's files, one of each file, then a second one, and so on; none that text of another split has
     with the same prompt. Chance is any line of training text that is worth asking, majority the most frequent one,
     copy the line above. The task is the same for every seed; there is none (None) where no line is worth asking."""
-    candidates = [row for row in chain.from_iterable(zip_longest(*map(completions, texts[split]))) if row]
-    elsewhere = found_elsewhere(candidates, [text for name in texts if name != split for text in texts[name]])
-    rows = []
-    seen = set()
-    for row in candidates:
-        if row["prompt"] not in seen and (row["prompt"], row["answer"]) not in elsewhere:
-            rows.append(row)
-            seen.add(row["prompt"])
+    elsewhere = "\0".join(text for name in texts if name != split for text in texts[name])
+    rows = {}  # by their prompt
+    for row in chain.from_iterable(zip_longest(*map(completions, texts[split]))):
+        if row and row["prompt"] not in rows and row["prompt"] + row["answer"] not in elsewhere:
+            rows[row["prompt"]] = row
         if len(rows) == count:
             break
+    rows = list(rows.values())
+    pool = [row["answer"] for row in rows]
     for row in rows:
-        pool = [other["answer"] for other in rows]
         row["choices"] = choices_of(row["answer"], pool, row["prompt"])
     rows = [{**row, "choices": [f"{line}\n" for line in row["choices"]]} for row in rows if row["choices"]]
-    training = Counter(line.strip() for text in texts["train"] for line in text.split("\n"))
-    lines = {line: number for line, number in training.items() if is_worth_asking(line)}
+    lines = Counter(line.strip() for text in texts["train"] for line in text.split("\n") if is_worth_asking(line))
     if not rows or not lines:
         return None
     guesses = {
-        "majority": [max(lines, key=lines.get)] * len(rows),
+        "majority": [lines.most_common(1)[0][0]] * len(rows),
         "copy": [row["prompt"].rstrip().rpartition("\n")[2].strip() for row in rows],
     }
     return Task(rows, chance=1 / len(lines), guesses=guesses, metrics=("accuracy", "edit_similarity"))

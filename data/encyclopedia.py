@@ -10,16 +10,15 @@ facts are the same for every seed, which decides how they are told. Half of an e
 a quiz, the others never do: the task asks those, so that it measures what was learned from statements.
 """
 
-import os
 import random
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from itertools import product
+from collections import Counter
+from dataclasses import dataclass
+from itertools import chain, product
 
 from common.corpus import HELD_OUT, split_of
+from data.blocks import read_blocks
 from data.task import Task, choices_of
 
-FILE = os.path.join(os.path.dirname(__file__), "wiki.txt")
 PEOPLE = 150  # few: 12 MB of text tell a fact 200 times and, if at all, ask it 120 times
 PLACES = 24
 FIRST_NAMES = 50  # surnames are never shared
@@ -34,9 +33,9 @@ class Attribute:
 
     kind: str
     name: str
-    values: list = field(default_factory=list)
-    questions: list = field(default_factory=list)
-    statements: list = field(default_factory=list)
+    values: list
+    questions: list
+    statements: list
 
 
 @dataclass
@@ -51,40 +50,20 @@ class Entity:
     possessives: list
 
 
-def read_wordings():
-    """Parse wiki.txt: (the beginnings and the ends of all names, list of Attribute)."""
-    syllables = []
-    attributes = []
-    with open(FILE) as file:
-        for line in file.read().splitlines():
-            first, _, rest = line.partition(" ")
-            if first == "syllables":
-                syllables.append(rest.split(" "))
-            elif first.startswith("["):
-                attributes.append(Attribute(first[1:], rest[:-1]))
-            elif first == "values":
-                attributes[-1].values = rest.split(", ")
-            elif first == "Q":
-                attributes[-1].questions.append(rest)
-            elif first == "S":
-                attributes[-1].statements.append(rest)
-    return syllables, attributes
-
-
 def make_world():
     """All entities, and the attributes that each kind has: (list of Entity, {kind: [Attribute]})."""
     rng = random.Random("wiki world")
-    syllables, known = read_wordings()
-    words = ["".join(parts) for parts in product(*syllables)]
+    (_, names), *blocks = read_blocks("wiki.txt")
+    words = ["".join(parts) for parts in product(*(line.split() for line in names["syllables"]))]
     words = rng.sample(words, PLACES + PEOPLE + FIRST_NAMES)  # no word names two things
     places = words[:PLACES]
     surnames = words[PLACES:-FIRST_NAMES]
     first_names = words[-FIRST_NAMES:]
     attributes = {"place": [], "person": []}
-    for attribute in known:
-        if attribute.values == ["places"]:
-            attribute.values = places
-        attributes[attribute.kind].append(attribute)
+    for title, lines in blocks:
+        kind, _, name = title.partition(" ")
+        values = places if lines["values"] == ["places"] else lines["values"][0].split(", ")
+        attributes[kind].append(Attribute(kind, name, values, lines["Q"], lines["S"]))
 
     def entity(kind, name, subjects, possessives):
         facts = {attribute.name: rng.choice(attribute.values) for attribute in attributes[kind]}
@@ -151,8 +130,12 @@ def unasked_facts(split):
     """The (entity, attribute) pairs that no quiz asks: one half for val, the other for test, whatever the seed; of each
     attribute both halves have as many, or one more."""
     entities, attributes = make_world()
-    facts = [(e, a) for kind in attributes for a in attributes[kind] for e in entities if e.kind == kind]
-    unasked = [(entity, attribute) for entity, attribute in facts if attribute.name not in entity.asked]
+    unasked = [
+        (entity, attribute)
+        for attribute in chain(*attributes.values())
+        for entity in entities
+        if entity.kind == attribute.kind and attribute.name not in entity.asked
+    ]
     return unasked[HELD_OUT.index(split) :: len(HELD_OUT)]
 
 
@@ -160,19 +143,16 @@ def wiki_task(texts, split, seed, count=500):
     """Questions for facts that no quiz asks. Chance is one of the attribute's values, majority its most frequent."""
     rng = random.Random(f"wiki task {seed}")
     entities, _ = make_world()
-    frequency = defaultdict(Counter)
-    for entity in entities:
-        for name, value in entity.facts.items():
-            frequency[entity.kind, name][value] += 1
+    unasked = unasked_facts(split)
+    asked = rng.sample(unasked, min(count, len(unasked)))
     rows = []
     majority = []
-    chance = 0
-    unasked = unasked_facts(split)
-    for entity, attribute in rng.sample(unasked, min(count, len(unasked))):
+    for entity, attribute in asked:
         answer = entity.facts[attribute.name]
         prompt = ask(entity, attribute, rng)
         choices = [f" {value}\n" for value in choices_of(answer, attribute.values, prompt)]
         rows.append({"prompt": prompt, "answer": answer, "choices": choices, "kind": attribute.name})
-        majority.append(frequency[entity.kind, attribute.name].most_common(1)[0][0])
-        chance += 1 / len(attribute.values)
-    return Task(rows, chance=chance / len(rows), guesses={"majority": majority})
+        values = Counter(other.facts[attribute.name] for other in entities if other.kind == entity.kind)
+        majority.append(values.most_common(1)[0][0])
+    chance = sum(1 / len(attribute.values) for _, attribute in asked) / len(asked)
+    return Task(rows, chance, guesses={"majority": majority})

@@ -7,35 +7,21 @@
 The solution computes itself while it is written, so its arithmetic is right by construction.
 """
 
-import os
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import add, floordiv, mul, sub
 
 from common.corpus import split_of
+from data.blocks import read_blocks
 from data.task import Task, choices_of, read_answer
 
-TEMPLATE_FILE = os.path.join(os.path.dirname(__file__), "math_templates.txt")
 MARKER = "####"  # the final answer follows it
 SMALLEST = 2  # no value leaves this range, so plurals are always right
 LARGEST = 999
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
-MAX_REPEATS = 10_000  # as many problems in a row that were there before: the templates are exhausted
-
-GIRLS = ["Anna", "Bella", "Clara", "Dina", "Ella", "Fatima", "Grace", "Hana", "Ida", "Julia"]
-GIRLS += ["Kim", "Lina", "Mia", "Nora", "Olga", "Priya", "Rosa", "Sara", "Tara", "Zoe"]
-BOYS = ["Adam", "Ben", "Carl", "David", "Eli", "Felix", "George", "Hugo", "Ivan", "Jack"]
-BOYS += ["Karim", "Leo", "Max", "Noah", "Oscar", "Paul", "Ravi", "Sam", "Tom", "Yusuf"]
-THINGS = ["apple", "marble", "pencil", "sticker", "cookie", "coin", "card", "shell", "bead", "button"]
-THINGS += ["stamp", "orange", "pear", "balloon", "candle", "cup", "flower", "stone", "ticket", "ring"]
-THINGS += ["ribbon", "banana", "lemon", "muffin", "carrot", "egg", "plum", "bell", "pen", "toy"]
-CONTAINERS = [("box", "boxes"), ("bag", "bags"), ("basket", "baskets"), ("jar", "jars"), ("crate", "crates")]
-PLACES = ["market", "shop", "store", "fair", "bazaar"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-ANIMALS = ["cows", "goats", "sheep", "horses", "dogs", "pigs"]
 
 
 @dataclass
@@ -43,9 +29,29 @@ class Template:
     """A kind of problem; see math_templates.txt for the notation."""
 
     name: str
-    numbers: list = field(default_factory=list)  # of (name, low, high) or (name, left, operator, right)
-    questions: list = field(default_factory=list)
-    steps: list = field(default_factory=list)  # of lists of phrasings
+    numbers: list  # of (name, low, high) or (name, left, operator, right)
+    questions: list
+    steps: list  # of lists of phrasings
+
+
+def _numbers(text):
+    """The rules of a `let` line: 'n = 2..9, t = n * k' -> [('n', 2, 9), ('t', 'n', '*', 'k')]."""
+    for item in text.split(", "):
+        name, value = item.split(" = ")
+        yield name, *(map(int, value.split("..")) if ".." in value else value.split(" "))
+
+
+def read_templates():
+    """Parse the template file: ({kind of word: list of words}, list of Template)."""
+    (_, words), *blocks = read_blocks("math_templates.txt")
+    templates = [
+        Template(name, list(_numbers(*lines["let"])), lines["Q"], [step.split(" | ") for step in lines["A"]])
+        for name, lines in blocks
+    ]
+    return {kind: line.split() for kind, (line,) in words.items()}, templates
+
+
+WORDS, TEMPLATES = read_templates()
 
 
 @dataclass
@@ -67,26 +73,6 @@ class Problem:
     def text(self):
         """The problem as a training document."""
         return f"{self.prompt} {self.solution}\n{MARKER} {self.answer}\n"
-
-
-def read_templates(path=TEMPLATE_FILE):
-    """Parse the template file into a list of Template."""
-    templates = []
-    with open(path) as file:
-        for line in file.read().splitlines():
-            kind, _, rest = line.partition(" ")
-            if kind.startswith("["):
-                templates.append(Template(kind[1:-1]))
-            elif kind == "let":
-                for item in rest.split(", "):
-                    name, value = item.split(" = ")
-                    limits = [int(limit) for limit in value.split("..")] if ".." in value else value.split(" ")
-                    templates[-1].numbers.append((name, *limits))
-            elif kind == "Q":
-                templates[-1].questions.append(rest)
-            elif kind == "A":
-                templates[-1].steps.append(rest.split(" | "))
-    return templates
 
 
 def _compute(values, left, operator, right):
@@ -112,14 +98,15 @@ def _draw_numbers(template, equations, rng):
 
 def _draw_words(rng):
     """One value for each word slot."""
-    name = rng.choice(GIRLS + BOYS)
-    he, his = ("she", "her") if name in GIRLS else ("he", "his")
-    thing, other = rng.sample(THINGS, 2)
-    box, boxes = rng.choice(CONTAINERS)
+    people = WORDS["girls"] + WORDS["boys"]
+    name = rng.choice(people)
+    he, his = ("she", "her") if name in WORDS["girls"] else ("he", "his")
+    thing, other = rng.sample(WORDS["things"], 2)
+    box, boxes = rng.choice(WORDS["containers"]).split("/")
     day = rng.randrange(7)
     return {
         "name": name,
-        "friend": rng.choice([friend for friend in GIRLS + BOYS if friend != name]),
+        "friend": rng.choice([friend for friend in people if friend != name]),
         "he": he,
         "He": he.capitalize(),
         "his": his,
@@ -128,10 +115,10 @@ def _draw_words(rng):
         "others": other + "s",
         "box": box,
         "boxes": boxes,
-        "place": rng.choice(PLACES),
-        "day": DAYS[day],
-        "next": DAYS[(day + 1) % 7],
-        "animals": rng.choice(ANIMALS),
+        "place": rng.choice(WORDS["places"]),
+        "day": WORDS["days"][day],
+        "next": WORDS["days"][(day + 1) % 7],
+        "animals": rng.choice(WORDS["animals"]),
     }
 
 
@@ -154,17 +141,12 @@ def make_problem(template, rng):
 def math_documents(seed):
     """(split, read) for problems, in practice without end; the question, numbers and all, decides the split."""
     rng = random.Random(f"math {seed}")
-    templates = read_templates()
     seen = set()
-    repeats = 0
-    while repeats < MAX_REPEATS:
-        problem = make_problem(rng.choice(templates), rng)
-        if problem.question in seen:
-            repeats += 1
-            continue
-        seen.add(problem.question)
-        repeats = 0
-        yield split_of(problem.question), lambda problem=problem: problem.text
+    while True:
+        problem = make_problem(rng.choice(TEMPLATES), rng)
+        if problem.question not in seen:
+            seen.add(problem.question)
+            yield split_of(problem.question), lambda problem=problem: problem.text
 
 
 def wrong_results(problem):
@@ -179,15 +161,16 @@ def math_task(texts, split, seed, count=500):
     """Problems of the split, evenly spread over the templates. Chance is any number an answer may be, majority the most
     frequent answer of the training text."""
     rng = random.Random(f"math task {seed}")
-    templates = read_templates()
-    rows = []
-    seen = set()
+    rows = {}  # by their question
     while len(rows) < count:
-        template = templates[len(rows) % len(templates)]
-        problem = make_problem(template, rng)
-        if split_of(problem.question) == split and problem.question not in seen:
-            seen.add(problem.question)
+        problem = make_problem(TEMPLATES[len(rows) % len(TEMPLATES)], rng)
+        if split_of(problem.question) == split and problem.question not in rows:
             row = {"prompt": problem.prompt, "answer": str(problem.answer), "choices": wrong_results(problem)}
-            rows.append({**row, "template": problem.template, "steps": problem.steps})
+            rows[problem.question] = {**row, "template": problem.template, "steps": problem.steps}
     majority = Counter(read_answer(text, MARKER) for text in texts["train"]).most_common(1)[0][0]
-    return Task(rows, chance=1 / (LARGEST - SMALLEST + 1), guesses={"majority": [majority] * count}, marker=MARKER)
+    return Task(
+        list(rows.values()),
+        chance=1 / (LARGEST - SMALLEST + 1),
+        guesses={"majority": [majority] * count},
+        marker=MARKER,
+    )

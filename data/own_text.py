@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import partial
 
 from common.corpus import HELD_OUT_SHARE, SPLITS, in_hash_order
 from common.errors import UserError
@@ -14,19 +15,16 @@ FEW_PIECES = 8  # as many where there are fewer documents than splits
 
 
 def _list_files(path):
-    """The files at `path` as [(key, full path)], the key being the path relative to the folder."""
+    """The files at `path`: {path relative to the folder: full path}."""
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist; a domain of your own is NAME=FOLDER or NAME=FILE")
-    if os.path.isfile(path):
-        found = [(os.path.basename(path), path)]
-    else:
-        found = []
-        for folder, subfolders, names in os.walk(path):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(names):
-                full = os.path.join(folder, name)
-                found.append((os.path.relpath(full, path).replace(os.sep, "/"), full))
-    found = [(key, full) for key, full in found if full.endswith(SUFFIXES)]
+    found = {os.path.basename(path): path} if os.path.isfile(path) else {}
+    for folder, subfolders, names in os.walk(path):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            full = os.path.join(folder, name)
+            found[os.path.relpath(full, path).replace(os.sep, "/")] = full
+    found = {key: full for key, full in found.items() if full.endswith(SUFFIXES)}
     if not found:
         raise UserError(f"{path} has no readable text; put {', '.join(SUFFIXES)} files there")
     return found
@@ -63,19 +61,17 @@ def _pieces(text, piece_bytes=PIECE_BYTES):
 def read_own(path):
     """Read all documents at `path`: {key: text}, and the hash (hex) of what the files hold.
 
-    Raises UserError when the path is missing, holds no such files, or a file cannot be read.
+    Raises UserError when the path is missing, holds no such files, or a file is not UTF-8.
     """
     path = os.path.expanduser(path)
     documents = {}
     digest = hashlib.sha256()
-    for key, full in _list_files(path):
+    for key, full in _list_files(path).items():
         try:
             with open(full, encoding="utf-8") as file:
                 text = file.read()
         except UnicodeDecodeError:
             raise UserError(f"{full} is not UTF-8 text; convert it or move it away") from None
-        except OSError as error:
-            raise UserError(f"{full}: {error.strerror}") from None
         digest.update(f"{key}\0{text}\0".encode())
         if full.endswith(".jsonl"):
             documents.update(_jsonl_documents(text, key, full))
@@ -111,4 +107,4 @@ def own_documents(documents, seed):
             held_out[key] = split
             size += sizes[key]
     for key in in_hash_order(documents, seed):
-        yield held_out.get(key, "train"), lambda key=key: documents[key]
+        yield held_out.get(key, "train"), partial(documents.get, key)

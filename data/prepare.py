@@ -8,7 +8,6 @@ with task-val.jsonl and task-test.jsonl where the domain has a task. What is alr
 command again continues, or does nothing.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -28,12 +27,15 @@ from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
-from data.python_text import code_documents, prose_documents, python_sources
+from data.python_text import code_documents, python_sources
 
-BUILT_IN = {"code": code_documents, "prose": prose_documents, "math": math_documents, "wiki": wiki_documents}
-ENDLESS = ("math", "wiki")
-OWN_TOKENIZERS = ("bpe", "gpt2")
-TASKS = {"code": code_task, "math": math_task, "wiki": wiki_task}
+# {domain: (its documents, its task)}
+BUILT_IN = {
+    "code": (code_documents, code_task),
+    "math": (math_documents, math_task),
+    "wiki": (wiki_documents, wiki_task),
+}
+GENERATED = ("math", "wiki")  # their text has no end
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
 TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
 
@@ -44,22 +46,22 @@ class DataConfig:
 
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
     domains: str = key("code,math,wiki", f"comma list of built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH")
-    tokenizer: str = key(
-        "bpe", "bpe trains a small one here, gpt2 is GPT-2's; else that of a checkpoint, a folder or hf:OWNER/NAME"
-    )
+    tokenizer: str = key("bpe", "bpe trains a small one here; else that of a checkpoint, a folder or hf:OWNER/NAME")
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[1, 1000000]")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
     seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
 
     def __post_init__(self):
-        if self.tokenizer not in OWN_TOKENIZERS:
-            self.tokenizer = local_folder(self.tokenizer)
-            if not has_tokenizer(self.tokenizer):
-                known = "give bpe, gpt2, or a folder with a tokenizer.json"
-                raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
-        if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise UserError(f"vocab_size={self.vocab_size} is too small; 256 bytes and {END_OF_TEXT} need 257 or more")
+        if self.tokenizer == "bpe":
+            if self.vocab_size < 257:
+                need = f"256 bytes and {END_OF_TEXT} need 257 or more"
+                raise UserError(f"vocab_size={self.vocab_size} is too small; {need}")
+            return
+        self.tokenizer = local_folder(self.tokenizer)
+        if not has_tokenizer(self.tokenizer):
+            known = "give bpe, a folder that has one, or hf:OWNER/NAME"
+            raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Domain:
     folder: str
     recipe: dict  # what decides the content; a finished domain with the same recipe is not made again
     sources: dict  # the versions of what the texts are made from
-    documents: object  # iterator of (split, read)
+    documents: object  # iterator of (split, read); read() is the text, None for a document to skip
     texts: dict = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
@@ -85,47 +87,42 @@ def domain_of(entry, config):
         texts, recipe["files"] = read_own(path)
         documents, sources = own_documents(texts, config.seed), {"files": path}
     elif name in BUILT_IN:
-        documents = BUILT_IN[name](config.seed)
+        documents = BUILT_IN[name][0](config.seed)
     else:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the built-in ones are {', '.join(BUILT_IN)}"
-        raise UserError(f"--domains: unknown domain {name!r}; {hint} (your own: {name}=FOLDER)")
-    if name in ENDLESS and not equals and not config.max_bytes:
+        known = f"the built-in ones are {', '.join(BUILT_IN)} (your own: {name}=FOLDER)"
+        raise UserError(f"--domains: unknown domain {name!r}; {known}")
+    if name in GENERATED and not equals and not config.max_bytes:
         raise UserError(f"--max_bytes=0: generated text ({name}) has no end; give a number of bytes")
     return Domain(name, os.path.join(config.out_dir, name), recipe, sources, documents)
 
 
-def is_finished(domain, config):
-    """True when the domain is there as asked for; UserError when it is there but made differently."""
-    path = os.path.join(domain.folder, "meta.json")
+def is_finished(folder, recipe, config):
+    """True when a domain's folder is there as asked for; UserError when it is there but made differently."""
+    path = os.path.join(folder, "meta.json")
     if config.overwrite or not os.path.exists(path):
         return False
     remedy = "use --overwrite=True or another --out_dir"
     meta = read_json(path, remedy)
-    check_splits(meta, domain.folder)
-    if meta["recipe"] != domain.recipe:
-        names = [
-            name for name in {**meta["recipe"], **domain.recipe} if meta["recipe"].get(name) != domain.recipe.get(name)
-        ]
-        raise UserError(f"{domain.folder} was prepared with other settings ({', '.join(names)}); {remedy}")
+    check_splits(meta, folder)
+    old = meta["recipe"]
+    if differing := [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]:
+        raise UserError(f"{folder} was prepared with other settings ({', '.join(differing)}); {remedy}")
     if meta["tokenizer_hash"] != tokenizer_hash(config.out_dir):
-        raise UserError(f"{domain.folder} was prepared with another tokenizer; {remedy}")
+        raise UserError(f"{folder} was prepared with another tokenizer; {remedy}")
     return True
 
 
 def collect(domain, max_bytes):
     """Read documents into domain.texts until all splits hold their share of max_bytes (0: all)."""
-    limits = dict.fromkeys(HELD_OUT, min(max_bytes * HELD_OUT_SHARE or np.inf, MAX_HELD_OUT_BYTES))
-    limits["train"] = max_bytes * (1 - HELD_OUT_SHARE * len(HELD_OUT)) or np.inf
+    limits = {"train": max_bytes * (1 - HELD_OUT_SHARE * len(HELD_OUT)) or np.inf}
+    limits |= dict.fromkeys(HELD_OUT, min(max_bytes * HELD_OUT_SHARE or np.inf, MAX_HELD_OUT_BYTES))
     sizes = dict.fromkeys(SPLITS, 0)
-    total = None if limits["train"] == np.inf else int(sum(limits.values()))
-    with tqdm(desc=f"{domain.name}: reading", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    options = {"total": sum(limits.values()), "unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    with tqdm(desc=f"{domain.name}: reading", **options) as bar:
         for split, read in domain.documents:
-            if sizes[split] >= limits[split]:
-                if all(sizes[name] >= limits[name] for name in sizes):
-                    break
-                continue
-            text = read()
+            if all(sizes[name] >= limits[name] for name in SPLITS):
+                break
+            text = read() if sizes[split] < limits[split] else None
             if text:
                 domain.texts[split].append(text)
                 sizes[split] += len(text.encode())
@@ -181,8 +178,9 @@ def write_domain(domain, encoding, config):
         "tokenizer_hash": tokenizer_hash(config.out_dir),
         "sources": domain.sources,
     }
-    if "files" not in domain.recipe and domain.name in TASKS:
-        tasks = {split: TASKS[domain.name](domain.texts, split, config.seed) for split in HELD_OUT}
+    if "files" not in domain.recipe:
+        make_task = BUILT_IN[domain.name][1]
+        tasks = {split: make_task(domain.texts, split, config.seed) for split in HELD_OUT}
         if all(tasks.values()):
             meta["task"] = write_tasks(domain.folder, tasks)
     write_json(os.path.join(domain.folder, "meta.json"), meta, indent=2)
@@ -203,7 +201,8 @@ def keeps_tokenizer(config, names):
     Checkpoints and all domains of out_dir depend on it, so it is made anew only with overwrite and only
     when all finished domains are among `names`, those to prepare. UserError when it is another one.
     """
-    finished = finished_domains(config.out_dir)
+    folders = sorted(os.listdir(config.out_dir))
+    finished = [name for name in folders if os.path.exists(os.path.join(config.out_dir, name, "meta.json"))]
     others = [name for name in finished if name not in names or not config.overwrite]
     if not has_tokenizer(config.out_dir):
         if others:
@@ -212,9 +211,8 @@ def keeps_tokenizer(config, names):
     if config.overwrite and not others:
         return False
     encoding = load_tokenizer(config.out_dir)
-    if config.tokenizer in OWN_TOKENIZERS:
-        wanted = encoding.n_vocab if config.tokenizer == "gpt2" else config.vocab_size
-        same = (encoding.name, encoding.n_vocab) == (config.tokenizer, wanted)
+    if config.tokenizer == "bpe":
+        same = (encoding.name, encoding.n_vocab) == ("bpe", config.vocab_size)
     else:
         same = tokenizer_hash(config.out_dir) == tokenizer_hash(config.tokenizer)
     if not same:
@@ -222,19 +220,6 @@ def keeps_tokenizer(config, names):
         has = f"{encoding.name}, {encoding.n_vocab} entries"
         raise UserError(f"{config.out_dir} already has another tokenizer ({has}); use {remedy} or another --out_dir")
     return True
-
-
-def make_tokenizer(config, domains):
-    """Put the tokenizer that is asked for into out_dir: train it on the domains' text, or copy it."""
-    if config.tokenizer in OWN_TOKENIZERS:
-        save_tokenizer(config.out_dir, config.tokenizer, config.vocab_size, tokenizer_sample(domains))
-    else:
-        copy_tokenizer(config.tokenizer, config.out_dir)
-
-
-def finished_domains(out_dir):
-    """The names of the domains that are complete in out_dir."""
-    return sorted(name for name in os.listdir(out_dir) if os.path.exists(os.path.join(out_dir, name, "meta.json")))
 
 
 def print_table(metas):
@@ -252,13 +237,9 @@ def main():
     names = [domain.name for domain in domains]
     if len(set(names)) < len(names):
         raise UserError(f"--domains={config.domains}: a name comes twice")
-    try:
-        os.makedirs(config.out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir={config.out_dir}: {error.strerror}") from None
-
+    os.makedirs(config.out_dir, exist_ok=True)
     keep = keeps_tokenizer(config, names)
-    missing = [domain for domain in domains if not is_finished(domain, config)]
+    missing = [domain for domain in domains if not is_finished(domain.folder, domain.recipe, config)]
     for domain in domains:
         if domain not in missing:
             print(f"{domain.folder}: already there, kept")
@@ -270,7 +251,10 @@ def main():
             os.remove(meta)  # from here on the domain counts as missing until it is complete again
     if not keep:
         print(f"{config.out_dir}: making the {config.tokenizer} tokenizer")
-        make_tokenizer(config, missing)
+        if config.tokenizer == "bpe":
+            save_tokenizer(config.out_dir, config.vocab_size, tokenizer_sample(missing))
+        else:
+            copy_tokenizer(config.tokenizer, config.out_dir)
     encoding = load_tokenizer(config.out_dir)
     for domain in missing:
         write_domain(domain, encoding, config)

@@ -10,7 +10,6 @@ text from another source, or twice in this one, is never both learned from and s
 """
 
 import atexit
-import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -28,27 +27,27 @@ from common.errors import UserError, command, read_json, write_json
 from common.hf import copy_tokenizer, local_folder
 from common.run import locked
 from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
-from data.prepare import MAX_HELD_OUT_BYTES, print_table, token_dtype
+from data.prepare import MAX_HELD_OUT_BYTES, is_finished, print_table, token_dtype
 
-DOCUMENTS = 512  # from one look at whether there are enough tokens to the next
-NOTE_EVERY = 20  # of those; a stopped run repeats no more
+LOOK_EVERY = 512  # documents from one look at whether there are enough tokens to the next
+NOTE_EVERY = 20 * LOOK_EVERY  # from one note to the next; a stopped run repeats no more
 PROGRESS = "progress.json"
 
 
 class Source(NamedTuple):
-    """A public data set: its id on the Hugging Face Hub, its configuration, its column of text, its licence."""
+    """A public data set: its id on the Hugging Face Hub, its configuration, its licence, its column of text."""
 
     id: str
     config: str | None
-    column: str
     licence: str
+    column: str
 
 
 SOURCES = {
-    "fineweb-edu": Source("HuggingFaceFW/fineweb-edu", "sample-10BT", "text", "ODC-By 1.0"),
-    "finemath": Source("HuggingFaceTB/finemath", "finemath-4plus", "text", "ODC-By 1.0"),
-    "wikipedia": Source("wikimedia/wikipedia", "20231101.en", "text", "CC BY-SA 3.0 and GFDL"),
-    "code": Source("codeparrot/codeparrot-clean", None, "content", "of each repository, in its column `license`"),
+    "fineweb-edu": Source("HuggingFaceFW/fineweb-edu", "sample-10BT", "ODC-By 1.0", "text"),
+    "finemath": Source("HuggingFaceTB/finemath", "finemath-4plus", "ODC-By 1.0", "text"),
+    "wikipedia": Source("wikimedia/wikipedia", "20231101.en", "CC BY-SA 3.0 and GFDL", "text"),
+    "code": Source("codeparrot/codeparrot-clean", None, "of each repository, in its column `license`", "content"),
 }
 FORMATS = {".parquet": "parquet", ".jsonl": "json"}
 
@@ -67,7 +66,7 @@ class PublicConfig:
 
 
 def open_stream(config):
-    """(an iterable of {column: text}, the column, what the recipe says about the source)."""
+    """(an iterable of {column: text}, what the recipe says about the source, its column among it)."""
     try:
         from datasets import disable_progress_bars, load_dataset
     except ImportError:
@@ -78,17 +77,15 @@ def open_stream(config):
     atexit.register(time.sleep, 0.5)
     if config.source in SOURCES:
         source = SOURCES[config.source]
-        column = source.column
+        about = source._asdict()
         options = {"path": source.id, "name": source.config}
-        about = {"id": source.id, "config": source.config, "licence": source.licence}
     else:
         files = list_files(config.source)
-        kind = FORMATS[os.path.splitext(files[0])[1]]
-        column = config.column
-        options = {"path": kind, "data_files": files}
-        if kind == "parquet":
-            options["columns"] = [column]  # reading all takes several times as long
-        about = {"files": [[os.path.basename(name), os.path.getsize(name)] for name in files]}
+        about = {"files": [[os.path.basename(name), os.path.getsize(name)] for name in files], "column": config.column}
+        options = {"path": FORMATS[os.path.splitext(files[0])[1]], "data_files": files}
+        if options["path"] == "parquet":
+            options["columns"] = [config.column]  # reading all takes several times as long
+    column = about["column"]
     try:
         stream = load_dataset(split="train", streaming=True, **options).select_columns([column])
         next(iter(stream))
@@ -100,7 +97,7 @@ def open_stream(config):
             f"--source={config.source} cannot be read ({type(error).__name__}: {reason}); check the network, or name "
             f"local files that have a column {column!r}"
         ) from None
-    return stream, column, {**about, "column": column}
+    return stream, about
 
 
 def list_files(path):
@@ -122,26 +119,12 @@ def use_tokenizer(config):
         raise UserError(f"--tokenizer={folder}: there is no tokenizer; give a checkpoint or data folder")
     if not has_tokenizer(config.out_dir):
         if not folder:
-            raise UserError(
-                f"{config.out_dir} has no tokenizer yet; give --tokenizer=FOLDER, or run data.prepare first"
-            )
+            remedy = "give --tokenizer=FOLDER, or run data.prepare first"
+            raise UserError(f"{config.out_dir} has no tokenizer yet; {remedy}")
         copy_tokenizer(folder, config.out_dir)
     elif folder and tokenizer_hash(folder) != tokenizer_hash(config.out_dir):
         raise UserError(f"{config.out_dir} already has another tokenizer than {folder}; use another --out_dir")
     return load_tokenizer(config.out_dir)
-
-
-def batches(stream, column):
-    """Lists of up to DOCUMENTS texts."""
-    texts = []
-    for row in stream:
-        if isinstance(row[column], str) and row[column].strip():
-            texts.append(row[column])
-        if len(texts) == DOCUMENTS:
-            yield texts
-            texts = []
-    if texts:
-        yield texts
 
 
 class TokenFiles:
@@ -218,17 +201,21 @@ def write_domain(config, stream, column, encoding, files):
         stream.load_state_dict(files.note["state"])
     options = {"initial": splits["train"]["tokens"], "unit": "token", "unit_scale": True}
     with tqdm(desc=files.folder, total=int(config.tokens), **options) as bar:
-        for count, texts in enumerate(batches(stream, column), start=1):
-            for text in texts:
-                split = split_of(text)
-                if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
-                    # an array where encode_ordinary makes a list, which takes a quarter longer
-                    ids = encoding.encode_to_numpy(text, disallowed_special=())
-                    files.add(split, text, np.append(ids, encoding.eot_token))
-            bar.update(splits["train"]["tokens"] - bar.n)
-            if splits["train"]["tokens"] >= config.tokens:
+        documents = 0
+        for row in stream:
+            text = row[column]
+            if not isinstance(text, str) or not text.strip():
+                continue
+            split = split_of(text)
+            if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
+                # an array where encode_ordinary makes a list, which takes a quarter longer
+                ids = encoding.encode_to_numpy(text, disallowed_special=())
+                files.add(split, text, np.append(ids, encoding.eot_token))
+                bar.update(splits["train"]["tokens"] - bar.n)
+            documents += 1
+            if documents % LOOK_EVERY == 0 and splits["train"]["tokens"] >= config.tokens:
                 break
-            if count % NOTE_EVERY == 0:
+            if documents % NOTE_EVERY == 0:
                 files.save(stream.state_dict())
 
 
@@ -237,7 +224,7 @@ def main():
     name = config.domain or os.path.splitext(os.path.basename(os.path.normpath(config.source)))[0]
     folder = os.path.join(config.out_dir, name)
     encoding = use_tokenizer(config)
-    stream, column, source = open_stream(config)
+    stream, source = open_stream(config)
     recipe = {
         "domain": name,
         "source": source,
@@ -245,23 +232,20 @@ def main():
         "processes": 1,  # once a choice; folders from then are still good
         "tokenizer": tokenizer_hash(config.out_dir),
     }
-    path = os.path.join(folder, "meta.json")
+    meta = os.path.join(folder, "meta.json")
     with locked(folder):
-        if os.path.exists(path):
-            meta = read_json(path, "use --overwrite=True")
-            if not config.overwrite and meta["recipe"] != recipe:
-                raise UserError(f"{folder} was prepared with other settings; use --overwrite=True or another --domain")
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, PROGRESS))  # which a kill may have left
-            if not config.overwrite:
+        kept = is_finished(folder, recipe, config)
+        if os.path.exists(meta):
+            if os.path.exists(os.path.join(folder, PROGRESS)):
+                os.remove(os.path.join(folder, PROGRESS))  # which a kill has left
+            if kept:
                 print(f"{folder}: already there, kept")
                 return
-            os.remove(path)
+            os.remove(meta)
         files = TokenFiles(folder, recipe, token_dtype(encoding))
-        write_domain(config, stream, column, encoding, files)
+        write_domain(config, stream, source["column"], encoding, files)
         about = {"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": {"datasets": version("datasets")}}
-        meta = files.finish({**about, "dtype": token_dtype(encoding)})
-    print_table({name: meta})
+        print_table({name: files.finish({**about, "dtype": token_dtype(encoding)})})
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def test_every_document_is_in_its_split_once(prepare, texts, data, tmp_path):
 @pytest.fixture
 def small_batches(source, data, tmp_path, monkeypatch):
     """main() with notes every 200 documents, in this module, where it can be changed and stopped."""
-    monkeypatch.setattr(public, "DOCUMENTS", 50)
-    monkeypatch.setattr(public, "NOTE_EVERY", 4)
+    monkeypatch.setattr(public, "LOOK_EVERY", 50)
+    monkeypatch.setattr(public, "NOTE_EVERY", 200)
 
     def main(out, *flags):
         arguments = f"--source={source}", "--domain=web", f"--out_dir={tmp_path}/{out}", f"--tokenizer={data}"

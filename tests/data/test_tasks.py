@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 from collections import Counter
 
@@ -212,24 +211,6 @@ def test_no_row_is_in_both_splits(prepared):
     for domain in ("code", "math", "wiki"):
         val, test = ({(row["prompt"], row["answer"]) for row in rows_of(prepared, domain, split)} for split in HELD_OUT)
         assert min(len(val), len(test)) > 100 and not val & test
-
-
-def test_what_is_found_elsewhere_is_what_a_plain_search_finds():
-    """Texts of few different lines, so that many prompts come again, as a whole or nearly: with a line more or less, or
-    cut off inside a line at either end."""
-    draw = random.Random(4)
-    pool = ["x = 1", "    y = call(x)", "", "return y", "        pass", "zz"]
-    texts = ["\n".join(draw.choices(pool, k=60)) for _ in range(20)]
-    rows = []
-    for _ in range(400):
-        text = draw.choice(texts) if draw.random() < 0.5 else "\n".join(draw.choices(pool, k=9))
-        start = draw.randrange(len(text))
-        cut = text[start : start + draw.randint(2, 60)]
-        middle = draw.randint(1, len(cut))
-        rows.append({"prompt": cut[:middle], "answer": cut[middle:]})
-    pairs = {(row["prompt"], row["answer"]) for row in rows}
-    expected = {pair for pair in pairs if any("".join(pair) in text for text in texts)}
-    assert lines.found_elsewhere(rows, texts) == expected and 100 < len(expected) < len(pairs) - 50
 
 
 def test_code_that_both_splits_have_is_asked_in_neither():
