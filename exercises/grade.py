@@ -35,14 +35,12 @@ def run_tests(folder, paths, verbose):
         command = [sys.executable, "-m", "pytest", *paths, f"--junit-xml={report}", "-c", os.devnull]
         command += ["--rootdir", HERE, "--import-mode=append", "-p", "no:cacheprovider", "-q", "--tb=short"]
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        options = {"capture_output": not verbose, "text": True, "timeout": TIME_LIMIT}
         try:
-            done = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=not verbose, text=True, timeout=TIME_LIMIT
-            )
+            done = subprocess.run(command, cwd=folder, env=environment, **options)
         except subprocess.TimeoutExpired:
-            raise SystemExit(
-                f"error: the tests took longer than {TIME_LIMIT} seconds; grade one exercise by itself"
-            ) from None
+            remedy = "grade one exercise by itself"
+            raise SystemExit(f"error: the tests took longer than {TIME_LIMIT} seconds; {remedy}") from None
         if not os.path.exists(report):
             raise SystemExit(f"error: pytest did not run: {done.stderr or done.stdout}")
         found = {}

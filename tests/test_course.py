@@ -1,5 +1,6 @@
 """The course: exercises that grade as they should, a lecture whose numbers are true, a notebook that runs."""
 
+import ast
 import contextlib
 import io
 import json
@@ -16,7 +17,7 @@ from common.config import parse
 from data.prepare import DataConfig
 from eval import EvalConfig
 from exercises.solution.routers import rows
-from exercises.strip import EXERCISES, OWN, by_file, copied_files, fill, make_copy, open_answers, strip
+from exercises.strip import EXERCISES, OWN, copied_files, definitions, make_copy, open_answers, strip, tasks_by_file
 from finetune import FinetuneConfig
 from mix import MixConfig
 from study.chain import ChainConfig
@@ -31,15 +32,26 @@ def source(path):
 # ---- stripping ----
 
 
-@pytest.mark.parametrize("path", by_file())
-def test_stripped_and_filled_again_is_the_source(path):
-    text = source(path)
-    stub, taken = strip(text, by_file()[path])
-    assert fill(stub, taken) == text
-    assert stub.count('raise NotImplementedError("exercise') == len(taken)
-    for body in taken.values():
+@pytest.mark.parametrize("path", tasks_by_file())
+def test_stripped_functions_have_their_signature_and_docstring_alone(path):
+    text, tasks = source(path), tasks_by_file()[path]
+    stub = strip(text, tasks)
+    before, after = definitions(text), definitions(stub)
+    assert before.keys() == after.keys()
+    for name, node in after.items():
+        if name in tasks:
+            assert ast.dump(before[name].args) == ast.dump(node.args)
+            assert ast.get_docstring(before[name]) == ast.get_docstring(node)
+            *docstring, error = node.body
+            assert (
+                len(docstring) <= 1 and ast.unparse(error) == f"raise NotImplementedError('exercise {tasks[name][0]}')"
+            )
+        elif not isinstance(node, ast.ClassDef):
+            assert ast.get_source_segment(text, before[name]) == ast.get_source_segment(stub, node)
+    assert stub.count('raise NotImplementedError("exercise') == len(tasks)
+    for name in tasks:
+        body = "\n".join(text.splitlines()[before[name].body[-1].lineno - 1 : before[name].end_lineno])
         assert body.strip() and body not in stub
-    compile(stub, path, "exec")
 
 
 def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(tmp_path):
@@ -48,7 +60,7 @@ def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(t
     for target, path in copied_files().items():
         assert read(tmp_path / "solved" / target) == read(os.path.join(ROOT, path)), target
         same = read(tmp_path / "student" / target) == read(os.path.join(ROOT, path))
-        assert same == (path not in by_file() and path != f"{OWN}predictions.json"), target
+        assert same == (path not in tasks_by_file() and path != f"{OWN}predictions.json"), target
     own = {target for target in copied_files() if target.startswith("exercises")}
     assert own == {
         f"exercises/{name}" for name in ("__init__.py", "compute.py", "muon.py", "predictions.json", "routers.py")
@@ -64,19 +76,18 @@ def test_the_students_copy_has_all_that_is_read(folder):
 
 
 def test_methods_nested_indents_and_docstrings_survive():
-    text = 'def f(x):\n    """Doc."""\n    # why\n    return x\n\n\n'
-    text += 'class A:\n    def g(self):\n        """Two\n        lines."""\n'
-    text += (
-        "        if self:\n            return 1\n        return 2\n\n    y = 1\n\n    def h(\n        self,\n    ):\n"
-    )
-    text += "        # no docstring\n        for _ in self:\n            return 3\n        return 4\n"
-    exercise = next(iter(EXERCISES.values()))._replace(functions={"f": "Do f.", "A.g": "Do g,\nwell.", "A.h": "Do h."})
-    stub, taken = strip(text, {7: exercise})
+    head = 'def f(x):\n    """Doc."""\n'
+    text = f"{head}    # why\n    return x\n\n\n"
+    text += 'class A:\n    def g(self):\n        """Two\n        lines."""\n        if self:\n            return 1\n'
+    text += "        return 2\n\n    y = 1\n\n    def h(\n        self,\n    ):\n"
+    text += "        for _ in self:\n            return 3\n        return 4\n"
+    tasks = {"f": (7, "Do f."), "A.g": (7, "Do g,\nwell."), "A.h": (8, "Do h.")}
+    stub = strip(text, tasks)
     assert "return" not in stub and "        # well.\n" in stub and "\n    y = 1\n" in stub and "for _" not in stub
-    assert stub.endswith('    ):\n        # Exercise 7. Do h.\n        raise NotImplementedError("exercise 7")\n')
-    assert fill(stub, taken) == text
+    assert stub.startswith(f'{head}    # Exercise 7. Do f.\n    raise NotImplementedError("exercise 7")\n\n\nclass A:')
+    assert stub.endswith('    ):\n        # Exercise 8. Do h.\n        raise NotImplementedError("exercise 8")\n')
     with pytest.raises(KeyError, match="missing"):
-        strip(text, {7: exercise._replace(functions={"missing": ""})})
+        strip(text, {"missing": (7, "")})
 
 
 def test_no_answer_is_left_open_in_the_students_copy():
