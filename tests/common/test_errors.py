@@ -208,27 +208,6 @@ def test_a_domain_with_too_few_tokens(data, seed, tmp_path):
         path.write_bytes(whole)
 
 
-def test_data_from_before_there_was_a_test_split(data, seed, mixed, tmp_path):
-    old = shutil.copytree(data, tmp_path / "data")
-    meta = read_json(old / "math" / "meta.json")
-    del meta["test"]
-    (old / "math" / "meta.json").write_text(json.dumps(meta))
-    flags = f"--data_dir={old}", "--sequence_length=32", f"--out_dir={tmp_path}/out"
-    prepare = "data/prepare.py", f"--out_dir={old}", "--domains=math", "--vocab_size=320", "--max_bytes=120_000"
-    for command in (
-        prepare,
-        ["train.py", *SHORT, f"--init_from={seed}", *flags],
-        ["eval.py", f"--model={seed}", *flags],
-        ["eval.py", f"--model={seed}", *flags, "--split=val"],
-        ["study/route.py", f"--model={mixed}", *flags],
-    ):
-        message = error_line(run(*command))
-        assert f"{old}/math was prepared without a test split" in message and "--overwrite=True" in message
-        assert not os.path.exists(tmp_path / "out" / "results.json")
-    must(run(*prepare, "--overwrite=True"))
-    assert read_json(old / "math" / "meta.json") == read_json(os.path.join(data, "math", "meta.json"))
-
-
 def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
     train = "train.py", *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"
     finetune = "finetune.py", *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/out"
