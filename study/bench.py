@@ -8,20 +8,19 @@ All models have one shape: as many layers, about as many parameters in each, one
 mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
 the checkouts run as their authors run them in bfloat16, under autocast. --compile=on adds our models and nanoGPT as
 torch.compile makes them. Subjects take turns step by step, a step's time is compared with that of the others in the
-same turn, and medians of these ratios count. On CUDA the table also has each model's peak memory, how often a step of
-it makes the host wait for the device (a step of ours should not), and MFU against the card's datasheet; elsewhere MFU
-refers to a matmul measured in the same process.
+same turn, and medians of these ratios count. MFU, the use that a model makes of the device, is against a large matmul
+in the same process. On CUDA the table also has each model's peak memory.
 """
 
 import dataclasses
-import importlib.util
 import math
+import operator
 import os
+import runpy
 import statistics
 import sys
 import time
-import warnings
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,6 @@ from common.run import versions
 from model import ModelConfig, Transformer, generate
 
 EXPERTS, CHOSEN = 4, 2
-DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "L4": 121e12}  # dense bf16 FLOP/s
 HEAD_SIZE = 32
 COMPILED = ", compiled"  # behind a name
 
@@ -68,8 +66,8 @@ class Subject(NamedTuple):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: object
-    generate: object
+    loss: Callable
+    generate: Callable | None = None
 
 
 # ---- the subjects ----
@@ -108,20 +106,17 @@ def ours(model_config, device, dtype, compile="off"):
 
 
 def autocast(device, dtype):
-    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def hugging_face(config, model_config, device, dtype, experts_implementation=None):
-    """transformers' LlamaForCausalLM, or MixtralForCausalLM with one of its ways to run experts."""
+def hugging_face(model_config, device, dtype, **settings):
+    """transformers' Llama, or its Mixtral. settings: from_config's, such as one of its ways to run experts."""
     import transformers
 
     keys = {**dataclasses.asdict(model_config), "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
-    kind = "Mixtral" if experts_implementation else "Llama"
-    settings = {"attn_implementation": "sdpa"}
-    if experts_implementation:
-        settings["experts_implementation"] = experts_implementation
-    their_config = getattr(transformers, f"{kind}Config")(**keys)
-    model = getattr(transformers, f"{kind}ForCausalLM")._from_config(their_config, **settings).to(device)
+    their_config = transformers.AutoConfig.for_model("mixtral" if model_config.num_local_experts else "llama", **keys)
+    model = transformers.AutoModelForCausalLM.from_config(their_config, attn_implementation="sdpa", **settings)
+    model.to(device)
 
     def loss(inputs, targets):
         with autocast(device, dtype):
@@ -129,16 +124,10 @@ def hugging_face(config, model_config, device, dtype, experts_implementation=Non
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def make(prompts, n):
-        ids, precision = torch.tensor(prompts, device=device), autocast(device, dtype)
-        with torch.no_grad(), precision:
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=n,
-                min_new_tokens=n,
-                do_sample=False,
-                pad_token_id=0,
-            )
+        ids = torch.tensor(prompts, device=device)
+        length = {"max_new_tokens": n, "min_new_tokens": n}
+        with autocast(device, dtype):
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0, **length)
 
     return Subject(model, optimizer_of(model), loss, make)
 
@@ -148,77 +137,64 @@ def checkout(folder, config, width, device, dtype, compile="off", **extra):
     path = os.path.join(folder, "model.py")
     if not os.path.exists(path):
         raise UserError(f"{path} is missing; name a checkout of the repository")
-    spec = importlib.util.spec_from_file_location(f"peer_{len(sys.modules)}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    sys.path.insert(0, folder)
+    sys.path.insert(0, folder)  # for what it imports
     try:
-        spec.loader.exec_module(module)
+        found = runpy.run_path(path)
     finally:
         sys.path.remove(folder)
     sizes = {"block_size": config.sequence_length, "vocab_size": config.vocab_size, "n_layer": config.layers}
     sizes |= {"n_head": max(1, width // HEAD_SIZE), "n_embd": width, "dropout": 0.0, "bias": False}
-    model = module.GPT(module.GPTConfig(**sizes, **extra)).to(device)
+    model = found["GPT"](found["GPTConfig"](**sizes, **extra)).to(device)
     run = torch.compile(model) if compile == "on" else model
 
     def loss(inputs, targets):
         with autocast(device, dtype):
             return run(inputs, targets)[1]
 
-    return Subject(model, optimizer_of(model), loss, None)
+    return Subject(model, optimizer_of(model), loss)
 
 
 def subjects(config, width, device, dtype):
     """{name: Subject} of everything that can be measured here."""
-    dense, wide = model_config_of(config, width), model_config_of(config, width, wide=CHOSEN)
-    mixture = model_config_of(config, width, experts=EXPERTS)
-    found = {"dense": ours(dense, device, dtype)}
-    found[f"dense, {CHOSEN}x wide"] = ours(wide, device, dtype)
-    found["mixture"] = ours(mixture, device, dtype)
+    shapes = {
+        "dense": model_config_of(config, width),
+        f"dense, {CHOSEN}x wide": model_config_of(config, width, wide=CHOSEN),
+        "mixture": model_config_of(config, width, experts=EXPERTS),
+    }
+    found = {name: ours(shape, device, dtype) for name, shape in shapes.items()}
     if config.transformers:
-        found["HF Llama"] = hugging_face(config, dense, device, dtype)
+        found["HF Llama"] = hugging_face(shapes["dense"], device, dtype)
         for way in ("eager", "grouped_mm"):
-            found[f"HF Mixtral, {way}"] = hugging_face(config, mixture, device, dtype, way)
+            found[f"HF Mixtral, {way}"] = hugging_face(shapes["mixture"], device, dtype, experts_implementation=way)
     if config.nanogpt:
         found["nanoGPT"] = checkout(config.nanogpt, config, width, device, dtype)
     if config.nanomoe:
         extra = {"n_exp": EXPERTS, "top_k": CHOSEN, "stride": 1, "use_aux_loss": True}
         found["nanoMoE"] = checkout(config.nanomoe, config, width, device, dtype, **extra)
     if config.compile == "on":
-        for name, one in {"dense": dense, f"dense, {CHOSEN}x wide": wide, "mixture": mixture}.items():
-            found[name + COMPILED] = ours(one, device, dtype, "on")
+        found |= {name + COMPILED: ours(shape, device, dtype, "on") for name, shape in shapes.items()}
         if config.nanogpt:
             found["nanoGPT" + COMPILED] = checkout(config.nanogpt, config, width, device, dtype, "on")
     return found
 
 
-# ---- the clock ----
-
-
-def timed(config, device, function):
-    """Seconds that a function takes, the device's work included."""
-    clock = time.perf_counter if config.clock == "wall" else time.process_time
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = clock()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def in_turns(config, device, functions, warm=2):
-    """{name: [seconds]} of functions that take turns; the first turns do not count."""
-    times = {name: [] for name in functions}
-    for turn in range(warm + config.turns):
-        for name, function in functions.items():
-            seconds = timed(config, device, function)
-            if turn >= warm:
-                times[name].append(seconds)
-    return times
-
-
 # ---- the tasks ----
+
+
+def in_turns(config, device, subjects, function, *arguments):
+    """{name: [seconds]} of function(subject, *arguments), which {name: subject} take turns to run; two turns warm up.
+    What a GPU still has to do is waited for."""
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = {name: [] for name in subjects}
+    for _ in range(2 + config.turns):
+        for name, subject in subjects.items():
+            finish()
+            start = clock()
+            function(subject, *arguments)
+            finish()
+            times[name].append(clock() - start)
+    return {name: seconds[2:] for name, seconds in times.items()}
 
 
 def one_step(subject, inputs, targets):
@@ -229,62 +205,59 @@ def one_step(subject, inputs, targets):
     subject.optimizer.zero_grad(set_to_none=True)
 
 
+@torch.no_grad()
+def only_forward(subject, inputs, targets):
+    subject.model.eval()
+    subject.loss(inputs, targets)
+
+
 def time_tasks(config, found, device):
     """{task: {name: [seconds]}} for the tasks: train, evaluate, generate 1 and generate 32."""
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-    def train(subject):
-        one_step(subject, inputs, targets)
-
-    @torch.no_grad()
-    def only_forward(subject):
-        subject.model.eval()
-        subject.loss(inputs, targets)
-
-    def tasks(function, names):
-        return {name: lambda name=name: function(found[name]) for name in names}
-
-    result = {"train": in_turns(config, device, tasks(train, found))}
-    plain = [name for name in found if not name.endswith(COMPILED)]  # in training alone does it pay
-    result["evaluate"] = in_turns(config, device, tasks(only_forward, plain))
-    speakers = [name for name in plain if found[name].generate and config.new_tokens]
-    for count in (1, 32) if speakers else ():
+    result = {"train": in_turns(config, device, found, one_step, inputs, targets)}
+    plain = {name: one for name, one in found.items() if not name.endswith(COMPILED)}  # in training alone does it pay
+    result["evaluate"] = in_turns(config, device, plain, only_forward, inputs, targets)
+    speakers = {name: one for name, one in plain.items() if one.generate}
+    for count in (1, 32) if config.new_tokens else ():
         prompts = torch.randint(config.vocab_size, (count, 16)).tolist()
-        result[f"generate {count}"] = in_turns(
-            config, device, tasks(lambda subject, p=prompts: subject.generate(p, config.new_tokens), speakers), warm=1
-        )
+        answer = operator.methodcaller("generate", prompts, config.new_tokens)
+        result[f"generate {count}"] = in_turns(config, device, speakers, answer)
     return result
 
 
-def on_cuda(config, found, device):
-    """{name: (peak bytes of a training step, how often it makes the host wait)}; empty on a CPU."""
+def peak_memory(config, found, device):
+    """{name: peak bytes of a training step}; empty on a CPU."""
     result = {}
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length), device=device)
     for name, subject in found.items() if device.type == "cuda" else ():
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                one_step(subject, ids, ids)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        waits = sum("synchroniz" in str(one.message) for one in caught)
-        result[name] = torch.cuda.max_memory_allocated(), waits
+        one_step(subject, ids, ids)
+        result[name] = torch.cuda.max_memory_allocated()
     return result
 
 
-def peak_rate(config, device, dtype):
-    """The FLOP/s that MFU refers to: the datasheet's for a card in bf16 that is known, else a measured matmul's."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
-    return next((rate for card, rate in DATASHEET.items() if card in name), None) or matmul_rate(config, device, dtype)
-
-
-def matmul_rate(config, device, dtype, size=1024):
-    """Measured FLOP/s of a square matmul."""
+def matmul_rate(config, device, dtype):
+    """The FLOP/s that MFU refers to: those of a large matmul."""
+    size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / statistics.median(in_turns(config, device, {"": lambda: a @ a})[""])
+    return 2 * size**3 / statistics.median(in_turns(config, device, {"matmul": a}, torch.matmul, a)["matmul"])
+
+
+def measure(config, width, dtype, device):
+    """Everything at one width and dtype: a row of bench.json."""
+    torch.manual_seed(1)
+    torch.compiler.reset()  # it keeps eight shapes of a function, and runs any more without compiling
+    found = subjects(config, width, device, dtype)
+    mine = {name: one.model for name, one in found.items() if isinstance(one.model, Transformer)}
+    return {
+        "width": width,
+        "dtype": str(dtype).removeprefix("torch."),
+        "times": time_tasks(config, found, device),
+        "cuda": peak_memory(config, found, device),
+        "flops": {name: model.flops_per_token(config.sequence_length) for name, model in mine.items()},
+        "matmul_flops": matmul_rate(config, device, dtype),
+    }
 
 
 # ---- the report ----
@@ -297,52 +270,41 @@ def ratio(times, name, other):
 
 def table(config, row):
     """One width and dtype as Markdown: speeds, and what they are of the peers'."""
-    tokens = config.batch_size * config.sequence_length
+    batch = config.batch_size * config.sequence_length
+    tokens = {"train": batch, "evaluate": batch, "generate 1": config.new_tokens, "generate 32": 32 * config.new_tokens}
+    train = row["times"]["train"]
     lines = [f"\n## Width {row['width']}, {row['dtype']}\n"]
     lines += ["| | train, tokens/s | over dense | MFU | evaluate | generate 1 | generate 32 |", "|---|" + "---|" * 6]
-    for name, times in row["times"]["train"].items():
-        speed = tokens / statistics.median(times)
-        mfu = f"{speed * row['flops'][name] / row['matmul_flops']:.0%}" if name in row["flops"] else ""
-        cells = [f"{speed:,.0f}", f"{ratio(row['times']['train'], name, 'dense'):.2f}", mfu]
-        sizes = {"evaluate": tokens, "generate 1": config.new_tokens, "generate 32": 32 * config.new_tokens}
-        for task, size in sizes.items():
-            taken = row["times"].get(task, {}).get(name)
-            cells.append(f"{size / statistics.median(taken):,.0f}" if taken else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    train = row["times"]["train"]
+    for name in train:
+        taken = {task: times[name] for task, times in row["times"].items() if name in times}
+        speeds = {task: tokens[task] / statistics.median(times) for task, times in taken.items()}
+        train_speed, *others = (f"{speeds[task]:,.0f}" if task in speeds else "" for task in tokens)
+        mfu = f"{speeds['train'] * row['flops'][name] / row['matmul_flops']:.0%}" if name in row["flops"] else ""
+        cells = [name, train_speed, f"{ratio(train, name, 'dense'):.2f}", mfu, *others]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for way in ("", COMPILED) if "mixture" + COMPILED in train else ("",):
         speed = ratio(train, "mixture" + way, f"dense, {CHOSEN}x wide{way}")
         lines.append(f"Mixture over dense of equal active FLOPs{way}: {speed:.2f}.")
-    for name, (peak, waits) in row["cuda"].items():
-        lines.append(f"{name}: {peak / 2**30:.2f} GiB at most, {waits} wait(s) in a step.")
+    lines += [f"{name}: {peak / 2**30:.2f} GiB at most in a step." for name, peak in row["cuda"].items()]
     return "\n".join(lines)
 
 
 def main():
     config = parse(BenchConfig)
-    device, rows = pick_device(config.device, config.threads), []
+    device = pick_device(config.device, config.threads)
     setting = {"torch_threads": torch.get_num_threads(), "device": str(device), "versions": versions()}
-    text = (
-        f"# Speed\n\n`python -m study.bench {' '.join(sys.argv[1:])}`: {setting['torch_threads']} thread(s), {device}, "
-    )
+    command_line = " ".join(["python -m study.bench", *sys.argv[1:]])
+    text = f"# Speed\n\n`{command_line}`: {setting['torch_threads']} thread(s), {device}, "
     text += f"torch {setting['versions']['torch']}, {config.clock} clock, medians of {config.turns} turns."
+    rows = []
+    os.makedirs(config.out_dir, exist_ok=True)
     for width in map(int, split_list(config.widths)):
-        for dtype in (getattr(torch, name) for name in split_list(config.dtypes)):
-            torch.manual_seed(1)
-            torch.compiler.reset()  # it keeps eight shapes of a function, and runs any more without compiling
-            found = subjects(config, width, device, dtype)
-            mine = {name: one for name, one in found.items() if isinstance(one.model, Transformer)}
-            row = {"width": width, "dtype": str(dtype).removeprefix("torch.")}
-            row["times"] = time_tasks(config, found, device)
-            row["cuda"] = on_cuda(config, found, device)
-            row["flops"] = {name: one.model.flops_per_token(config.sequence_length) for name, one in mine.items()}
-            row["matmul_flops"] = peak_rate(config, device, dtype)
-            rows.append(row)
-            print(table(config, row), flush=True)
-            text += "\n" + table(config, row)
+        for dtype in split_list(config.dtypes):
+            rows.append(measure(config, width, getattr(torch, dtype), device))
+            print(table(config, rows[-1]), flush=True)
+            text += "\n" + table(config, rows[-1])
             result = {"config": dataclasses.asdict(config), **setting, "rows": rows}
-            os.makedirs(config.out_dir, exist_ok=True)
             write_json(os.path.join(config.out_dir, "bench.json"), result)
             write_atomically(os.path.join(config.out_dir, "bench.md"), text + "\n")
 
