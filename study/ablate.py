@@ -3,8 +3,8 @@
     bash run.sh cpu ablate        # or, after the main pipeline: python -m study.ablate --size=cpu
 
 Each row is a mix.py and a finetune.py command with the configs of the pipeline and the row's own flags, run for several
-random seeds and evaluated like the main table. It can be stopped and continued like every other stage. Writes
-ablations.json, ablations.md and ablations.png.
+random seeds and evaluated like the main table. The experts are those of out_dir/mixed. It can be stopped and continued
+like every other stage. Writes ablations.json, ablations.md and ablations.png.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ from study.tables import BASE, ablation_table, dead_experts, mark_stale, mean_an
 class AblateConfig(StudyConfig):
     """Run and compare all variants of mixing, routing and finetuning."""
 
-    experts: str = key("", "the trained experts, separated by commas, the seed last; empty: those of out_dir/mixed")
     steps: int = key(300, "finetuning steps of every row", within="[1, inf)")
     long_steps: int = key(1200, "steps of the routing rows' second, larger budget", within="[1, inf)")
     seeds: int = key(2, "random seeds of each row", within="[1, inf)")
@@ -80,19 +79,21 @@ def slug(text):
 
 def add_variant(config, chain, experts, variant, number):
     """Add the jobs of one row with one random seed: mix, finetune, evaluate. Returns the finetuned folder."""
-    chosen = experts[-1:] * len(experts) if variant.from_seed else experts[:-1] if variant.leave_out_seed else experts
-    copies = "copies" if variant.from_seed else ""
+    chosen, copies = experts, ""
+    if variant.from_seed:
+        chosen, copies = experts[-1:] * len(experts), "copies"
+    elif variant.leave_out_seed:
+        chosen = experts[:-1]
     mixed = config.path("ablate/" + slug(f"mixed {variant.mix} {len(chosen)} {copies} seed{number}"))
-    finetuned = config.path("ablate/" + slug(f"{variant.name} seed{number}"))
+    name = slug(f"{variant.name} seed{number}")
     steps = config.long_steps if variant.long else config.steps
     chain.config.seed = number
     if chain.names([mixed])[0] not in {job.name for job in chain.jobs}:
         chain.mix(chosen, *variant.mix.split(), folder=mixed)
-    length = f"--max_steps={steps}", f"--eval_interval={steps}"
-    chain.finetune(mixed, *length, *variant.finetune.split(), folder=finetuned)
-    scores = f"--out_dir={config.path('ablate/scores')}"
-    arguments = ("eval.py", config.stage("eval"), f"--model={finetuned}", scores)
-    chain.jobs.append(Job(f"ablate/scores-{os.path.basename(finetuned)}", arguments, chain.names([finetuned])))
+    flags = f"--max_steps={steps}", f"--eval_interval={steps}", *variant.finetune.split()
+    finetuned = chain.finetune(mixed, *flags, folder=config.path(f"ablate/{name}"))
+    scores = "eval.py", config.stage("eval"), f"--model={finetuned}", f"--out_dir={config.path('ablate/scores')}"
+    chain.jobs.append(Job(f"ablate/scores-{name}", scores, chain.names([finetuned])))
     return finetuned
 
 
@@ -125,30 +126,22 @@ def write_ablations(folder, found):
     os.makedirs(folder, exist_ok=True)
     write_json(os.path.join(folder, "ablations.json"), found)
     plot_ablations(rows, os.path.join(folder, "ablations.png"))
-    text = f"# Ablations\n\n{ablation_table(rows)}\n\nMean ± standard deviation over {seeds} random seeds of router, "
-    text += (
-        "batches and noise; the experts are the same throughout. Dead experts: (layer, expert) pairs that get under "
+    text = (
+        f"# Ablations\n\n{ablation_table(rows)}\n\n"
+        f"Mean ± standard deviation over {seeds} random seeds of router, batches and noise; the experts are the same "
+        "throughout. Dead experts: (layer, expert) pairs that get under 1 % of the choices, by random seed. Paper: its "
+        "average over five tasks; the order is that against top-2 at the same budget, and differences up to "
+        f"{tie_width(rows):.3f} count as ties (twice the pooled deviation).\n\n![ablations](ablations.png)\n"
     )
-    text += (
-        "1 % of the choices, by random seed. Paper: its average over five tasks; the order is that against top-2 at "
-    )
-    text += (
-        f"the same budget, and differences up to {tie_width(rows):.3f} count as ties (twice the pooled deviation).\n\n"
-    )
-    text += "![ablations](ablations.png)\n"
     write_atomically(os.path.join(folder, "ablations.md"), text)
 
 
 def main():
     config = parse_study(AblateConfig, "ablate")
-    experts = split_list(config.experts)
-    if not experts:
-        mixed = read_run(config.path("mixed"))
-        if mixed is None:
-            raise UserError(f"{config.path('mixed')} is not there; run the pipeline first: bash run.sh {config.size}")
-        experts = split_list(mixed["recipe"]["config"]["experts"])
-    if len(experts) < 2:
-        raise UserError("--experts must name the trained experts and, last, the seed: --experts=DIR,DIR,...")
+    mixed = read_run(config.path("mixed"))
+    if mixed is None:
+        raise UserError(f"{config.path('mixed')} is not there; run the pipeline first: bash run.sh {config.size}")
+    experts = split_list(mixed["recipe"]["config"]["experts"])  # the seed is the last
     chain = chain_of(config, config.out_dir, 1)
     numbers = range(1, config.seeds + 1)
     made = {v: [add_variant(config, chain, experts, v, number) for number in numbers] for v in VARIANTS}
