@@ -54,35 +54,33 @@ def relative_drift(names, expert, seed):
     return (moved / sum(seed[name].square().sum().item() for name in names)) ** 0.5 if names else 0.0
 
 
+@torch.no_grad()
 def replace_groups(config, corpus, folders):
     """{label: {"averaged": {domain: bits per byte, "avg"}, "seed": the same, "drift": mean over the experts}}."""
     device = pick_device(config.device, config.threads)
-    *branches, seed = [dict(Transformer.from_pretrained(folder).named_parameters()) for folder in folders]
-    mean = {name: sum(one[name].detach().double() for one in (*branches, seed)) / len(folders) for name in seed}
-    model = place(Transformer.from_pretrained(folders[-1]), device, config.dtype)
-    parameters = dict(model.named_parameters())
-    homes = []
-    for folder in folders[:-1]:
-        mixture = trained_on(folder)
-        homes.append(max(mixture, key=mixture.get))
-    experts = [(domain, one) for domain, one in zip(homes, branches, strict=True) if domain in corpus.domains]
+    models = [dict(Transformer.from_pretrained(folder).named_parameters()) for folder in folders]
+    *branches, seed = models
+    mean = {name: sum(one[name].double() for one in models) / len(models) for name in seed}
+    homes = [max(mixture, key=mixture.get) for mixture in map(trained_on, folders[:-1])]
+    experts = {domain: one for domain, one in zip(homes, branches, strict=True) if domain in corpus.domains}
     if not experts:
         raise UserError(f"--domains={config.domains}: the branches are of {', '.join(homes)}; name some of these")
     size = config.split, config.sequence_length, config.eval_windows
-    windows = {domain: corpus.windows(domain, *size) for domain, _ in experts}
+    windows = {domain: corpus.windows(domain, *size) for domain in experts}
+    model = place(Transformer.from_pretrained(folders[-1]), device, config.dtype)
 
     def at_home(names, replacement):
         """{domain: its expert's bits per byte with the tensors `names` taken from `replacement`, "avg": their mean}."""
         scores = {}
-        for domain, expert in experts:
-            for name, parameter in parameters.items():
-                parameter.data.copy_(replacement[name] if name in names else expert[name])
+        for domain, expert in experts.items():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(replacement[name] if name in names else expert[name])
             scores[domain], _ = bits_per_byte(model, *windows[domain], corpus.token_bytes)
         return {**scores, "avg": sum(scores.values()) / len(scores)}
 
     found = {}
     for label, names in groups_of(list(seed), model.config.num_hidden_layers).items():
-        drifts = [relative_drift(names, expert, seed) for _, expert in experts]
+        drifts = [relative_drift(names, expert, seed) for expert in experts.values()]
         scores = {"averaged": at_home(names, mean), "seed": at_home(names, seed)}
         found[label] = {**scores, "drift": sum(drifts) / len(drifts)}
         print(f"{label:40s} averaged {scores['averaged']['avg']:.3f}   the seed's {scores['seed']['avg']:.3f}")
@@ -111,8 +109,7 @@ def main():
             raise UserError(f"{folder} is no dense model of the shape of {folders[0]}; name branches of one seed")
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
-    with torch.no_grad():
-        found = replace_groups(config, corpus, folders)
+    found = replace_groups(config, corpus, folders)
     os.makedirs(config.out_dir, exist_ok=True)
     ids = {folder: parent_of(folder)[0] for folder in folders}
     settings = {"config": dataclasses.asdict(config), "models": ids, "data": corpus.hashes()}

@@ -12,7 +12,7 @@ import os
 
 from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_json
-from common.run import read_run, versions
+from common.run import read_run, total_cost, versions
 from study.chain import StudyConfig, chain_of, parse_study, pipeline, read_settings
 from study.draw import plot_regime
 from study.tables import difference, markdown_table, short
@@ -64,24 +64,24 @@ def measure_point(config, width, scale, number):
     stages["seed_flags"] += f" {shape_flags(config, width)}"
     chain = chain_of(config, folder, number, report=False, **stages)
     pipeline(chain)
-    models = [os.path.join(folder, "btx"), *(os.path.join(folder, "compare", name) for name in RIVALS)]
+    models = [chain.config.path(name) for name in ("btx", *(f"compare/{rival}" for rival in RIVALS))]
     flags = (f"--model={','.join(models)}", chain.all_domains(), "--task_problems=1", "--max_new_tokens=1")
-    chain.add(os.path.join(folder, "report"), "eval.py", "eval", *flags, needs=models)
+    chain.add(chain.config.path("report"), "eval.py", "eval", *flags, needs=models)
     chain.run(quiet=True)
-    rows = read_json(os.path.join(folder, "report/results.json"), "run again")["rows"]
-    seed = read_run(os.path.join(folder, "seed"))["history"]
-    return {"rows": rows, "seed_tokens": sum(cost["tokens"] for cost in seed.values())}
+    rows = read_json(chain.config.path("report/results.json"), "run again")["rows"]
+    return {"rows": rows, "seed_tokens": total_cost(read_run(chain.seed_folder)["history"])["tokens"]}
 
 
 def point_of(width, scale, chains):
     """A point of regime.json. chains: {random seed: measure_point}."""
     first = next(iter(chains.values()))
-    btx, dense = (next(row for row in first["rows"] if row["name"] == name) for name in ("btx", "dense-cm"))
+    named = {row["name"]: row for row in first["rows"]}
+    parameters = named["dense-cm"]["total_params"]
     return {
         "width": width,
         "scale": scale,
-        "parameters": dense["total_params"],
-        "tokens_per_parameter": btx["train_tokens"] / dense["total_params"],
+        "parameters": parameters,
+        "tokens_per_parameter": named["btx"]["train_tokens"] / parameters,
         "seed_tokens": first["seed_tokens"],
         "seeds": list(chains),
         "chains": [chain["rows"] for chain in chains.values()],
@@ -94,9 +94,9 @@ def lines_of(points):
     for rival in RIVALS:
         for width in dict.fromkeys(point["width"] for point in points):
             some = [point for point in points if point["width"] == width]
-            leads = [difference(point["chains"], rival, "bpb", "avg") for point in some]
-            line = {"width": width, "rival": rival, "x": [point["tokens_per_parameter"] for point in some]}
-            lines.append({**line, "lead": [lead for lead, _ in leads], "half": [half for _, half in leads]})
+            leads, halves = zip(*(difference(point["chains"], rival, "bpb", "avg") for point in some), strict=True)
+            x = [point["tokens_per_parameter"] for point in some]
+            lines.append({"width": width, "rival": rival, "x": x, "lead": list(leads), "half": list(halves)})
     return lines
 
 
