@@ -21,7 +21,7 @@ from common.config import key, parse, split_list
 from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer, local_folder
-from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, tokenizer_hash
+from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
 from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
@@ -47,21 +47,17 @@ class DataConfig:
     out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
     domains: str = key("code,math,wiki", f"comma list of built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH")
     tokenizer: str = key("bpe", "bpe trains a small one here; else that of a checkpoint, a folder or hf:OWNER/NAME")
-    vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[1, 1000000]")
+    vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[257, 1000000]")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
     seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
 
     def __post_init__(self):
-        if self.tokenizer == "bpe":
-            if self.vocab_size < 257:
-                need = f"256 bytes and {END_OF_TEXT} need 257 or more"
-                raise UserError(f"vocab_size={self.vocab_size} is too small; {need}")
-            return
-        self.tokenizer = local_folder(self.tokenizer)
-        if not has_tokenizer(self.tokenizer):
-            known = "give bpe, a folder that has one, or hf:OWNER/NAME"
-            raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
+        if self.tokenizer != "bpe":
+            self.tokenizer = local_folder(self.tokenizer)
+            if not has_tokenizer(self.tokenizer):
+                known = "give bpe, a folder that has one, or hf:OWNER/NAME"
+                raise UserError(f"--tokenizer={self.tokenizer}: there is no tokenizer; {known}")
 
 
 @dataclass

@@ -114,15 +114,13 @@ def list_files(path):
 def use_tokenizer(config):
     """The encoding of out_dir, copied from --tokenizer where there is none yet."""
     os.makedirs(config.out_dir, exist_ok=True)
-    folder = local_folder(config.tokenizer)
-    if folder and not has_tokenizer(folder):
-        raise UserError(f"--tokenizer={folder}: there is no tokenizer; give a checkpoint or data folder")
+    folder = local_folder(config.tokenizer) or config.out_dir
+    if not has_tokenizer(folder):
+        remedy = "give --tokenizer=FOLDER, a checkpoint or data folder, or run data.prepare first"
+        raise UserError(f"{folder} has no tokenizer; {remedy}")
     if not has_tokenizer(config.out_dir):
-        if not folder:
-            remedy = "give --tokenizer=FOLDER, or run data.prepare first"
-            raise UserError(f"{config.out_dir} has no tokenizer yet; {remedy}")
         copy_tokenizer(folder, config.out_dir)
-    elif folder and tokenizer_hash(folder) != tokenizer_hash(config.out_dir):
+    elif tokenizer_hash(folder) != tokenizer_hash(config.out_dir):
         raise UserError(f"{config.out_dir} already has another tokenizer than {folder}; use another --out_dir")
     return load_tokenizer(config.out_dir)
 

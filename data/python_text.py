@@ -44,13 +44,6 @@ def list_python_files():
     return files
 
 
-def _docstring(node):
-    """The statement that is a node's docstring, or None."""
-    first = node.body[0] if isinstance(node, DOCUMENTED) and node.body else None
-    value = first.value if isinstance(first, ast.Expr) else None
-    return first if isinstance(value, ast.Constant) and isinstance(value.value, str) else None
-
-
 def without_docstrings(source):
     """Cut all docstrings out of the source, and the comment (mostly a license) at its top. SyntaxError or ValueError
     where it is not plain current Python."""
@@ -59,9 +52,9 @@ def without_docstrings(source):
         tree = ast.parse(source)
     lines = source.split("\n")
     for node in ast.walk(tree):
-        docstring = _docstring(node)
-        if docstring is None:
+        if not isinstance(node, DOCUMENTED) or ast.get_docstring(node, clean=False) is None:
             continue
+        docstring = node.body[0]
         first = docstring.lineno - 1
         last = docstring.end_lineno - 1
         indent = lines[first].encode()[: docstring.col_offset].decode()

@@ -17,73 +17,54 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # the student's copy has files with these names, and those in OWN moved to exercises/
-COPIED = ("*.py", "pyproject.toml", "common/*.py", "data/*", "study/*", "config/*/*.py")
-COPIED += ("exercises/__init__.py",)
+COPIED = ("*.py", "pyproject.toml", "common/*.py", "data/*", "study/*", "config/*/*.py", "exercises/__init__.py")
 OWN = "exercises/solution/"
 HANDED_OUT = ("*.py", "predictions.json")  # the rest of it is for staff
 
-# {(number, file from the repository's root): {function, methods as Class.method: task}}
+# {file from the repository's root: {function, methods as Class.method: "number of the exercise. Task"}}
 EXERCISES = {
-    (1, "model.py"): {
-        "topk": "Pick the k largest logits of each row, and take the softmax over those alone.",
-        "switch": "Why is the gate not the softmax over the one chosen logit? What would its gradient be?",
-    },
-    (2, "model.py"): {
-        "load_balancing_loss": "Follow the formulas above. Which of the factors carry a gradient, and where to?",
-    },
-    (3, "model.py"): {
-        "within_capacity": "First come, first served: count along the tokens.",
-        "MoE.forward": """Start with the loop over experts in docs/lecture.md, step 3; the tests pass with it.
+    "model.py": {
+        "topk": "1. Pick the k largest logits of each row, and take the softmax over those alone.",
+        "switch": "1. Why is the gate not the softmax over the one chosen logit? What would its gradient be?",
+        "load_balancing_loss": "2. Follow the formulas above. Which of the factors carry a gradient, and where to?",
+        "within_capacity": "3. First come, first served: count along the tokens.",
+        "MoE.forward": """3. Start with the loop over experts in docs/lecture.md, step 3; the tests pass with it.
 Then sort the S * k pairs by expert (argsort, stable), call self.experts once on all of them with the place
 where each expert's rows end (int32), and undo the sort: the inverse of a permutation is its argsort.
 The last result: balance_loss, z_loss, and in training with a limited capacity `dropped`.""",
     },
-    (4, "mix.py"): {
-        "mix": """Four cases, told apart by the tensor's name: new, stacked (feed_forward, below), kept as the
+    "mix.py": {
+        "mix": """4. Four cases, told apart by the tensor's name: new, stacked (feed_forward, below), kept as the
 last expert has it (config.keep names parts, see group_of), and averaged.""",
-        "mean": "Mind the precision: N copies have to give back what was copied, to the bit.",
-    },
-    (5, "mix.py"): {
-        "redraw": """hidden_dim(name) is the dimension that counts hidden units. Two generators (see `generator`):
+        "mean": "4. Mind the precision: N copies have to give back what was copied, to the bit.",
+        "redraw": """5. hidden_dim(name) is the dimension that counts hidden units. Two generators (see `generator`):
 the choice of units depends on the expert alone, the new values on the matrix as well.""",
     },
-    (6, "study/btm.py"): {
-        "PosteriorEnsemble.log_weights": """The posterior after each token, as logarithms. Ensemble.log_weights
+    "study/btm.py": {
+        "PosteriorEnsemble.log_weights": """6. The posterior after each token, as logarithms. Ensemble.log_weights
 says what the arguments are; cache.add(evidence) adds (B, T, N) up along the text, over several calls.
 Entry t of the result is log w_e,t+1, so token t itself counts. Long texts: keep sums small.""",
-    },
-    (7, "study/btm.py"): {
-        "expert_profiles": """idf = log(windows / (1 + windows that hold the token)), over all domains' windows.
+        "expert_profiles": """7. idf = log(windows / (1 + windows that hold the token)), over all domains' windows.
 Normalize each window before you take a domain's mean, and each expert's vector after.""",
-        "NearestEnsemble.log_weights": """k experts weigh 1 / k each, and log 0 is -inf. Ensemble.log_weights says
+        "NearestEnsemble.log_weights": """7. k experts weigh 1 / k each, and log 0 is -inf. Ensemble.log_weights says
 what the arguments are; cache.add(evidence) adds (B, T, N) up along the text.""",
     },
-    (8, OWN + "compute.py"): {
-        "training_flops": "6 FLOPs a weight and token: where do they come from? To look up a row is no matmul.",
-        "matched_steps": "What is matched is all training after the seed: branches and finetuning.",
+    OWN + "compute.py": {
+        "training_flops": "8. 6 FLOPs a weight and token: where do they come from? To look up a row is no matmul.",
+        "matched_steps": "8. What is matched is all training after the seed: branches and finetuning.",
     },
-    (9, OWN + "routers.py"): {
-        "sigmoid": "If gates did not sum to 1 over the chosen, N copies of one model would not be that model.",
-        "rows": "One line for each of this file's two routers (expert_choice is exercise 10).",
+    OWN + "routers.py": {
+        "sigmoid": "9. If gates did not sum to 1 over the chosen, N copies of one model would not be that model.",
+        "rows": "9. One line for each of this file's two routers (expert_choice is exercise 10).",
+        "expert_choice": "10. The softmax is over experts; then each expert picks tokens, along the other dimension.",
+        "first_leak": "10. Change the last token only, and compare the logits of all positions before it.",
     },
-    (10, OWN + "routers.py"): {
-        "expert_choice": "The softmax is over experts; then each expert picks tokens, along the other dimension.",
-        "first_leak": "Change the last token only, and compare the logits of all positions before it.",
-    },
-    (11, OWN + "muon.py"): {
-        "orthogonalize": "All products are over the last two dimensions, so a stack needs no loop.",
-        "Muon.step": "The momentum buffer lives in self.state[parameter].",
-        "split_parameters": "Norms, embeddings and the head are not for Muon; nor is the router.",
+    OWN + "muon.py": {
+        "orthogonalize": "11. All products are over the last two dimensions, so a stack needs no loop.",
+        "Muon.step": "11. The momentum buffer lives in self.state[parameter].",
+        "split_parameters": "11. Norms, embeddings and the head are not for Muon; nor is the router.",
     },
 }
-
-
-def tasks_by_file():
-    """{file: {function: (number of its exercise, task)}}"""
-    files = {}
-    for (number, file), functions in EXERCISES.items():
-        files.setdefault(file, {}).update({name: (number, task) for name, task in functions.items()})
-    return files
 
 
 def definitions(source):
@@ -101,13 +82,12 @@ def strip(source, tasks):
     """The source with some functions emptied: after signature and docstring comes the task, in place of the code. A
     comment between signature and code counts as a docstring.
 
-    tasks: {function: (number of its exercise, task)}. KeyError for a function that is not there."""
+    tasks: one file's in EXERCISES. KeyError for a function that is not there."""
     found = definitions(source)
     lines = source.splitlines(keepends=True)
     for name in sorted(tasks, key=lambda name: found[name].lineno, reverse=True):  # line numbers above stay right
-        number, task = tasks[name]
-        stub = [f"# {line}" for line in f"Exercise {number}. {task}".split("\n")]
-        stub.append(f'raise NotImplementedError("exercise {number}")')
+        stub = [f"# {line}" for line in f"Exercise {tasks[name]}".split("\n")]
+        stub.append(f'raise NotImplementedError("exercise {tasks[name].partition(".")[0]}")')
         first = found[name].body[0]
         start = first.lineno - 1 if ast.get_docstring(found[name]) is None else first.end_lineno
         lines[start : found[name].end_lineno] = [f"{' ' * first.col_offset}{line}\n" for line in stub]
@@ -124,17 +104,16 @@ def copied_files():
 
 def make_copy(folder, solution=False):
     """Write the student's copy: emptied functions and open predictions; or the solution, which has both filled in."""
-    tasks = tasks_by_file()
     for target, path in copied_files().items():
         target = os.path.join(folder, target)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         shutil.copyfile(os.path.join(ROOT, path), target)
-        if solution or not (path in tasks or path.endswith("predictions.json")):
+        if solution or not (path in EXERCISES or path.endswith("predictions.json")):
             continue
         with open(target, encoding="utf-8") as file:
             text = file.read()
         with open(target, "w", encoding="utf-8") as file:
-            file.write(strip(text, tasks[path]) if path in tasks else open_answers(text))
+            file.write(strip(text, EXERCISES[path]) if path in EXERCISES else open_answers(text))
 
 
 def open_answers(text):

@@ -17,7 +17,7 @@ from common.config import parse
 from data.prepare import DataConfig
 from eval import EvalConfig
 from exercises.solution.routers import rows
-from exercises.strip import EXERCISES, OWN, copied_files, definitions, make_copy, open_answers, strip, tasks_by_file
+from exercises.strip import EXERCISES, OWN, copied_files, definitions, make_copy, open_answers, strip
 from finetune import FinetuneConfig
 from mix import MixConfig
 from study.chain import ChainConfig
@@ -32,9 +32,9 @@ def source(path):
 # ---- stripping ----
 
 
-@pytest.mark.parametrize("path", tasks_by_file())
+@pytest.mark.parametrize("path", EXERCISES)
 def test_stripped_functions_have_their_signature_and_docstring_alone(path):
-    text, tasks = source(path), tasks_by_file()[path]
+    text, tasks = source(path), EXERCISES[path]
     stub = strip(text, tasks)
     before, after = definitions(text), definitions(stub)
     assert before.keys() == after.keys()
@@ -44,7 +44,8 @@ def test_stripped_functions_have_their_signature_and_docstring_alone(path):
             assert ast.get_docstring(before[name]) == ast.get_docstring(node)
             *docstring, error = node.body
             assert (
-                len(docstring) <= 1 and ast.unparse(error) == f"raise NotImplementedError('exercise {tasks[name][0]}')"
+                len(docstring) <= 1
+                and ast.unparse(error) == f"raise NotImplementedError('exercise {tasks[name].split('.')[0]}')"
             )
         elif not isinstance(node, ast.ClassDef):
             assert ast.get_source_segment(text, before[name]) == ast.get_source_segment(stub, node)
@@ -60,7 +61,7 @@ def test_the_solved_copy_is_the_tree_and_the_students_differs_in_the_exercises(t
     for target, path in copied_files().items():
         assert read(tmp_path / "solved" / target) == read(os.path.join(ROOT, path)), target
         same = read(tmp_path / "student" / target) == read(os.path.join(ROOT, path))
-        assert same == (path not in tasks_by_file() and path != f"{OWN}predictions.json"), target
+        assert same == (path not in EXERCISES and path != f"{OWN}predictions.json"), target
     own = {target for target in copied_files() if target.startswith("exercises")}
     assert own == {
         f"exercises/{name}" for name in ("__init__.py", "compute.py", "muon.py", "predictions.json", "routers.py")
@@ -81,13 +82,13 @@ def test_methods_nested_indents_and_docstrings_survive():
     text += 'class A:\n    def g(self):\n        """Two\n        lines."""\n        if self:\n            return 1\n'
     text += "        return 2\n\n    y = 1\n\n    def h(\n        self,\n    ):\n"
     text += "        for _ in self:\n            return 3\n        return 4\n"
-    tasks = {"f": (7, "Do f."), "A.g": (7, "Do g,\nwell."), "A.h": (8, "Do h.")}
+    tasks = {"f": "7. Do f.", "A.g": "7. Do g,\nwell.", "A.h": "8. Do h."}
     stub = strip(text, tasks)
     assert "return" not in stub and "        # well.\n" in stub and "\n    y = 1\n" in stub and "for _" not in stub
     assert stub.startswith(f'{head}    # Exercise 7. Do f.\n    raise NotImplementedError("exercise 7")\n\n\nclass A:')
     assert stub.endswith('    ):\n        # Exercise 8. Do h.\n        raise NotImplementedError("exercise 8")\n')
     with pytest.raises(KeyError, match="missing"):
-        strip(text, {"missing": (7, "")})
+        strip(text, {"missing": "7. Do it."})
 
 
 def test_no_answer_is_left_open_in_the_students_copy():
@@ -194,7 +195,8 @@ def test_marks_and_hours_add_up():
     """As docs/teaching.md says: 66 marks of 100 for the tests, fifteen hours of exercises."""
     rows = re.findall(r"^\| (\d+) \| .* \| ([\d.]+) \| (\d+) \|$", source("exercises/README.md"), re.M)
     numbers, hours, marks = (list(map(float, column)) for column in zip(*rows, strict=True))
-    assert numbers == list(range(1, len(EXERCISES) + 2)) and sum(hours) == 15 and sum(marks) == 66
+    stripped = {int(task.split(".")[0]) for tasks in EXERCISES.values() for task in tasks.values()}
+    assert numbers == [*sorted(stripped), 12] and sum(hours) == 15 and sum(marks) == 66
 
 
 def numbers(text):

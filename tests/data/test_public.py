@@ -171,7 +171,7 @@ def test_json_lines_give_the_same(prepare, texts, tmp_path):
         (["--source=nowhere"], "--source=nowhere is neither a known data set (fineweb-edu, "),
         (["--column=body"], "name local files that have a column 'body'"),
         (["--source=wikipedia"], "--source=wikipedia cannot be read"),
-        (["--tokenizer=nowhere"], "--tokenizer=nowhere: there is no tokenizer"),
+        (["--tokenizer=nowhere"], "nowhere has no tokenizer; give --tokenizer=FOLDER"),
         (["--tokens=0"], "tokens must lie in [1, inf)"),
     ],
 )
@@ -180,7 +180,7 @@ def test_what_is_wrong_is_said_in_one_line(flags, words, prepare):
 
 
 def test_no_tokenizer_or_another_one(prepare, data, tmp_path):
-    assert "has no tokenizer yet" in error_line(prepare("--tokenizer="))
+    assert "out has no tokenizer; give --tokenizer=FOLDER" in error_line(prepare("--tokenizer="))
     must(prepare("--domain=web"))
     (tmp_path / "other").mkdir()
     found = read_json(os.path.join(data, "tokenizer.json"))
