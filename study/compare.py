@@ -23,6 +23,7 @@ Writes compare.json, compare.md and a picture. --sweep=dense-cm,btx trains these
 """
 
 import dataclasses
+import functools
 import os
 import shlex
 
@@ -30,12 +31,8 @@ from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.run import read_log, read_run
 from study import tables
-from study.btm import ENSEMBLES
 from study.chain import StudyConfig, chain_of, parse_study, pipeline, tokens_of
 from study.draw import plot_differences
-
-SWEPT = ("dense-cm", "upcycle-cm", "btx-paper", "btx")
-COUNTS = ("active_params", "total_params", "train_tokens", "train_flops", "seconds")
 
 
 @dataclasses.dataclass
@@ -49,14 +46,11 @@ class CompareConfig(StudyConfig):
     branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py", free_text=True)
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py", free_text=True)
     even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py", free_text=True)
-    sweep: str = key("", f"rows to train with all of --rates instead, from {', '.join(SWEPT)}")
+    sweep: str = key("", "rows to train with all of --rates instead, from dense-cm, upcycle-cm, btx-paper, btx")
     rates: str = key("1e-3,3e-3,6e-3", "the learning rates of --sweep, the same for every row")
 
     def __post_init__(self):
         super().__post_init__()
-        for row in split_list(self.sweep):
-            if row not in SWEPT:
-                raise UserError(f"--sweep={self.sweep}: {row} is no row to sweep; choose from {', '.join(SWEPT)}")
         if not split_list(self.seeds) or not all(number.isdigit() for number in split_list(self.seeds)):
             raise UserError(f"--seeds={self.seeds}: write whole numbers separated by commas, such as 1,2,3")
 
@@ -68,61 +62,53 @@ def chain_with(config, number):
     return chain_of(config, folder, number, **stages)
 
 
-# ---- the baselines: each adds the jobs of one row, and returns the folder it trains into ----
+# ---- the baselines: each adds the jobs of its rows ----
 
 
-def whole_branches(config, chain, folder, steps):
-    """Branches in which all tensors train; returns all experts' folders, the seed's last."""
-    flags = (f"--max_steps={steps}", "--freeze=none", *shlex.split(config.branch_flags))
-    made = [
-        chain.branch(domain, *flags, folder=chain.config.path(f"compare/{folder}/expert-{domain}"))
-        for domain in chain.branched
-    ]
+def branches(chain, group, *flags):
+    """Branches of the comparison's own, in compare/<group>; returns all experts' folders, the seed's last."""
+    folder = chain.config.path(f"compare/{group}")
+    made = [chain.branch(domain, *flags, folder=f"{folder}/expert-{domain}") for domain in chain.branched]
     return [*made, chain.seed_folder]
 
 
-def paper(config, chain, *flags, folder="compare/btx-paper"):
+def whole_branches(config, chain, group, steps):
+    """The same, all tensors trained."""
+    return branches(chain, group, f"--max_steps={steps}", "--freeze=none", *shlex.split(config.branch_flags))
+
+
+def paper(config, chain, *flags, folder):
     """BTX as printed: branches in which all tensors train, random routers, everything but the experts averaged."""
-    name = "compare/paper/mixed"
-    if not any(job.name == name for job in chain.jobs):
+    mixed = chain.config.path("compare/paper/mixed")
+    if chain.names([mixed])[0] not in {job.name for job in chain.jobs}:
         experts = whole_branches(config, chain, "paper", chain.budget.branch.max_steps)
-        chain.mix(experts, folder=chain.config.path(name), stage="")
-    flags = (*shlex.split(config.paper_flags), *flags)
-    return chain.finetune(chain.config.path(name), *flags, folder=chain.config.path(folder))
+        chain.mix(experts, folder=mixed, stage="")
+    return chain.finetune(mixed, *shlex.split(config.paper_flags), *flags, folder=folder)
 
 
-def even(config, chain):
+def even(config, chain, folder):
     """BTX for the same FLOPs, half of its tokens in the branches and half in the finetuning."""
     budget = chain.budget
     half = budget.flops / (budget.branch_flops + budget.mixture_flops)  # tokens of the branches, and of the finetuning
     steps = round(half / len(chain.branched) / tokens_of(budget.branch, 1))
-    branches = [
-        chain.branch(domain, f"--max_steps={steps}", folder=chain.config.path(f"compare/even/expert-{domain}"))
-        for domain in chain.branched
-    ]
-    mixed = chain.mix([*branches, chain.seed_folder], folder=chain.config.path("compare/even/mixed"))
-    flags = (f"--max_steps={round(half / tokens_of(budget.finetuning, 1))}", *shlex.split(config.even_flags))
-    return chain.finetune(mixed, *flags, folder=chain.config.path("compare/btx-even"))
-
-
-def longer_branches(config, chain):
-    """Branches that share all FLOPs that BTX spends after the seed, for ensembles; returns all experts' folders."""
-    steps = chain.budget.dense_steps(chain.budget.flops / len(chain.branched))
-    return whole_branches(config, chain, "longer", steps)
+    experts = branches(chain, "even", f"--max_steps={steps}")
+    mixed = chain.mix(experts, folder=chain.config.path("compare/even/mixed"))
+    steps = round(half / tokens_of(budget.finetuning, 1))
+    return chain.finetune(mixed, f"--max_steps={steps}", *shlex.split(config.even_flags), folder=folder)
 
 
 def baselines(config, chain):
     """Add every row that needs no clock; returns their folders."""
     budget = chain.budget
-    mixed = chain.config.path("mixed")
+    path = chain.config.path
     dense_steps = round(budget.tokens / tokens_of(budget.branch, 1))
     upcycle_steps = round(budget.tokens / tokens_of(budget.finetuning, 1))
     return [
-        chain.dense(dense_steps, folder=chain.config.path("compare/dense-dm")),
-        chain.upcycle(upcycle_steps, folder=chain.config.path("compare/upcycle-dm")),
-        paper(config, chain),
-        chain.finetune(mixed, "--router=sample", folder=chain.config.path("compare/btx-sample")),
-        even(config, chain),
+        chain.dense(dense_steps, folder=path("compare/dense-dm")),
+        chain.upcycle(upcycle_steps, folder=path("compare/upcycle-dm")),
+        paper(config, chain, folder=path("compare/btx-paper")),
+        chain.finetune(path("mixed"), "--router=sample", folder=path("compare/btx-sample")),
+        even(config, chain, path("compare/btx-even")),
     ]
 
 
@@ -131,15 +117,13 @@ def time_matched(chain):
     spent = read_run(chain.config.path("btx"))["history"]
     before = read_run(chain.seed_folder)["history"]
     seconds = sum(cost["seconds"] for name, cost in spent.items() if name not in before)
-    steps = {}
-    for name in ("dense-cm", "upcycle-cm"):
-        folder = chain.config.path(f"compare/{name}")
-        record = read_run(folder)
-        steps[name] = max(1, round(seconds / record["history"][folder]["seconds"] * record["step"]))
-    return [
-        chain.dense(steps["dense-cm"], folder=chain.config.path("compare/dense-tm")),
-        chain.upcycle(steps["upcycle-cm"], folder=chain.config.path("compare/upcycle-tm")),
-    ]
+    made = []
+    for name, start in {"dense": chain.dense, "upcycle": chain.upcycle}.items():
+        rival = chain.config.path(f"compare/{name}-cm")
+        record = read_run(rival)
+        steps = max(1, round(seconds / record["history"][rival]["seconds"] * record["step"]))
+        made.append(start(steps, folder=chain.config.path(f"compare/{name}-tm")))
+    return made
 
 
 # ---- the comparison ----
@@ -150,19 +134,17 @@ def train_and_score(config, number):
     chain = chain_with(config, number)
     pipeline(chain)
     folders = baselines(config, chain)
-    chain.score_ensembles(longer_branches(config, chain), "-cm")
+    steps = chain.budget.dense_steps(chain.budget.flops / len(chain.branched))  # branches for all of BTX's FLOPs
+    chain.score_ensembles(whole_branches(config, chain, "longer", steps), "-cm")
     for folder in folders:
         chain.score(folder)
     chain.run()
     chain.jobs.clear()  # the rest has to know how long those took
-    timed = time_matched(chain)
-    for folder in timed:
+    for folder in time_matched(chain):
         chain.score(folder)
     chain.run()
     results = read_json(chain.config.path("report/results.json"), "run again")
-    names = {"seed", "soup", "mixed", "btx", "dense-cm", "upcycle-cm"}
-    names |= {f"expert-{domain}" for domain in chain.branched}
-    names |= {*map(os.path.basename, [*folders, *timed]), *ENSEMBLES, *(f"{name}-cm" for name in ENSEMBLES)}
+    names = {*tables.WORDS, *(f"expert-{domain}" for domain in chain.branched)}  # the folder may hold others
     results["rows"] = tables.in_order([row for row in results["rows"] if row["name"] in names])
     for row in results["rows"]:
         tables.add_average(row)
@@ -178,24 +160,23 @@ def sweep(config):
     chain = chain_with(config, split_list(config.seeds)[0])
     chain.config.report = False
     pipeline(chain)
-    budget = chain.budget
+    starts = {
+        "dense-cm": functools.partial(chain.dense, chain.budget.dense_steps()),
+        "upcycle-cm": functools.partial(chain.upcycle, chain.budget.upcycle_steps()),
+        "btx-paper": functools.partial(paper, config, chain),
+        "btx": functools.partial(chain.finetune, chain.config.path("mixed")),
+    }
     found = {name: {} for name in split_list(config.sweep)}
-    for name in found:
+    for name, folders in found.items():
+        if name not in starts:
+            raise UserError(f"--sweep={config.sweep}: {name} is no row to sweep; choose from {', '.join(starts)}")
         for rate in split_list(config.rates):
-            folder, flag = f"compare/sweep/{name}-{rate}", f"--learning_rate={rate}"
-            if name == "dense-cm":
-                chain.dense(budget.dense_steps(), flag, folder=chain.config.path(folder))
-            elif name == "upcycle-cm":
-                chain.upcycle(budget.upcycle_steps(), flag, folder=chain.config.path(folder))
-            elif name == "btx-paper":
-                paper(config, chain, flag, folder=folder)
-            else:
-                chain.finetune(chain.config.path("mixed"), flag, folder=chain.config.path(folder))
-            found[name][rate] = folder
+            folder = chain.config.path(f"compare/sweep/{name}-{rate}")
+            folders[rate] = starts[name](f"--learning_rate={rate}", folder=folder)
     chain.run()
     return {
-        name: {rate: read_log(chain.config.path(folder))[-1]["bpb"]["avg"] for rate, folder in rates.items()}
-        for name, rates in found.items()
+        name: {rate: read_log(folder)[-1]["bpb"]["avg"] for rate, folder in folders.items()}
+        for name, folders in found.items()
     }
 
 
@@ -204,7 +185,7 @@ def mean_rows(chains):
     rows = []
     for same in zip(*chains, strict=True):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
-        counts = {name: sum(row[name] for row in same) / len(same) for name in COUNTS}
+        counts = {name: sum(row[name] for row in same) / len(same) for name in (*tables.COUNTS, "seconds")}
         stale = tables.stale_together(same)
         rows.append({"name": same[0]["name"], **tables.mean_and_std(same), **counts, "stale": stale})
     return rows

@@ -1,5 +1,6 @@
 """Chains and the comparison: recipes read back from run.json, budgets counted in logs, verdicts worked out by hand."""
 
+import dataclasses
 import json
 import os
 
@@ -22,7 +23,8 @@ def out(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(chain_configs, out):
     flags = {"branch_flags": "--learning_rate=4e-3", "paper_flags": "--router_learning_rate=2.0"}
-    flags |= {"even_flags": "--router_learning_rate=5.0", "rates": "1e-3,3e-3", "sweep": ",".join(compare.SWEPT)}
+    flags |= {"even_flags": "--router_learning_rate=5.0", "rates": "1e-3,3e-3"}
+    flags["sweep"] = "dense-cm,upcycle-cm,btx-paper,btx"
     return compare.CompareConfig(
         configs=chain_configs, out_dir=os.path.dirname(out), seeds="3", domains="math,rain", **flags
     )
@@ -175,13 +177,18 @@ def test_the_headline(results):
 
 def test_the_sweep_scores_on_validation_text(config, out, results):
     found = compare.sweep(config)
-    assert list(found) == list(compare.SWEPT)
+    assert list(found) == config.sweep.split(",")
     for name, scores in found.items():
         for rate in ("1e-3", "3e-3"):
             folder = f"{out}/compare/sweep/{name}-{rate}"
             assert scores[rate] == read_log(folder)[-1]["bpb"]["avg"]
             assert read_json(f"{folder}/run.json")["recipe"]["config"]["learning_rate"] == float(rate)
         assert scores["1e-3"] != scores["3e-3"]
+
+
+def test_rows_that_nobody_sweeps(config, out, results):
+    with pytest.raises(UserError, match="soup is no row to sweep; choose from dense-cm"):
+        compare.sweep(dataclasses.replace(config, sweep="soup"))
 
 
 def test_seeds_that_are_no_numbers():
@@ -209,7 +216,7 @@ def test_what_run_sh_is_given_reaches_every_chain(chain_configs):
         chain.pipeline(made)
         flags = {job.name: job.arguments for job in made.jobs}
         assert "--splice=0.1" in flags["seed"] and "--splice=0.2" in flags["expert-math"]
-        assert "--splice=0.3" in flags["btx"] and "--dtype=float32" in flags["scores/btx"]
+        assert "--splice=0.3" in flags["btx"] and "--dtype=float32" in flags["scores/seed"]
     assert folders == {"1": "some", "2": "some/seed2"}
 
 
