@@ -38,19 +38,19 @@ from model import Output, Transformer
 class EnsembleCache:
     """What an ensemble of N experts knows of B texts so far.
 
-    caches: the experts' key-value caches. evidence: (B, N), summed over the text, whatever a subclass goes by.
+    caches: the experts' key-value caches. evidence: (B, 1, N), summed over the text, whatever a subclass goes by.
     expected: N of (B, V), log-probabilities of the next token; 0 before the first, which no expert predicts.
     """
 
     def __init__(self, caches, batch_size, vocab_size, device):
         self.caches = caches
-        self.evidence = torch.zeros(batch_size, len(caches), device=device)
+        self.evidence = torch.zeros(batch_size, 1, len(caches), device=device)
         self.expected = [torch.zeros(batch_size, vocab_size, device=device) for _ in caches]
 
     def add(self, evidence):
         """Append the evidence of T tokens, (B, T, N). Returns the sums up to and including each token, (B, T, N)."""
-        sums = self.evidence.unsqueeze(1) + evidence.cumsum(dim=1)
-        self.evidence = sums[:, -1]
+        sums = self.evidence + evidence.cumsum(dim=1)
+        self.evidence = sums[:, -1:]
         return sums
 
 
@@ -183,8 +183,6 @@ def expert_profiles(mixtures, counts):
 
 def load_nearest(folders, corpus, k):
     """Read expert checkpoints into a NearestEnsemble on the CPU; profiles come from their domains' training text."""
-    if len(folders) < k:
-        raise UserError(f"--experts={','.join(folders)}: top-{k} needs at least {k} experts")
     mixtures = [trained_on(folder) for folder in folders]
     models = [Transformer.from_pretrained(folder) for folder in folders]
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
@@ -273,28 +271,29 @@ class EnsembleConfig(EvalConfig):
     suffix: str = key("", "what to add to the rows' names, to tell two sets of experts apart")
 
 
-def ensemble_entry(name, folders, corpus, config, device, readings):
-    """The Entry of one of ENSEMBLES. readings: those that all ensembles of these experts share."""
-    identity = hash_of([name, [parent_of(folder)[0] for folder in folders]])
-
-    def load():
-        ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device, readings)
-        ensemble.readings = readings
-        return ensemble
-
-    return Entry(name + config.suffix, identity, history_of(folders), load)
-
-
 def main():
     config = parse(EnsembleConfig)
     folders = split_list(config.experts)
     if config.model or not folders:
         raise UserError("give the ensembles' experts, --experts=DIR,DIR, and no --model, whose rows eval.py makes")
+    if len(folders) < 2:
+        raise UserError(f"--experts={config.experts}: top-2 needs at least 2 experts")
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     device = pick_device(config.device, config.threads)
     readings = {}
-    evaluate(config, corpus, [ensemble_entry(name, folders, corpus, config, device, readings) for name in ENSEMBLES])
+    ids = [parent_of(folder)[0] for folder in folders]
+
+    def load(name):
+        ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device, readings)
+        ensemble.readings = readings
+        return ensemble
+
+    entries = []
+    for name in ENSEMBLES:
+        identity = hash_of([name, ids])
+        entries.append(Entry(name + config.suffix, identity, history_of(folders), functools.partial(load, name)))
+    evaluate(config, corpus, entries)
 
 
 if __name__ == "__main__":
