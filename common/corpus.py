@@ -29,7 +29,7 @@ def _fraction(text):
 
 def split_of(key):
     """ "val" for about 5% of all keys, "test" for as many, else "train". It does not depend on a seed: a source
-    file that gives prose its test text cannot give code its training text, whenever either was prepared."""
+    file that gives one domain its test text cannot give another its training text, whenever either was prepared."""
     number = int(_fraction(f"split {key}") / HELD_OUT_SHARE)
     return HELD_OUT[number] if number < len(HELD_OUT) else "train"
 
@@ -37,14 +37,6 @@ def split_of(key):
 def in_hash_order(keys, seed):
     """The keys in an order that mixes all sources evenly and depends only on the keys and the seed."""
     return sorted(keys, key=lambda key: _fraction(f"order {seed} {key}"))
-
-
-def check_splits(meta, folder):
-    """UserError when `meta`, the meta.json of a domain's folder, is from before there was a test split."""
-    if "test" not in meta:
-        raise UserError(
-            f"{folder} was prepared without a test split; prepare it again with --overwrite=True or another --out_dir"
-        )
 
 
 class Corpus:

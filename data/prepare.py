@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse, split_list
-from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_splits
+from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer, local_folder
 from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
@@ -99,7 +99,6 @@ def is_finished(folder, recipe, config):
         return False
     remedy = "use --overwrite=True or another --out_dir"
     meta = read_json(path, remedy)
-    check_splits(meta, folder)
     old = meta["recipe"]
     if differing := [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]:
         raise UserError(f"{folder} was prepared with other settings ({', '.join(differing)}); {remedy}")
