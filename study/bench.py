@@ -181,14 +181,14 @@ def subjects(config, width, device, dtype):
 # ---- the tasks ----
 
 
-def in_turns(config, device, subjects, function, *arguments):
-    """{name: [seconds]} of function(subject, *arguments), which {name: subject} take turns to run; two turns warm up.
+def in_turns(config, device, found, function, *arguments):
+    """{name: [seconds]} of function(subject, *arguments) for each of {name: subject}, in turns, two of which warm up.
     What a GPU still has to do is waited for."""
     clock = time.perf_counter if config.clock == "wall" else time.process_time
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = {name: [] for name in subjects}
+    times = {name: [] for name in found}
     for _ in range(2 + config.turns):
-        for name, subject in subjects.items():
+        for name, subject in found.items():
             finish()
             start = clock()
             function(subject, *arguments)
