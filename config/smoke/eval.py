@@ -4,5 +4,5 @@ out_dir = "out/smoke/report"
 data_dir = "out/smoke/data"
 sequence_length = 128
 eval_windows = 8
-task_problems = 20
-max_new_tokens = 40
+task_problems = 8
+max_new_tokens = 16
