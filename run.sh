@@ -55,9 +55,9 @@ else
 fi
 
 settings=(--size="$size" --domains="$all" --flags="${FLAGS:-}" --launch="${LAUNCH:-}" --jobs="${JOBS:-0}")
-stages=(--seed_flags="${SEED_FLAGS:-}" --expert_flags="${EXPERT_FLAGS:-}" --finetune_flags="${FINETUNE_FLAGS:-}")
+settings+=(--seed_flags="${SEED_FLAGS:-}" --expert_flags="${EXPERT_FLAGS:-}" --finetune_flags="${FINETUNE_FLAGS:-}")
 case $task in
-    compare) exec $python -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" "${stages[@]}" \
+    compare) exec $python -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" \
         --seeds="$(echo ${SEEDS:-1 2 3} | tr ' ' ,)" ;;
     regime) exec $python -m study.regime "${settings[@]}" --out_dir="${OUT:-out/$size}" ;;
     quick) rivals=False ;;
@@ -66,7 +66,7 @@ esac
 # seed, branches, mixture and finetuning; dense training and upcycling beside them; scores and the report
 report=True
 [ "$task" != chain ] || report=False
-$python -m study.chain "${settings[@]}" "${stages[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
+$python -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
     --generalist="$generalist" --mixture="$mixture" --rivals=$rivals --report=$report
 if [ "$task" = ablate ]; then
     $python -m study.ablate "${settings[@]}" --out_dir="$out"

@@ -99,7 +99,10 @@ class Corpus:
         and targets, each (count, length)."""
         tokens = self.tokens(domain, split, length)
         count = min(count, (len(tokens) - 1) // length)
-        return cut(tokens, np.linspace(0, len(tokens) - length - 1, count).astype(int), length)
+        starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)
+        rows = np.stack([tokens[start : start + length + 1] for start in starts])  # (count, length + 1)
+        rows = torch.from_numpy(rows.astype(np.int64))
+        return rows[:, :-1], rows[:, 1:]
 
     def spliced(self, split, length, count):
         """About `count` windows whose first half is from one domain and whose second half is from another: for each
@@ -124,12 +127,6 @@ class Corpus:
                 return [json.loads(line) for line in file][:count]
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
-
-
-def cut(tokens, starts, length):
-    """Windows of `length` tokens and their next-token targets: two int64 tensors (len(starts), length)."""
-    rows = torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
 
 
 class Batches:

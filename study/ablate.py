@@ -88,8 +88,7 @@ def add_variant(config, chain, experts, variant, number):
     name = slug(f"{variant.name} seed{number}")
     steps = config.long_steps if variant.long else config.steps
     chain.config.seed = number
-    if chain.names([mixed])[0] not in {job.name for job in chain.jobs}:
-        chain.mix(chosen, *variant.mix.split(), folder=mixed)
+    chain.mix(chosen, *variant.mix.split(), folder=mixed)
     flags = f"--max_steps={steps}", f"--eval_interval={steps}", *variant.finetune.split()
     finetuned = chain.finetune(mixed, *flags, folder=config.path(f"ablate/{name}"))
     scores = "eval.py", config.stage("eval"), f"--model={finetuned}", f"--out_dir={config.path('ablate/scores')}"

@@ -18,13 +18,12 @@ import dataclasses
 import functools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.config import key, parse, split_list
-from common.corpus import Corpus, cut
+from common.corpus import Corpus
 from common.device import pick_device
 from common.errors import UserError, command
 from common.hf import same_tokenizer
@@ -162,10 +161,9 @@ class NearestEnsemble(Ensemble):
 
 
 def term_counts(corpus, domain, vocab_size, length=256, windows=500):
-    """(windows, V) token counts of windows spread evenly over a domain's training text."""
-    tokens = corpus.tokens(domain, "train", length)
-    rows, _ = cut(tokens, np.linspace(0, len(tokens) - length - 1, windows).astype(int), length)
-    return torch.zeros(windows, vocab_size).scatter_add_(1, rows, torch.ones_like(rows, dtype=torch.float32))
+    """(windows, V) token counts of up to so many windows spread evenly over a domain's training text."""
+    rows, _ = corpus.windows(domain, "train", length, windows)
+    return torch.zeros(len(rows), vocab_size).scatter_add_(1, rows, torch.ones_like(rows, dtype=torch.float32))
 
 
 def expert_profiles(mixtures, counts):

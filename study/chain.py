@@ -42,6 +42,9 @@ class StudyConfig:
     out_dir: str = key("", "the folder of that pipeline; empty is out/SIZE")
     domains: str = key("code,math,wiki", "the domains, a branch each")
     flags: str = key("", "flags of every stage that trains or scores", free_text=True)
+    seed_flags: str = key("", "flags of the seed's training", free_text=True)
+    expert_flags: str = key("", "flags of the branches'", free_text=True)
+    finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
     launch: str = key("", "what starts train.py and finetune.py, such as torchrun --nproc_per_node=8", free_text=True)
     jobs: int = key(0, "jobs that run side by side; 0 is as many as there are GPUs, or cores", within="[0, inf)")
 
@@ -68,9 +71,6 @@ class ChainConfig(StudyConfig):
     mixture: str = key("", "what the finetuning reads, such as code:3,math:1; empty is all domains evenly")
     rivals: bool = key(True, "train dense and upcycled models for BTX's FLOPs, too")
     report: bool = key(True, "score every model and write the report")
-    seed_flags: str = key("", "flags of the seed's training", free_text=True)
-    expert_flags: str = key("", "flags of the branches'", free_text=True)
-    finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
     dense_flags: str = key("", "flags of dense training, on top of expert.py", free_text=True)
     upcycle_flags: str = key("", "flags of upcycling, on top of finetune.py", free_text=True)
 
@@ -242,11 +242,13 @@ class Chain:
         self.data = read_settings(config, "seed" if not config.published else "finetune").data_dir
 
     def add(self, folder, script, stage, *flags, needs=(), trains=False):
-        """A job that runs one of our scripts with a stage's config; returns its folder."""
+        """A job that runs one of our scripts with a stage's config, once; returns its folder."""
         settings = [self.config.stage(stage)] if stage and os.path.exists(self.config.stage(stage)) else []
         arguments = (script, *settings, f"--out_dir={folder}", *flags)
         arguments += tuple(shlex.split(self.config.flags)) if trains else ()
-        self.jobs.append(Job(os.path.relpath(folder, self.config.out_dir), arguments, self.names(needs), trains))
+        job = Job(*self.names([folder]), arguments, self.names(needs), trains)
+        if job.name not in {other.name for other in self.jobs}:
+            self.jobs.append(job)
         return folder
 
     def names(self, folders):
@@ -293,9 +295,8 @@ class Chain:
     def upcycle(self, steps, *flags, folder=None):
         """Copies of the seed model as the experts (Komatsuzaki et al. 2022), with the data that BTX reads."""
         copies = [self.seed_folder] * (len(self.branched) + 1)
-        upcycled = self.config.path("compare/upcycled")
-        if not any(job.name == "compare/upcycled" for job in self.jobs):
-            self.mix(copies, f"--num_experts_per_tok={self.budget.experts_per_token}", folder=upcycled, stage="")
+        flags_of_copies = f"--num_experts_per_tok={self.budget.experts_per_token}"
+        upcycled = self.mix(copies, flags_of_copies, folder=self.config.path("compare/upcycled"), stage="")
         folder = folder or self.config.path("compare/upcycle-cm")
         flags = (f"--max_steps={steps}", *shlex.split(self.config.upcycle_flags), *flags)
         return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)

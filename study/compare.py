@@ -40,9 +40,6 @@ class CompareConfig(StudyConfig):
     """Train the chains of some random seeds and all baselines beside them, evaluate them, and compare."""
 
     seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
-    seed_flags: str = key("", "flags of the seed's training", free_text=True)
-    expert_flags: str = key("", "flags of the branches'", free_text=True)
-    finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
     branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py", free_text=True)
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py", free_text=True)
     even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py", free_text=True)
@@ -58,8 +55,7 @@ class CompareConfig(StudyConfig):
 def chain_with(config, number):
     """The Chain of one random seed, where run.sh has it: the first in out_dir, others in out_dir/seedN."""
     folder = config.out_dir if number == "1" else config.path(f"seed{number}")
-    stages = {name: getattr(config, name) for name in ("seed_flags", "expert_flags", "finetune_flags")}
-    return chain_of(config, folder, number, **stages)
+    return chain_of(config, folder, number)
 
 
 # ---- the baselines: each adds the jobs of its rows ----
@@ -79,10 +75,8 @@ def whole_branches(config, chain, group, steps):
 
 def paper(config, chain, *flags, folder):
     """BTX as printed: branches in which all tensors train, random routers, everything but the experts averaged."""
-    mixed = chain.config.path("compare/paper/mixed")
-    if chain.names([mixed])[0] not in {job.name for job in chain.jobs}:
-        experts = whole_branches(config, chain, "paper", chain.budget.branch.max_steps)
-        chain.mix(experts, folder=mixed, stage="")
+    experts = whole_branches(config, chain, "paper", chain.budget.branch.max_steps)
+    mixed = chain.mix(experts, folder=chain.config.path("compare/paper/mixed"), stage="")
     return chain.finetune(mixed, *shlex.split(config.paper_flags), *flags, folder=folder)
 
 

@@ -43,10 +43,11 @@ def points_of(config):
 
 
 def length_flags(config, stage, scale):
-    """A stage's steps and warm-up, times a scale."""
-    settings = read_settings(config, stage)
+    """A stage's flags, its steps and warm-up times a scale."""
+    given = getattr(config, f"{stage}_flags")
+    settings = read_settings(config, stage, given)
     steps = max(1, round(settings.max_steps * scale))
-    return f"--max_steps={steps} --warmup_steps={round(settings.warmup_steps * steps / settings.max_steps)}"
+    return f"{given} --max_steps={steps} --warmup_steps={round(settings.warmup_steps * steps / settings.max_steps)}"
 
 
 def shape_flags(config, width):
