@@ -31,7 +31,7 @@ class HeadLoss(Function):
             total = total + F.nll_loss(log_probs, t, reduction="sum", ignore_index=IGNORE)
             counts = (t != IGNORE).unsqueeze(1)  # (rows, 1)
             # softmax minus the one-hot target, the gradient of cross-entropy
-            gradient = log_probs.exp_() * counts
+            gradient = log_probs.exp_().mul_(counts)
             gradient = gradient.scatter_add_(1, t.clamp(min=0).unsqueeze(1), -counts.float()).to(x.dtype)
             x_gradients.append(gradient @ head)
             weight_gradient += gradient.T @ h

@@ -6,7 +6,7 @@ data_dir = "out/cpu/data"
 domain = "code"
 freeze = "embeddings,attention,norms"  # averaging what branches share then harms nothing (docs/mixing.md)
 
-max_steps = 300
+max_steps = 400
 batch_size = 8
 micro_batch_size = 8
 sequence_length = 256
@@ -14,4 +14,4 @@ learning_rate = 6e-3
 min_learning_rate = 0.02
 warmup_steps = 25
 eval_interval = 100
-save_interval = 150
+save_interval = 200

@@ -5,7 +5,7 @@ out_dir = "out/cpu/btx"
 data_dir = "out/cpu/data"
 domain = "code,math,wiki"
 
-max_steps = 150  # a seventh of what follows the seed, as in the paper
+max_steps = 210  # a seventh of what follows the seed, as in the paper
 batch_size = 8
 micro_batch_size = 8
 sequence_length = 256
@@ -15,5 +15,5 @@ router_aux_loss_coef = 0.0  # three domains in even shares balance themselves
 min_learning_rate = 0.02
 warmup_steps = 10
 splice = 0.5
-eval_interval = 50
-save_interval = 75
+eval_interval = 70
+save_interval = 105
