@@ -30,7 +30,8 @@ def test_grids_that_make_no_sense(flags):
 
 
 def test_warm_up_keeps_its_proportion(config):
-    assert length_flags(config, "expert", 2.0) == "--max_steps=24 --warmup_steps=6"
+    config.expert_flags = "--learning_rate=1e-3"
+    assert length_flags(config, "expert", 2.0) == "--learning_rate=1e-3 --max_steps=24 --warmup_steps=6"
 
 
 def test_a_point_by_its_real_commands(config, in_this_process):
