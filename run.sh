@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole pipeline. study/chain.py starts its stages, each a plain command that also works when typed alone.
 #
-#   bash run.sh          config/cpu: about 20 minutes on two cores of an AMD EPYC
-#   bash run.sh smoke    every stage at toy size
-#   bash run.sh lesson   the course's size, a few minutes
+#   bash run.sh          config/cpu: 17 minutes on two cores of an AMD EPYC
+#   bash run.sh smoke    every stage at toy size: a minute
+#   bash run.sh lesson   the course's size: 5 minutes
 #   bash run.sh gpu      config/gpu: one CUDA GPU, or several
 #   bash run.sh smollm   from a published model: config/smollm, config/llama2-7b (a README.md in each)
 #   bash run.sh cpu quick     without the rivals, dense training and upcycling
