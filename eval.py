@@ -169,12 +169,10 @@ def checkpoint_entry(folder):
     )
 
 
-def score(entry, model, corpus, config):
+def score(entry, model, windows, corpus, config):
     """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
     cost = total_cost(entry.history)
     active, total = model.num_parameters()
-    length, count = config.sequence_length, config.eval_windows
-    windows = {domain: corpus.windows(domain, config.split, length, count) for domain in corpus.domains}
     scores = validation_scores(model, windows, corpus.token_bytes)
     if "load" in scores:
         scores["experts"] = model.config.expert_names
@@ -248,10 +246,12 @@ def evaluate(config, corpus, entries):
     keep = not config.overwrite  # until the first new row replaces what is there
     rows = {row["name"]: row for row in results_so_far(path, corpus, config, keep)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
+    length, count = config.sequence_length, config.eval_windows
+    windows = {domain: corpus.windows(domain, config.split, length, count) for domain in corpus.domains if todo}
     for entry in tqdm(todo, desc="evaluate", unit="model", dynamic_ncols=True, disable=not todo):
         model = place(entry.load(), device, config.dtype)
         check_fits(entry, model, corpus, config)
-        rows[entry.name] = score(entry, model, corpus, config)
+        rows[entry.name] = score(entry, model, windows, corpus, config)
         with locked(config.out_dir, wait=True):
             results = results_so_far(path, corpus, config, keep)
             others = {row["name"]: row for row in results["rows"]}

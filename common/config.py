@@ -55,28 +55,29 @@ def parse(cls, argv=None):
 
 def _read_file(path, fields):
     """Parse the `name = literal` lines of a config file into a dict, checked against the fields."""
-    with open(path, "rb") as file:
-        text = file.read()
     try:
-        statements = ast.parse(text).body
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
+            statements = ast.parse(file.read()).body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # no Python, or no UTF-8
         where = f"{path}:{getattr(error, 'lineno', None) or 1}"
         raise UserError(f"{where}: {getattr(error, 'msg', error)}; write `key = value` lines in UTF-8") from None
-    values = {}
+    values, lines = {}, {}
     for statement in statements:
         where = f"{path}:{statement.lineno}"
         match statement:
             case ast.Expr(value=ast.Constant()):  # a docstring
                 continue
-            case ast.Assign(targets=[ast.Name(id=name)]) if name not in values:
+            case ast.Assign(targets=[ast.Name(id=name)]):
                 field = fields.get(name) or _unknown(name, fields, where)
             case _:
-                raise UserError(f"{where}: a config file holds only lines of the form `key = value`, each key once")
+                raise UserError(f"{where}: a config file holds only lines of the form `key = value`")
+        if name in values:
+            raise UserError(f"{where}: {name} is set a second time (first on line {lines[name]})")
         try:
             value = ast.literal_eval(statement.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
             raise UserError(f"{where}: {name} must be a plain number, string or True/False") from None
-        values[name] = _checked(field, value, where)
+        values[name], lines[name] = _checked(field, value, where), statement.lineno
     return values
 
 

@@ -4,6 +4,7 @@ Batches and windows are functions of their arguments alone. The batch of step 81
 resumed one, and split over any number of processes, so there is no loader state to save.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -54,8 +55,16 @@ class Corpus:
         if only != "all":
             self.domains = sorted(self.mixture(only))
         self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), REMEDY) for name in self.domains}
-        self.encoding = load_tokenizer(folder)  # a tiktoken.Encoding
-        self.token_bytes = torch.from_numpy(token_bytes(self.encoding))  # (V,) int64: bytes of text, of each token
+
+    @functools.cached_property
+    def encoding(self):
+        """The tiktoken.Encoding. Large ones take a second to load, and who asks for hashes alone needs none."""
+        return load_tokenizer(self.folder)
+
+    @functools.cached_property
+    def token_bytes(self):
+        """(V,) int64: how many bytes of text each token stands for."""
+        return torch.from_numpy(token_bytes(self.encoding))
 
     def hashes(self, domains=None):
         """{domain: hash of its text}, of some domains or all."""

@@ -155,20 +155,32 @@ def read_log(folder):
         return [json.loads(line) for line in file]
 
 
-@contextlib.contextmanager
-def locked(folder, wait=False):
-    """Keep other processes out of a folder, which is made where it is missing; UserError when one is in there, or
-    wait for it. The lock ends with its process, even a killed one."""
+def _open_and_lock(folder, wait):
+    """A descriptor of a folder that holds its lock; see `locked`."""
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            remedy = "let it finish, or choose another --out_dir"
-            raise UserError(f"another process is writing into {folder}; {remedy}") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        remedy = "let it finish, or choose another --out_dir"
+        raise UserError(f"another process is writing into {folder}; {remedy}") from None
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False):
+    """Keep other processes out of a folder, which is made where it is missing; UserError when one is in there, or
+    wait for it. The lock ends with its process, even a killed one. A folder that stays empty is removed again."""
+    descriptor = _open_and_lock(folder, wait)
+    while not os.path.exists(folder) or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+        os.close(descriptor)  # the process before us has removed the folder, as below
+        descriptor = _open_and_lock(folder, wait)
+    try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # if it is empty
         os.close(descriptor)
 
 

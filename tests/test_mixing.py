@@ -264,7 +264,7 @@ BAD = {
 def test_options_that_make_no_sense_are_error_lines(flags, seed, experts, tmp_path):
     done = run("mix.py", f"--experts={','.join([*experts, seed])}", f"--out_dir={tmp_path}/mixed", *flags.split())
     assert BAD[flags] in error_line(done)
-    assert not any((tmp_path / "mixed").glob("*"))
+    assert not (tmp_path / "mixed").exists()
 
 
 VARIANTS = {

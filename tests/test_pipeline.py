@@ -1,5 +1,4 @@
-"""The pipeline at toy size, from an empty folder to the report, in a copy of the repository; without the rivals, whose
-jobs tests/study/test_chain.py knows, and which CI trains in a comparison."""
+"""The whole pipeline at toy size, from an empty folder to the report, in a copy of the repository."""
 
 import os
 import shutil
@@ -9,7 +8,8 @@ import sys
 import pytest
 from helpers import ROOT, read, read_json
 
-NAMES = "seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
+NAMES = "dense-cm upcycle-cm "
+NAMES += "seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +21,25 @@ def copy(tmp_path_factory):
 
 def pipeline(copy):
     environment = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", "run.sh", "smoke", "quick"]
-    return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    return subprocess.run(["bash", "run.sh", "smoke"], cwd=copy, env=environment, capture_output=True, text=True)
 
 
 def test_smoke_pipeline(copy):
+    """First with a branch that cannot run: the others do. Then again: what is finished is skipped, the rest is made."""
     out = copy / "out" / "smoke"
+    (out / "expert-wiki").mkdir(parents=True)
+    (out / "expert-wiki" / "notes.txt").write_text("not of a run")
+    done = pipeline(copy)
+    assert done.returncode == 2
+    assert "expert-wiki failed" in done.stderr and "Traceback" not in done.stderr
+    finished = [out / name / "model.safetensors" for name in ("seed", "expert-code", "expert-math")]
+    before = [path.stat().st_mtime_ns for path in finished]
+
+    shutil.rmtree(out / "expert-wiki")
     done = pipeline(copy)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "**Branch-Train-MiX**" in done.stdout
+    assert done.stdout.count("already there, kept") == 3 and done.stdout.count("nothing to do") == 6
+    assert [path.stat().st_mtime_ns for path in finished] == before
 
     results = read_json(out / "report" / "results.json")
     rows = {row["name"]: row for row in results["rows"]}

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -51,7 +50,7 @@ def test_weight_decay_is_for_matrices_and_routers_have_their_rate(btx):
 
 
 @pytest.fixture
-def numbers(data, tmp_path):
+def numbers(tmp_path):
     """Domains whose tokens say where they are from: `low` counts from 0, `high` from 5000."""
     for name, tokens in (("low", range(900)), ("high", range(5000, 5400))):
         folder = tmp_path / name
@@ -60,8 +59,6 @@ def numbers(data, tmp_path):
         np.array(tokens, dtype="uint16").tofile(folder / "val.bin")
         np.array(tokens[::-1], dtype="uint16").tofile(folder / "test.bin")
         (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "test": {}}))
-    for name in ("tiktoken.json", "tokenizer.tiktoken"):
-        shutil.copy(os.path.join(data, name), tmp_path)
     return Corpus(str(tmp_path))
 
 

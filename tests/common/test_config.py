@@ -47,7 +47,7 @@ def test_file_then_flags(tmp_path):
         ("overwrite = 1", 1, "overwrite must be bool"),
         ("name = 3", 1, "name must be str"),
         ("mode = 'slow'", 1, "mode must be one of 'fast', 'exact', got 'slow'"),
-        ("steps = 1\nname = 'a'\nsteps = 2", 3, "each key once"),
+        ("steps = 1\nname = 'a'\nsteps = 2", 3, "steps is set a second time (first on line 1)"),
         ("steps = 1\nimport os", 2, "only lines of the form `key = value`"),
         ("steps = len('abc')", 1, "steps must be a plain number, string or True/False"),
         ("name = f'{1}'", 1, "name must be a plain number, string or True/False"),

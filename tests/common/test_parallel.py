@@ -193,7 +193,7 @@ def test_the_log_has_the_means_over_processes_and_steps(flags, tmp_path):
 
 def test_shards_must_divide_the_processes(flags, tmp_path):
     message = error_line(run("train.py", *flags["train.py"], f"--out_dir={tmp_path}/run", "--shard_size=2"))
-    assert "--shard_size=2" in message and "1 process(es)" in message
+    assert "--shard_size=2" in message and "1 process(es)" in message and not (tmp_path / "run").exists()
 
 
 # ---- messages ----
@@ -400,7 +400,7 @@ def test_a_state_moves_between_ways_to_spread_it(four, tmp_path):
 )
 def test_what_does_not_fit_is_refused(options, message, four, tmp_path):
     said = error_line(run("finetune.py", *four, *options, f"--out_dir={tmp_path}/run"))
-    assert options[0] in said and message in said
+    assert options[0] in said and message in said and not (tmp_path / "run").exists()
 
 
 def test_a_dense_model_has_no_experts_to_divide(seed, data, tmp_path):

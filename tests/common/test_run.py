@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM
 import train as train_file
 from common import run as runs
 from common.config import parse
+from common.errors import UserError
 from common.hf import weights_hash
 from finetune import FinetuneConfig, load_mixture
 from model import Transformer
@@ -423,6 +424,21 @@ def test_the_log_has_the_means_of_the_steps_since_its_last_line(mixed, data, tmp
 
 
 # ---- locks, and folders that stay empty ----
+
+
+def test_a_refused_run_leaves_no_folder(flags, seed, tmp_path):
+    config = parse(TrainConfig, [*flags, f"--out_dir={tmp_path}/run"])
+    seen = []
+
+    def refuse(*arguments):
+        seen.append(os.listdir(tmp_path / "run"))
+        raise UserError("no model today")
+
+    with pytest.raises(UserError, match="no model today"):
+        train(config, refuse)
+    assert seen == [[]] and not (tmp_path / "run").exists()
+    error_line(run("mix.py", f"--experts={seed}", f"--out_dir={tmp_path}/mixed"))
+    assert not (tmp_path / "mixed").exists()
 
 
 def test_who_is_refused_leaves_the_folder_of_the_other(flags, tmp_path):

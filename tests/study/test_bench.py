@@ -26,12 +26,12 @@ class GPT(torch.nn.Module):
 """
 
 
-@pytest.mark.parametrize("compile", ["on", "off"])
-def test_bench_measures_everyone(compile, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "compile"), [("float32", "on"), ("bfloat16", "off")])
+def test_bench_measures_everyone(dtype, compile, tmp_path, monkeypatch):
     """Compiled models at no compiler's expense: what it makes is in test_device.py and test_routing.py."""
     monkeypatch.setattr(torch, "compile", lambda part: part)
     (tmp_path / "model.py").write_text(PEER)
-    flags = *TINY, "--dtypes=float32", "--new_tokens=2", f"--nanogpt={tmp_path}", "--clock=cpu", "--device=cpu"
+    flags = *TINY, f"--dtypes={dtype}", "--new_tokens=2", f"--nanogpt={tmp_path}", "--clock=cpu", "--device=cpu"
     flags += (f"--compile={compile}",)
     done = must(run("study/bench.py", *flags, f"--out_dir={tmp_path}/out"))
     row = read_json(tmp_path / "out" / "bench.json")["rows"][0]
