@@ -337,10 +337,10 @@ def main():
         routers = new_routers(config, shapes, folders, experts, configs[0])
 
         run.begin()
-        write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
+        weights = write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
         write_config(config.out_dir, result, dtype)
         copy_tokenizer(folders[0], config.out_dir)
-        run.finish()
+        run.finish(weights)
     print_counts(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
 

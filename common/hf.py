@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -288,7 +289,7 @@ def divide_into_files(sizes, limit):
 
 def write_weights(folder, config, tensors, dtype=torch.float32):
     """Write the weights from an iterable of (name, tensor): those of expected_tensors(config), in its order, one
-    tensor in memory at a time."""
+    tensor in memory at a time. Returns their weights_hash, so that nobody has to read them again for it."""
     on_disk = qwen_name if model_type(config) == "qwen3_moe" else str
     shapes = {on_disk(name): shape for name, shape in expected_tensors(config).items()}
     tensors = ((on_disk(name), tensor) for name, tensor in tensors)
@@ -298,19 +299,20 @@ def write_weights(folder, config, tensors, dtype=torch.float32):
     files = files if len(files) > 1 else [WEIGHTS]
     os.makedirs(folder, exist_ok=True)
     remove_weights(folder, keep=files[0])  # a file of this name is replaced when the new one is whole
-    index = {}
+    index, hashes = {}, []
     for file, names in zip(files, lists, strict=True):
-        write_file(os.path.join(folder, file), {name: shapes[name] for name in names}, tensors, dtype)
+        hashes.append(write_file(os.path.join(folder, file), {name: shapes[name] for name in names}, tensors, dtype))
         index |= dict.fromkeys(names, file)
     assert next(tensors, None) is None, "more tensors than the config has"
     if len(files) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(os.path.join(folder, INDEX), {"metadata": metadata, "weight_map": index}, indent=2)
+    return joint_hash(index, hashes)
 
 
 def write_file(path, shapes, tensors, dtype):
-    """Write the next of `tensors`, an iterator of (name, tensor), as one safetensors file. shapes: {name: shape} of
-    those that must come, which fixes the header before the first tensor is there.
+    """Write the next of `tensors`, an iterator of (name, tensor), as one safetensors file; returns its content_hash.
+    shapes: {name: shape} of those that must come, which fixes the header before the first tensor is there.
 
     The format is 8 bytes of header length, a JSON header, and the tensors' bytes (safetensors' own documentation).
     """
@@ -320,12 +322,17 @@ def write_file(path, shapes, tensors, dtype):
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned
-    with atomic_file(path) as file:
+    digest = hashlib.sha256(len(text).to_bytes(8, "little") + text)
+    with atomic_file(path) as file, ThreadPoolExecutor(1) as beside:
         file.write(len(text).to_bytes(8, "little") + text)
         for expected in shapes.items():
             name, tensor = next(tensors)
             assert (name, tensor.shape) == expected, name
-            file.write(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
+            part = tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            hashed = beside.submit(digest.update, part)  # takes about as long as the writing
+            file.write(part)
+            hashed.result()
+    return digest.hexdigest()
 
 
 def remove_weights(folder, keep=None):
@@ -481,6 +488,12 @@ def content_hash(path):
     return digest.hexdigest()
 
 
+def joint_hash(index, hashes):
+    """The hash of weights in several files, from their content_hash; of one file it is that file's. index: {name on
+    disk: file}."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps([index, hashes]).encode()).hexdigest()
+
+
 def weights_hash(folder):
     """The hash of a folder's weights, in one file or several; None where they are missing."""
     try:
@@ -488,7 +501,7 @@ def weights_hash(folder):
         hashes = [content_hash(os.path.join(folder, name)) for name in files]
     except (UserError, FileNotFoundError):
         return None
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256(json.dumps([index, hashes]).encode()).hexdigest()
+    return joint_hash(index, hashes)
 
 
 # ---- the Hub: `hf:OWNER/NAME` wherever a checkpoint folder is asked for ----
