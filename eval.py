@@ -30,6 +30,7 @@ CHOICE_TOKENS = 128  # of a question and one of its choices
 PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, and how many questions are asked so
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
+SETTINGS += ("spliced", "unread")
 
 
 @dataclasses.dataclass
@@ -50,11 +51,29 @@ class ReadingConfig:
 class EvalConfig(ReadingConfig):
     """Evaluate one or several checkpoints."""
 
-    model: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; a row each, named after the folder")
+    model: str = key("", "checkpoints, FOLDER or hf:OWNER/NAME or ROW=FOLDER, separated by commas; a row each")
+    unread: str = key("", "those of the domains that nothing was trained on: scored apart from the average")
+    spliced: bool = key(True, "score windows that change domain in the middle, too")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
     overwrite: bool = key(False, "discard the results.json that is there, and score everything anew")
+
+
+def averaged(scores):
+    """{name: score} with their mean as "avg"; nothing for nothing."""
+    return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
+
+
+def read_domains(corpus, config):
+    """The domains that models were trained on, separated by commas."""
+    unread = split_list(config.unread)
+    if unknown := set(unread) - set(corpus.domains):
+        raise UserError(f"--unread={config.unread}: {min(unknown)!r} is not among the domains; name it there, too")
+    read = [domain for domain in corpus.domains if domain not in unread]
+    if not read:
+        raise UserError(f"--unread={config.unread} leaves no domain that anything was trained on; leave one out")
+    return ",".join(read)
 
 
 def spliced_scores(model, corpus, config):
@@ -62,11 +81,9 @@ def spliced_scores(model, corpus, config):
     orders. Here an ensemble has to notice the change, where a mixture routes token by token."""
     found = {}
     for pair, (inputs, targets) in corpus.spliced(config.split, config.sequence_length, config.eval_windows).items():
-        found.setdefault(" + ".join(sorted(pair)), []).append(
-            bits_per_byte(model, inputs, targets, corpus.token_bytes)[0]
-        )
-    scores = {name: sum(both) / len(both) for name, both in found.items()}
-    return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
+        score = bits_per_byte(model, inputs, targets, corpus.token_bytes)
+        found.setdefault(" + ".join(sorted(pair)), []).append(score)
+    return averaged({name: sum(both) / len(both) for name, both in found.items()})
 
 
 def task_scores(model, corpus, config):
@@ -98,13 +115,6 @@ def task_scores(model, corpus, config):
     return scores
 
 
-def log_likelihood(model, ids, targets):
-    """The log-probability of each target behind its token, (B, T). Both (B, T). Ensembles have a way of their own."""
-    if hasattr(model, "log_likelihood"):
-        return model.log_likelihood(ids, targets)
-    return model(ids).logits.float().log_softmax(dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-
-
 @torch.no_grad()
 def choice_scores(model, corpus, config, passage=0, batch_size=32):
     """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte, "avg":
@@ -130,15 +140,15 @@ def choice_scores(model, corpus, config, passage=0, batch_size=32):
             rows = [(prompt_ids + choice_ids)[-length - 1 :] for prompt_ids, choice_ids in pairs]
             width = max(map(len, rows))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
-            log_p = log_likelihood(model, ids[:, :-1], ids[:, 1:])  # (B, T)
-            for (_, choice), (_, choice_ids), row, row_log_p in zip(batch, pairs, rows, log_p, strict=True):
+            losses = model(ids[:, :-1], ids[:, 1:]).losses  # (B, T)
+            for (_, choice), (_, choice_ids), row, row_losses in zip(batch, pairs, rows, losses, strict=True):
                 # the choice's own tokens, without prompt and padding
-                own = row_log_p[len(row) - 1 - len(choice_ids) : len(row) - 1]
-                nats_per_byte.append(-own.sum().item() / len(choice.encode()))
+                own = row_losses[len(row) - 1 - len(choice_ids) : len(row) - 1]
+                nats_per_byte.append(own.sum().item() / len(choice.encode()))
         questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
         right = [min(choices) == choices[0] for choices in questions]  # the first is the right one
         scores[domain] = sum(right) / len(right)
-    return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
+    return averaged(scores)
 
 
 def passages(corpus, domain, split, length, count):
@@ -161,12 +171,14 @@ class Entry(NamedTuple):
     load: Callable
 
 
-def checkpoint_entry(folder):
-    """The Entry of a finished checkpoint folder."""
+def checkpoint_entry(model):
+    """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name."""
+    name, equals, folder = model.rpartition("=")
+    name = name if equals else model.removeprefix("hf:")
+    folder = local_folder(folder)
     identity, history = parent_of(folder)
-    return Entry(
-        os.path.basename(os.path.normpath(folder)), identity, history, lambda: Transformer.from_pretrained(folder)
-    )
+    name = os.path.basename(os.path.normpath(name))
+    return Entry(name, identity, history, lambda: Transformer.from_pretrained(folder)), folder
 
 
 def score(entry, model, windows, corpus, config):
@@ -174,6 +186,13 @@ def score(entry, model, windows, corpus, config):
     cost = total_cost(entry.history)
     active, total = model.num_parameters()
     scores = validation_scores(model, windows, corpus.token_bytes)
+    bpb, read = scores["bpb"], split_list(read_domains(corpus, config))
+    scores["bpb"] = averaged({domain: bpb[domain] for domain in read})
+    if config.unread:
+        scores["unread"] = averaged({domain: bpb[domain] for domain in split_list(config.unread)})
+    scores["bytes"] = {
+        domain: corpus.token_bytes[targets].sum(dim=1).tolist() for domain, (_, targets) in windows.items()
+    }
     if "load" in scores:
         scores["experts"] = model.config.expert_names
     return {
@@ -187,7 +206,7 @@ def score(entry, model, windows, corpus, config):
         "runs": list(entry.history),
         "source": source(),
         **scores,
-        "spliced": spliced_scores(model, corpus, config),
+        "spliced": spliced_scores(model, corpus, config) if config.spliced else {},
         **task_scores(model, corpus, config),
         "choice": choice_scores(model, corpus, config),
         "switched": choice_scores(model, corpus, config, passage=PASSAGE_TOKENS),
@@ -269,11 +288,12 @@ def evaluate(config, corpus, entries):
 
 def main():
     config = parse(EvalConfig)
-    folders = [local_folder(name) for name in split_list(config.model)]
-    if not folders:
+    models = split_list(config.model)
+    if not models:
         raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
     corpus = Corpus(config.data_dir, config.domains)
-    entries = [checkpoint_entry(folder) for folder in folders]
+    read_domains(corpus, config)
+    entries, folders = zip(*map(checkpoint_entry, models), strict=True)
     same_tokenizer([config.data_dir, *folders])
     evaluate(config, corpus, entries)
 

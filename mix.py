@@ -49,7 +49,7 @@ from common.hf import (
     write_config,
     write_weights,
 )
-from common.run import Run, parent_of, trained_on
+from common.run import Run, mixtures_of, parent_of
 from model import ModelConfig, Transformer
 
 FROM_TEXT = ("contrast", "ridge")  # router starts that read training text
@@ -81,6 +81,7 @@ class MixConfig:
     )
     router_std: float = key(0.02, "standard deviation of the new routers' weights", within="[0, inf)")
     data_dir: str = key("out/cpu/data", "where --router_init=contrast and ridge find the training text")
+    published_on: str = key("", "for these two: domains that published experts read; empty is what the others did")
     seed: int = key(1, "random seed of routers and redrawn units", within="[0, inf)")
     overwrite: bool = key(False, "mix anew, discarding the checkpoint that --out_dir holds")
 
@@ -177,7 +178,7 @@ def new_routers(config, shapes, folders, experts, dense):
     parameters = dict(averaged.named_parameters())
     for name, tensor in mix(experts, expected_tensors(dense), {}, config):
         parameters[name].data.copy_(tensor)
-    mixtures = [trained_on(folder) for folder in folders]
+    mixtures = training_of(folders, config)
     start = ridge_routers if config.router_init == "ridge" else contrast_routers
     rows = start(averaged, experts, mixtures, Corpus(config.data_dir))  # L of (N, D)
     chunks = [shape[0] // len(experts) for shape in shapes.values()]
@@ -238,6 +239,12 @@ def ridge_routers(averaged, experts, mixtures, corpus):
         penalty = RIDGE * xx.diagonal().mean() * torch.eye(len(xx))
         rows.append(RIDGE_SCALE * torch.linalg.solve(xx + penalty, xy).T)  # (N, D)
     return rows
+
+
+def training_of(folders, config):
+    """For each expert the {domain: share} that it was trained on."""
+    published = Corpus(config.data_dir).mixture(config.published_on) if config.published_on else None
+    return mixtures_of(folders, published)
 
 
 # ---- the script ----
@@ -314,7 +321,7 @@ def make_recipe(config, folders):
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"}
     recipe = {"config": settings, "parents": {folder: parent_of(folder)[0] for folder in folders}}
     if config.router_init in FROM_TEXT:
-        domains = sorted({domain for folder in folders for domain in trained_on(folder)})
+        domains = sorted({domain for mixture in training_of(folders, config) for domain in mixture})
         recipe["data"] = Corpus(config.data_dir).hashes(domains)
         same_tokenizer([*folders, config.data_dir])
     return recipe

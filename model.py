@@ -33,7 +33,7 @@ from common.hf import (
     write_config,
     write_weights,
 )
-from common.ops import IGNORE, head_loss
+from common.ops import IGNORE, head_loss, token_losses
 
 BALANCES = ("gates", "tokens")
 ANNEALING_RATE = 1e-4  # sample: how fast the temperature falls, per step
@@ -114,6 +114,7 @@ class Output(NamedTuple):
 
     logits: (B, T, V) in compute dtype, or None with targets, where only the loss is wanted.
     loss: mean negative log-likelihood in nats, or None without targets.
+    losses: (B, T) negative log-likelihood of each target in fp32, or None where gradients are wanted.
     aux_loss: the routers' losses summed over layers, times their coefficients; 0 for a dense model.
     gates: (L, B, T, E) gate weights in fp32, zero where an expert was not used; None for a dense model.
     stats: {name: (L,)} what the routers have to say, for the log (see MoE.forward); empty for a dense model.
@@ -121,6 +122,7 @@ class Output(NamedTuple):
 
     logits: torch.Tensor | None
     loss: torch.Tensor | None
+    losses: torch.Tensor | None
     aux_loss: torch.Tensor
     gates: torch.Tensor | None
     stats: dict
@@ -493,21 +495,27 @@ class Transformer(nn.Module):
 
         logits = None
         loss = None
+        losses = None
         aux_loss = torch.zeros((), device=x.device)
         gates = None
         stats = {}
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
         else:
-            total = head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-            loss = total / (targets != IGNORE).sum()  # mean negative log-likelihood
+            count = (targets != IGNORE).sum()
+            flat = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
+            if torch.is_grad_enabled():
+                loss = head_loss(*flat) / count
+            else:
+                losses = token_losses(*flat).view(targets.shape)  # (B, T)
+                loss = losses.sum() / count
         if self.config.num_local_experts:
             gates = torch.stack([gates.unflatten(0, ids.shape) for gates, _ in routed])  # (L, B, T, E)
             stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
             aux_loss = self.config.router_aux_loss_coef * stats["balance_loss"].sum()
             if self.config.router_z_loss_coef:  # else it is for the log alone, and needs no backward pass
                 aux_loss = aux_loss + self.config.router_z_loss_coef * stats["z_loss"].sum()
-        return Output(logits, loss, aux_loss, gates, stats)
+        return Output(logits, loss, losses, aux_loss, gates, stats)
 
     @classmethod
     def from_pretrained(cls, folder, **changes):

@@ -5,7 +5,7 @@
 #   bash run.sh smoke    every stage at toy size: a minute
 #   bash run.sh lesson   the course's size: 5 minutes
 #   bash run.sh gpu      config/gpu: one CUDA GPU, or several
-#   bash run.sh smollm   from a published model: config/smollm, config/llama2-7b (a README.md in each)
+#   bash run.sh smollm   from a published model, on whatever machine: docs/real.md (llama2-7b: its README.md)
 #   bash run.sh cpu quick     without the rivals, dense training and upcycling
 #   bash run.sh cpu chain     train only: nothing is evaluated
 #   bash run.sh cpu compare   the paper's comparison: several random seeds, more baselines
@@ -15,6 +15,9 @@
 # Finished stages are skipped and killed ones go on from their last checkpoint. What may be set in front of it:
 #
 #   DOMAINS="code poems=~/poems"    the domains
+#   TOKENS=1e8                      tokens that a branch reads; steps, batches, finetuning and rivals follow
+#   UNREAD="mail=~/mail"            more text, to score all models on what none of them reads (smollm, llama2-7b)
+#   SEED_MODEL=FOLDER               what takes the published model's place (smollm, llama2-7b)
 #   SEED=2, SEEDS="1 2"             the random seed of all training; those of compare
 #   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
 #   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"
@@ -28,16 +31,15 @@ size=${1:-cpu} task=${2:-}
 domains=${DOMAINS:-code math wiki}
 config=config/$size
 random_seed=${SEED:-1}
-published="" generalist="" mixture="" rivals=True
+published="" generalist="" mixture="" unread="" rivals=True
+names_of() { printf '%s\n' "${@%%=*}" | paste -sd, -; }
 case $task in
     "" | quick | chain | ablate | compare | regime) ;;
     *) echo "error: '$task' is no task; choose quick, chain, ablate, compare or regime" >&2; exit 2 ;;
 esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
-if [ -e "$config/published.sh" ]; then source "$config/published.sh"; fi  # sets the first three, and $domains
-names=()
-for domain in $domains; do names+=("${domain%%=*}"); done
-all=$(printf '%s\n' "${names[@]}" | paste -sd, -)  # these domains and no others that the data folder may hold
+if [ -e "$config/published.sh" ]; then source "$config/published.sh"; fi  # sets the first four, and $domains
+all=$(names_of $domains)  # these domains and no others that the data folder may hold
 out=out/$size
 [ "$random_seed" = 1 ] || out=$out/seed$random_seed
 out=${OUT:-$out}
@@ -45,10 +47,9 @@ source setup.sh
 
 # data: text, tokenizer, token files
 if [ -n "$published" ]; then
-    rivals=False
-    for domain in $domains; do
-        $python -m data.public "$config/data.py" --source="${domain#*=}" --domain="${domain%%=*}" \
-            --tokenizer="$published"
+    for domain in $domains $unread; do
+        $python -m data.public "$config/data.py" ${TOKENS:+--tokens="$TOKENS"} --source="${domain#*=}" \
+            --domain="${domain%%=*}" --tokenizer="$published"
     done
 else
     $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
@@ -67,7 +68,8 @@ esac
 report=True
 [ "$task" != chain ] || report=False
 $python -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
-    --generalist="$generalist" --mixture="$mixture" --rivals=$rivals --report=$report
+    --generalist="$generalist" --mixture="$mixture" --unread="${unread:+$(names_of $unread)}" --tokens="${TOKENS:-0}" \
+    --rivals=$rivals --report=$report
 if [ "$task" = ablate ]; then
     $python -m study.ablate "${settings[@]}" --out_dir="$out"
     $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \

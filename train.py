@@ -147,38 +147,46 @@ def learning_rate(config, step):
 
 
 @torch.no_grad()
-def bits_per_byte(model, inputs, targets, token_bytes, batch_size=16):
-    """(bits per byte, how often each layer used each expert (L, E) or None for a dense model).
+def window_bits(model, inputs, targets, batch_size=16):
+    """(bits of each window (N,) in float64, how often each layer used each expert (L, E) or None for a dense model).
 
-    Bits per byte, nats summed over tokens / (ln 2 * bytes summed), can be compared between tokenizers.
-    inputs, targets: (N, T). token_bytes: (V,).
+    inputs, targets: (N, T).
     """
     device = next(model.parameters()).device
-    nats = 0.0  # sums stay on the device and are read once
+    nats = []  # stay on the device and are read once
     used = None
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         output = model(send(x, device), send(y, device))
-        nats = nats + output.loss.double() * y.numel()
+        nats.append(output.losses.double().sum(dim=1))
         if output.gates is not None:
             count = (output.gates > 0).sum(dim=(1, 2))  # (L, E)
             used = count if used is None else used + count
-    return float(nats) / math.log(2) / int(token_bytes[targets].sum()), used
+    return torch.cat(nats).cpu() / math.log(2), used
+
+
+def bits_per_byte(model, inputs, targets, token_bytes):
+    """Bits over bytes, summed over windows, which can be compared between tokenizers. token_bytes: (V,)."""
+    bits, _ = window_bits(model, inputs, targets)
+    return bits.sum().item() / int(token_bytes[targets].sum())
 
 
 def validation_scores(model, windows, token_bytes):
-    """{"bpb": {domain: bits per byte, "avg": their mean}}, and for a mixture "load": {domain: L x E shares}.
+    """{"bpb": {domain: bits per byte, "avg": their mean}, "bits": {domain: of each window}}, and for a mixture
+    "load": {domain: L x E shares}.
 
     A share is the part of a layer's (token, expert) pairs that went to an expert; the E shares of a layer sum to 1.
     windows: {domain: (inputs, targets)}, from Corpus.windows.
     """
-    bpb, load = {}, {}
+    bpb, bits, load = {}, {}, {}
     for domain, (inputs, targets) in windows.items():
-        bpb[domain], used = bits_per_byte(model, inputs, targets, token_bytes)
+        found, used = window_bits(model, inputs, targets)
+        bits[domain] = [round(number, 2) for number in found.tolist()]
+        bpb[domain] = found.sum().item() / int(token_bytes[targets].sum())
         if used is not None:
             shares = used / used.sum(dim=1, keepdim=True)
             load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
     bpb["avg"] = sum(bpb.values()) / len(bpb)
-    return {"bpb": bpb, "load": load} if load else {"bpb": bpb}
+    return {"bpb": bpb, "bits": bits, "load": load} if load else {"bpb": bpb, "bits": bits}
 
 
 # ---- the run ----
@@ -301,6 +309,7 @@ def train(config, make_model):
             # evaluate: a line in log.jsonl, which holds nothing that differs between two runs of one recipe
             if (step % config.eval_interval == 0 or last) and not resumed:
                 scores = validation_scores(model, windows, corpus.token_bytes)
+                del scores["bits"]  # of each window
                 steps = (step - 1) % config.eval_interval + 1  # since the last line
                 means = {name: (value / steps).tolist() for name, value in run.sums.items()}
                 run.add({"step": step, "tokens": cost["tokens"], "flops": cost["flops"], **means, **scores})

@@ -46,13 +46,21 @@ class HeadLoss(Function):
 
 
 def head_loss(x, weight, targets):
-    """The summed cross-entropy of the logits x W^T: HeadLoss, or the same sum where no gradient is wanted.
+    """The summed cross-entropy of the logits x W^T, with a backward pass.
 
     x: (S, D); weight: (V, D) in fp32; targets: (S,), IGNORE does not count.
     """
-    rows = max(1, CHUNK.get(x.device.type, LARGE_CHUNK) // len(weight))
-    if torch.is_grad_enabled():
-        return HeadLoss.apply(x, weight, targets, rows)
+    return HeadLoss.apply(x, weight, targets, rows_of(x, weight))
+
+
+def token_losses(x, weight, targets):
+    """The cross-entropy of each token, (S,) in fp32, 0 for IGNORE; without a backward pass. Arguments as head_loss."""
+    rows = rows_of(x, weight)
     head = weight.to(x.dtype)  # (V, D)
     chunks = zip(x.split(rows), targets.split(rows), strict=True)
-    return sum(F.cross_entropy((h @ head.T).float(), t, reduction="sum") for h, t in chunks)
+    return torch.cat([F.cross_entropy((h @ head.T).float(), t, reduction="none") for h, t in chunks])
+
+
+def rows_of(x, weight):
+    """How many tokens a chunk has."""
+    return max(1, CHUNK.get(x.device.type, LARGE_CHUNK) // len(weight))

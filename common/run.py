@@ -149,6 +149,21 @@ def trained_on(folder):
     return recipe["mixture"]
 
 
+def mixtures_of(folders, published=None):
+    """[{domain: share}] that checkpoints were trained on. Nobody knows what a model without a run.json has read, a
+    published one: it counts as trained on `published`, {domain: share}, or else on all that the others read, evenly."""
+    found = {folder: trained_on(folder) for folder in folders if read_run(folder)}
+    foreign = dict.fromkeys(folder for folder in folders if folder not in found)
+    if foreign and not published:
+        domains = sorted({domain for mixture in found.values() for domain in mixture})
+        if not domains:
+            trained_on(next(iter(foreign)))  # which says what is missing
+        published = {domain: 1 / len(domains) for domain in domains}
+    for folder in foreign:
+        print(f"{folder} has no record of its training: it counts as trained on {', '.join(published)}")
+    return [found.get(folder, published) for folder in folders]
+
+
 def read_log(folder):
     """The lines of log.jsonl."""
     with open(os.path.join(folder, LOG), encoding="utf-8") as file:

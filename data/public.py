@@ -6,7 +6,9 @@
 writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepare.py does. Needs the package datasets
 (requirements-extra.txt). Text is never in memory as a whole: tokens are appended to files as documents come, and a run
 that was stopped goes on from its last note of where it stood. A document's text alone decides its split, so the same
-text from another source, or twice in this one, is never both learned from and scored on.
+text from another source, or twice in this one, is never both learned from and scored on. Local files may have a column
+`group` (a project, a section): then all documents of a group are in one split. Held-out documents that the training
+text holds in great part are taken out and counted (data/overlap.py).
 """
 
 import atexit
@@ -22,16 +24,19 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse
-from common.corpus import SPLITS, split_of
-from common.errors import UserError, command, read_json, write_json
+from common.corpus import HELD_OUT, SPLITS, split_of
+from common.errors import UserError, atomic_file, command, read_json, write_json
 from common.hf import copy_tokenizer, local_folder
 from common.run import locked
-from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
+from common.tokenizer import has_tokenizer, load_tokenizer, token_bytes, tokenizer_hash
+from data.overlap import LENGTH, MOST, without_copies
 from data.prepare import MAX_HELD_OUT_BYTES, is_finished, print_table, token_dtype
 
 LOOK_EVERY = 512  # documents from one look at whether there are enough tokens to the next
 NOTE_EVERY = 20 * LOOK_EVERY  # from one note to the next; a stopped run repeats no more
+MIN_HELD_OUT_TOKENS = 2**15  # of val, and of test: --tokens may be small, what is scored should not be
 PROGRESS = "progress.json"
+FILES = {"train": "train.bin", **{split: f"{split}.raw" for split in HELD_OUT}}  # while text comes; see TokenFiles
 
 
 class Source(NamedTuple):
@@ -59,14 +64,15 @@ class PublicConfig:
     source: str = key("fineweb-edu", f"one of {', '.join(SOURCES)}; or a file or folder of .parquet or .jsonl")
     domain: str = key("", "the domain's name; empty is the source's")
     column: str = key("text", "of local files: the column that holds the text")
-    tokens: float = key(1e8, "training tokens to stop after", within="[1, inf)")
+    group: str = key("group", "of local files: the column, if there is one, whose equal values share a split")
+    tokens: float = key(1e8, "training tokens to stop after, when held-out text is enough", within="[1, inf)")
     out_dir: str = key("out/public/data", "the data folder")
     tokenizer: str = key("", "a checkpoint or data folder, or hf:OWNER/NAME; empty is what out_dir has")
     overwrite: bool = key(False, "prepare again what is there already")
 
 
 def open_stream(config):
-    """(an iterable of {column: text}, what the recipe says about the source, its column among it)."""
+    """(an iterable of {column: text}, what the recipe says about the source, its columns among it)."""
     try:
         from datasets import disable_progress_bars, load_dataset
     except ImportError:
@@ -83,11 +89,16 @@ def open_stream(config):
         files = list_files(config.source)
         about = {"files": [[os.path.basename(name), os.path.getsize(name)] for name in files], "column": config.column}
         options = {"path": FORMATS[os.path.splitext(files[0])[1]], "data_files": files}
-        if options["path"] == "parquet":
-            options["columns"] = [config.column]  # reading all takes several times as long
     column = about["column"]
     try:
-        stream = load_dataset(split="train", streaming=True, **options).select_columns([column])
+        stream = load_dataset(split="train", streaming=True, **options)
+        columns = [column]
+        if "files" in about and config.group in next(iter(stream)):
+            columns.append(config.group)
+            about["group"] = config.group
+        if options["path"] == "parquet":  # reading all columns takes several times as long
+            stream = load_dataset(split="train", streaming=True, columns=columns, **options)
+        stream = stream.select_columns(columns)
         next(iter(stream))
     except StopIteration:
         raise UserError(f"--source={config.source} holds no documents; choose another") from None
@@ -129,7 +140,9 @@ class TokenFiles:
     """The .bin files of a domain, which grow on disk, and a note of how far they have come.
 
     The note, progress.json, holds {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash}}.
-    What is in the files beyond it was written after it and is cut off. It goes when meta.json says that all is there.
+    What is in the files beyond it was written after it and is cut off. Held-out text is in val.raw and test.raw until
+    the end, when what training text holds, too, is left out of val.bin and test.bin. Note and raw files go when
+    meta.json says that all is there.
     """
 
     def __init__(self, folder, recipe, dtype):
@@ -147,7 +160,7 @@ class TokenFiles:
 
     def reopen(self, split):
         """The file of a split, to append to what the note says is in it."""
-        path = os.path.join(self.folder, f"{split}.bin")
+        path = os.path.join(self.folder, FILES[split])
         size = self.note["splits"][split]["tokens"] * self.dtype.itemsize
         file = open(path, "ab")  # noqa: SIM115 (it stays open while documents come)
         if file.tell() < size:
@@ -175,21 +188,36 @@ class TokenFiles:
         self.note["state"] = state
         write_json(self.progress, self.note)
 
-    def finish(self, about):
-        """Write meta.json, the note's counts and what `about` adds to them, and return it."""
+    def finish(self, about, encoding):
+        """Write val.bin, test.bin and meta.json, the note's counts and what `about` adds to them, and return it."""
         splits = self.note["splits"]
-        if lacking := [split for split in SPLITS if not splits[split]["documents"]]:
-            nothing = f"nothing came for {' and '.join(lacking)}"
-            raise UserError(f"{self.folder}: {nothing}; delete it, and raise --tokens or add text")
         self.flush()
         for file in self.files.values():
             file.close()
+        sizes = token_bytes(encoding)
+        for split in HELD_OUT if splits["train"]["documents"] else ():
+            train = np.memmap(os.path.join(self.folder, FILES["train"]), self.dtype, mode="r")
+            tokens = np.fromfile(os.path.join(self.folder, FILES[split]), self.dtype)
+            tokens, stayed, gone = without_copies(train, tokens, encoding.eot_token)
+            splits[split] |= {"documents": stayed, "tokens": len(tokens), "bytes": int(sizes[tokens].sum())}
+            splits[split]["copies"] = gone
+            with atomic_file(os.path.join(self.folder, f"{split}.bin")) as file:
+                file.write(tokens.tobytes())
+        if lacking := [split for split in SPLITS if not splits[split]["documents"]]:
+            nothing = f"nothing came for {' and '.join(lacking)}"
+            raise UserError(f"{self.folder}: {nothing}; delete it, and raise --tokens or add text")
         hashes = "".join(splits[split].pop("hash") for split in SPLITS)
         meta = {**about, **splits, "content_hash": hashlib.sha256(hashes.encode()).hexdigest()}
         write_json(os.path.join(self.folder, "meta.json"), meta, indent=2)
-        if os.path.exists(self.progress):
-            os.remove(self.progress)
+        clean_up(self.folder)
         return meta
+
+
+def clean_up(folder):
+    """Remove what a domain's folder needs no more when meta.json is there."""
+    for name in (PROGRESS, *(FILES[split] for split in HELD_OUT)):
+        if os.path.exists(os.path.join(folder, name)):
+            os.remove(os.path.join(folder, name))
 
 
 def write_domain(config, stream, column, encoding, files):
@@ -204,17 +232,24 @@ def write_domain(config, stream, column, encoding, files):
             text = row[column]
             if not isinstance(text, str) or not text.strip():
                 continue
-            split = split_of(text)
+            split = split_of(row.get(config.group) or text)
             if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
                 # an array where encode_ordinary makes a list, which takes a quarter longer
                 ids = encoding.encode_to_numpy(text, disallowed_special=())
                 files.add(split, text, np.append(ids, encoding.eot_token))
                 bar.update(splits["train"]["tokens"] - bar.n)
             documents += 1
-            if documents % LOOK_EVERY == 0 and splits["train"]["tokens"] >= config.tokens:
+            if documents % LOOK_EVERY == 0 and enough(splits, config.tokens):
                 break
             if documents % NOTE_EVERY == 0:
                 files.save(stream.state_dict())
+
+
+def enough(splits, tokens):
+    """Whether there are so many training tokens, and enough held-out text or all that is kept."""
+    held_out = [splits[split] for split in HELD_OUT]
+    full = [part["tokens"] >= MIN_HELD_OUT_TOKENS or part["bytes"] >= MAX_HELD_OUT_BYTES for part in held_out]
+    return splits["train"]["tokens"] >= tokens and all(full)
 
 
 def main():
@@ -229,13 +264,15 @@ def main():
         "tokens": config.tokens,
         "processes": 1,  # once a choice; folders from then are still good
         "tokenizer": tokenizer_hash(config.out_dir),
+        "copies": [LENGTH, MOST],  # what counts as one: data/overlap.py
     }
     meta = os.path.join(folder, "meta.json")
     with locked(folder):
+        if not config.overwrite and os.path.exists(meta):  # more text than asked for will do
+            recipe["tokens"] = max(config.tokens, read_json(meta, "delete it")["recipe"].get("tokens", 0))
         kept = is_finished(folder, recipe, config)
         if os.path.exists(meta):
-            if os.path.exists(os.path.join(folder, PROGRESS)):
-                os.remove(os.path.join(folder, PROGRESS))  # which a kill has left
+            clean_up(folder)  # of what a kill has left
             if kept:
                 print(f"{folder}: already there, kept")
                 return
@@ -243,7 +280,10 @@ def main():
         files = TokenFiles(folder, recipe, token_dtype(encoding))
         write_domain(config, stream, source["column"], encoding, files)
         about = {"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": {"datasets": version("datasets")}}
-        print_table({name: files.finish({**about, "dtype": token_dtype(encoding)})})
+        found = files.finish({**about, "dtype": token_dtype(encoding)}, encoding)
+    print_table({name: found})
+    if copies := sum(found[split]["copies"] for split in HELD_OUT):
+        print(f"{folder}: {copies} held-out documents stand in the training text, too, and were taken out")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from common.corpus import Corpus
 from common.device import pick_device
 from common.errors import UserError, command
 from common.hf import same_tokenizer
-from common.run import hash_of, history_of, parent_of, trained_on
-from eval import Entry, EvalConfig, evaluate
+from common.run import hash_of, history_of, mixtures_of, parent_of
+from eval import Entry, EvalConfig, evaluate, read_domains
 from model import Output, Transformer
 
 # ---- the ensemble ----
@@ -122,14 +122,13 @@ class Ensemble(nn.Module):
         weighted = [log_p + log_weights[..., n : n + 1] for n, log_p in enumerate(experts)]
         return functools.reduce(torch.logaddexp, weighted)  # (B, T, V), or (B, T, 1) of the targets
 
-    def log_likelihood(self, ids, targets):
-        """The log-probability of each target behind its token, (B, T). Both (B, T)."""
-        return self.weigh(ids, targets).squeeze(-1)
-
     def forward(self, ids, targets=None, cache=None):
         """As Transformer's; `logits` are log-probabilities, (B, T, V) in fp32, and every target counts."""
         log_p = self.weigh(ids, targets, cache)
-        return Output(log_p, None, 0.0, None, {}) if targets is None else Output(None, -log_p.mean(), 0.0, None, {})
+        if targets is None:
+            return Output(log_p, None, None, 0.0, None, {})
+        losses = -log_p.squeeze(-1)  # (B, T)
+        return Output(None, losses.mean(), losses, 0.0, None, {})
 
     def new_cache(self, batch_size, length):
         caches = [model.new_cache(batch_size, length) for model in self.models]
@@ -181,7 +180,7 @@ def expert_profiles(mixtures, counts):
 
 def load_nearest(folders, corpus, k):
     """Read expert checkpoints into a NearestEnsemble on the CPU; profiles come from their domains' training text."""
-    mixtures = [trained_on(folder) for folder in folders]
+    mixtures = mixtures_of(folders)
     models = [Transformer.from_pretrained(folder) for folder in folders]
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
     counts = {domain: term_counts(corpus, domain, models[0].config.vocab_size) for domain in domains}
@@ -242,20 +241,21 @@ def held_out_prior(ensemble, corpus, length, windows=100):
     return torch.stack(priors).mean(dim=0)
 
 
-def load_posterior(folders, corpus, length, device="cpu", readings=None, prefix=False):
-    """Read expert checkpoints into a PosteriorEnsemble on `device`, with held_out_prior's prior from windows of
+def load_posterior(folders, corpus, length, device="cpu", readings=None, prefix=False, windows=100):
+    """Read expert checkpoints into a PosteriorEnsemble on `device`, with held_out_prior's prior from so many windows of
     `length` tokens. readings: Ensemble's, to be shared."""
     models = [Transformer.from_pretrained(folder) for folder in folders]
     uniform = PosteriorEnsemble(models, torch.full((len(models),), 1 / len(models)), prefix).to(device)
     uniform.readings = {} if readings is None else readings
-    return PosteriorEnsemble(models, held_out_prior(uniform, corpus, length), prefix)
+    return PosteriorEnsemble(models, held_out_prior(uniform, corpus, length, windows), prefix)
 
 
 # ---- the script ----
 
-ENSEMBLES = {  # rows of results.json: name -> function of folders, corpus, tokens per window, device, and readings
-    "btm-top1": lambda folders, corpus, *_: load_nearest(folders, corpus, 1),
-    "btm-top2": lambda folders, corpus, *_: load_nearest(folders, corpus, 2),
+# rows of results.json: name -> function of folders, corpus, tokens per window, device, readings, and windows=
+ENSEMBLES = {
+    "btm-top1": lambda folders, corpus, *_, **__: load_nearest(folders, corpus, 1),
+    "btm-top2": lambda folders, corpus, *_, **__: load_nearest(folders, corpus, 2),
     "btm-posterior": load_posterior,
     "btm-posterior-prefix": functools.partial(load_posterior, prefix=True),
 }
@@ -277,13 +277,15 @@ def main():
     if len(folders) < 2:
         raise UserError(f"--experts={config.experts}: top-2 needs at least 2 experts")
     corpus = Corpus(config.data_dir, config.domains)
+    read = Corpus(config.data_dir, read_domains(corpus, config))  # what weighs experts has not seen unread text either
     same_tokenizer([config.data_dir, *folders])
     device = pick_device(config.device, config.threads)
     readings = {}
     ids = [parent_of(folder)[0] for folder in folders]
 
     def load(name):
-        ensemble = ENSEMBLES[name](folders, corpus, config.sequence_length, device, readings)
+        windows = min(100, 2 * config.eval_windows)
+        ensemble = ENSEMBLES[name](folders, read, config.sequence_length, device, readings, windows=windows)
         ensemble.readings = readings
         return ensemble
 

@@ -11,6 +11,7 @@ is skipped when it is finished, or resumed.
 
 import dataclasses
 import functools
+import math
 import os
 import shlex
 import signal
@@ -31,6 +32,9 @@ from finetune import FinetuneConfig
 from mix import MixConfig
 from model import ModelConfig, Transformer, on_meta
 from train import TrainConfig, build_model, freeze
+
+FINETUNING = 80 / 453  # tokens of the paper's finetuning for each one of its branches' (section 3.1)
+HELD = "--freeze=embeddings,attention,norms"  # branches train their feed-forwards alone
 
 
 @dataclasses.dataclass
@@ -67,9 +71,14 @@ class ChainConfig(StudyConfig):
 
     seed: int = key(1, "the random seed of all training", within="[0, inf)")
     published: str = key("", "a checkpoint that takes the seed's place, a folder or hf:OWNER/NAME")
+    tokens: float = key(
+        0, "tokens that a branch reads; all else follows (see sizes_for); 0: as configured", within="[0, inf)"
+    )
     generalist: str = key("", "a domain that gets no branch: the seed's own kind of text")
+    unread: str = key("", "domains that all models are scored on and none reads: what they forget")
     mixture: str = key("", "what the finetuning reads, such as code:3,math:1; empty is all domains evenly")
     rivals: bool = key(True, "train dense and upcycled models for BTX's FLOPs, too")
+    forms: bool = key(False, "train BTX's other forms, too: random routers, and branches of feed-forwards alone")
     report: bool = key(True, "score every model and write the report")
     dense_flags: str = key("", "flags of dense training, on top of expert.py", free_text=True)
     upcycle_flags: str = key("", "flags of upcycling, on top of finetune.py", free_text=True)
@@ -235,21 +244,35 @@ class Chain:
 
     def __init__(self, config):
         self.config = config
+        self.sizes = sizes_for(config) if config.tokens else {}
         self.jobs = []
         self.domains = split_list(config.domains)
-        self.branched = [domain for domain in self.domains if domain != config.generalist]
+        self.generalist = config.generalist if config.generalist in self.domains else ""
+        self.branched = [domain for domain in self.domains if domain != self.generalist]
         self.seed_folder = local_folder(config.published) if config.published else config.path("seed")
-        self.data = read_settings(config, "seed" if not config.published else "finetune").data_dir
+        self.data = self.settings("seed" if not config.published else "finetune").data_dir
 
     def add(self, folder, script, stage, *flags, needs=(), trains=False):
         """A job that runs one of our scripts with a stage's config, once; returns its folder."""
         settings = [self.config.stage(stage)] if stage and os.path.exists(self.config.stage(stage)) else []
-        arguments = (script, *settings, f"--out_dir={folder}", *flags)
+        arguments = (script, *settings, *self.size(stage), f"--out_dir={folder}", *flags)
         arguments += tuple(shlex.split(self.config.flags)) if trains else ()
         job = Job(*self.names([folder]), arguments, self.names(needs), trains)
         if job.name not in {other.name for other in self.jobs}:
             self.jobs.append(job)
         return folder
+
+    def size(self, stage):
+        """The flags with which --tokens changes a stage's config."""
+        return self.sizes.get(stage.split("-")[0], ())
+
+    def settings(self, stage, flags=""):
+        """The config of a training stage, with some flags on top."""
+        return read_settings(self.config, stage, *self.size(stage), *shlex.split(flags))
+
+    def scoring(self):
+        """The config of what scores."""
+        return parse(EvalConfig, [self.config.stage("eval"), *self.size("eval")])
 
     def names(self, folders):
         return tuple(os.path.relpath(folder, self.config.out_dir) for folder in folders)
@@ -278,6 +301,7 @@ class Chain:
     def mix(self, experts, *flags, folder=None, stage="mix"):
         """Feed-forward layers become a mixture of experts, the rest is averaged."""
         flags = (f"--experts={','.join(experts)}", f"--data_dir={self.data}", f"--seed={self.config.seed}", *flags)
+        flags += (f"--published_on={self.generalist}",) if self.config.published else ()
         return self.add(folder or self.config.path("mixed"), "mix.py", stage, *flags, needs=experts)
 
     def finetune(self, mixed, *flags, folder=None):
@@ -303,7 +327,8 @@ class Chain:
 
     def score(self, *models):
         """A row of the chain's results.json for each of some checkpoints, by one job."""
-        self._score(f"scores/{self.names(models)[0]}", ("eval.py",), f"--model={','.join(models)}", needs=models)
+        rows = [f"seed={model}" if model == self.seed_folder else model for model in models]
+        self._score(f"scores/{self.names(models)[0]}", ("eval.py",), f"--model={','.join(rows)}", needs=models)
 
     def score_ensembles(self, experts, suffix=""):
         """The rows of Branch-Train-Merge; suffix: what tells these experts' rows from those of others."""
@@ -311,13 +336,14 @@ class Chain:
         self._score(f"scores/btm{suffix}", ("-m", "study.btm"), *flags, needs=experts)
 
     def _score(self, name, script, *flags, needs):
-        settings = (self.config.stage("eval"), self.all_domains(), f"--out_dir={self.config.path('report')}")
+        settings = (self.config.stage("eval"), *self.size("eval"), self.all_domains())
+        settings += (f"--unread={self.config.unread}", f"--out_dir={self.config.path('report')}")
         arguments = (*script, *settings, *flags, *shlex.split(self.config.flags))
         self.jobs.append(Job(name, arguments, self.names(needs)))
 
     def all_domains(self):
         """The flag of what scores or looks on: these domains, and no others that the data folder may hold."""
-        return f"--domains={','.join(sorted(self.domains))}"
+        return f"--domains={','.join(sorted([*self.domains, *split_list(self.config.unread)]))}"
 
     def run(self, quiet=False):
         """Run the jobs that have been added; see run_jobs."""
@@ -343,8 +369,8 @@ class Budget:
 
     def __init__(self, chain):
         config = chain.config
-        self.branch = read_settings(config, "expert", config.expert_flags)
-        self.finetuning = read_settings(config, "finetune", config.finetune_flags)
+        self.branch = chain.settings("expert", config.expert_flags)
+        self.finetuning = chain.settings("finetune", config.finetune_flags)
         self.experts_per_token = parse(MixConfig, [config.stage("mix")]).num_experts_per_tok
         corpus = Corpus(chain.data)
         dense = self.dense_config(chain, corpus)
@@ -369,8 +395,7 @@ class Budget:
         if chain.config.published:
             return ModelConfig.from_pretrained(chain.seed_folder)
         with on_meta():
-            settings = read_settings(chain.config, "seed", chain.config.seed_flags)
-            return build_model(settings, corpus).config
+            return build_model(chain.settings("seed", chain.config.seed_flags), corpus).config
 
     def dense_steps(self, flops=None):
         """How many dense steps take BTX's FLOPs, or others."""
@@ -381,10 +406,36 @@ class Budget:
         return round(self.flops / self.mixture_flops / tokens_of(self.finetuning, 1))
 
 
-def read_settings(config, stage, flags=""):
+def read_settings(config, stage, *flags):
     """The config of a training stage, with some flags on top."""
-    kind = FinetuneConfig if stage == "finetune" else TrainConfig
-    return parse(kind, [config.stage(stage), *shlex.split(flags)])
+    return parse(FinetuneConfig if stage == "finetune" else TrainConfig, [config.stage(stage), *flags])
+
+
+def sizes_for(config):
+    """The flags of each stage with which a branch reads config.tokens: {stage: flags}.
+
+    An optimizer step takes tokens^0.6 of them: 1 G are 4,000 steps of 128 windows of 2,048 tokens, 40 k are 78 steps of
+    2 windows of 256. That is our rule of thumb, which grows about as critical batch sizes do; nobody has swept it. The
+    finetuning is as long beside the branches as the paper's. Scores read a tenth of a branch in each domain.
+    """
+    per_step = config.tokens**0.6
+    longest = parse(EvalConfig, [config.stage("eval")])
+    length = min(longest.sequence_length, 2 ** max(3, int(math.log2(per_step / 2))))
+    batch = max(2, 2 ** round(math.log2(per_step / length)))
+    branches = len(set(split_list(config.domains)) - {config.generalist})
+    found = {}
+    for stage, tokens in {"expert": config.tokens, "finetune": FINETUNING * branches * config.tokens}.items():
+        usual = read_settings(config, stage)
+        steps = max(1, round(tokens / batch / length))
+        values = {"max_steps": steps, "batch_size": batch, "sequence_length": length}
+        values["micro_batch_size"] = min(batch, usual.micro_batch_size)
+        values["warmup_steps"] = math.ceil(steps * usual.warmup_steps / usual.max_steps)
+        values["eval_interval"] = min(usual.eval_interval, math.ceil(steps / 2))
+        values["eval_windows"] = max(2, min(usual.eval_windows, round(config.tokens / 40 / length)))
+        found[stage] = values
+    windows = max(2, min(longest.eval_windows, round(config.tokens / 10 / length)))
+    found["eval"] = {"sequence_length": length, "eval_windows": windows}
+    return {stage: tuple(f"--{name}={value}" for name, value in values.items()) for stage, values in found.items()}
 
 
 def tokens_of(settings, steps=None):
@@ -416,17 +467,28 @@ def pipeline(chain):
     mixed = chain.mix(experts)
     btx = chain.finetune(mixed)
     soup = chain.mix(experts, "--method=soup", folder=config.path("soup"), stage="")
+    forms = other_forms(chain, experts) if config.forms else []
     if config.report:
-        # the ensembles come first: they take longest. Nobody knows what a published seed has read, so it is in none
-        chain.score_ensembles(branches if config.published else experts)
+        chain.score_ensembles(experts)  # first: they take longest
         chain.score(seed, *branches)
         chain.score(soup, mixed, btx)
-        if rivals:
-            chain.score(*rivals)
-        length = parse(EvalConfig, [config.stage("eval")]).sequence_length
+        for some in (rivals, forms):
+            if some:
+                chain.score(*some)
         arguments = (f"--model={btx}", f"--data_dir={chain.data}", chain.all_domains())
-        arguments += (f"--out_dir={config.path('report')}", f"--sequence_length={length}")
+        arguments += (f"--out_dir={config.path('report')}", f"--sequence_length={chain.scoring().sequence_length}")
         chain.jobs.append(Job("routing", ("-m", "study.route", *arguments), chain.names([btx])))
+
+
+def other_forms(chain, experts):
+    """BTX with the paper's random routers, from the same branches; and BTX from branches that train their feed-forwards
+    alone. Both are mixed and finetuned as BTX is."""
+    path, seed = chain.config.path, chain.seed_folder
+    mixed = chain.mix(experts, "--router_init=normal", folder=path("compare/mixed-paper"))
+    printed = chain.finetune(mixed, folder=path("compare/btx-paper"))
+    held = [chain.branch(domain, HELD, folder=path(f"compare/held-{domain}")) for domain in chain.branched]
+    mixed = chain.mix([*held, seed], folder=path("compare/mixed-held"))
+    return [printed, mixed, chain.finetune(mixed, folder=path("compare/btx-held"))]
 
 
 def draw_report(config):

@@ -75,7 +75,7 @@ def replace_groups(config, corpus, folders):
         for domain, expert in experts.items():
             for name, parameter in model.named_parameters():
                 parameter.copy_(replacement[name] if name in names else expert[name])
-            scores[domain], _ = bits_per_byte(model, *windows[domain], corpus.token_bytes)
+            scores[domain] = bits_per_byte(model, *windows[domain], corpus.token_bytes)
         return {**scores, "avg": sum(scores.values()) / len(scores)}
 
     found = {}

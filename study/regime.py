@@ -9,6 +9,7 @@ stopped and continued like every other stage. docs/regime.md has what was found.
 
 import dataclasses
 import os
+import shlex
 
 from common.config import key, split_list
 from common.errors import UserError, command, read_json, write_json
@@ -45,7 +46,7 @@ def points_of(config):
 def length_flags(config, stage, scale):
     """A stage's flags, its steps and warm-up times a scale."""
     given = getattr(config, f"{stage}_flags")
-    settings = read_settings(config, stage, given)
+    settings = read_settings(config, stage, *shlex.split(given))
     steps = max(1, round(settings.max_steps * scale))
     return f"{given} --max_steps={steps} --warmup_steps={round(settings.warmup_steps * steps / settings.max_steps)}"
 

@@ -1,6 +1,9 @@
-# Sourced by run.sh: a published model as the seed, public text by name, and who reads what.
-# A copy on this disk takes the model's place: SEED_MODEL=FOLDER bash run.sh llama2-7b
+# Sourced by run.sh: a published model as the seed, public text by name, and who reads what. A folder takes the model's
+# place, files or folders take the text's: SEED_MODEL=FOLDER DOMAINS="poems=poems.jsonl law=law" bash run.sh llama2-7b
 published=${SEED_MODEL:-hf:meta-llama/Llama-2-7b-hf}
 domains=${DOMAINS:-code finemath wikipedia fineweb-edu}
-generalist=fineweb-edu  # the seed's own kind of text: read in the finetuning, without a branch
-mixture=code:40.31,finemath:30.16,wikipedia:10.30,fineweb-edu:19.23  # the paper's
+unread=${UNREAD:-}
+generalist=${GENERALIST:-fineweb-edu}  # if it is there: the seed's own kind of text, read in the finetuning, no branch
+if [ "$(names_of $domains)" = "$(names_of code finemath wikipedia fineweb-edu)" ]; then
+    mixture=code:40.31,finemath:30.16,wikipedia:10.30,fineweb-edu:19.23  # the paper's
+fi

@@ -4,5 +4,3 @@ out_dir = "out/smollm/report"
 data_dir = "out/smollm/data"
 sequence_length = 2048
 eval_windows = 256
-device = "cuda"
-dtype = "bfloat16"

@@ -9,11 +9,8 @@ max_steps = 2120  # 0.56 B tokens: 80 for each 453 of the branches, as in the pa
 batch_size = 128
 micro_batch_size = 16
 sequence_length = 2048
-learning_rate = 2e-4  # the experts are good already: a higher rate forgets them (LOG.md)
+learning_rate = 1e-4  # the experts are good already: a higher rate forgets them (LOG.md)
 warmup_steps = 100
-splice = 0.5
 eval_interval = 500
 eval_windows = 32
 save_interval = 500
-
-device = "cuda"  # a wheel that does not fit the driver is an error, not a run on the CPU

@@ -51,7 +51,8 @@ def test_every_document_is_in_its_split_once(prepare, texts, data, tmp_path):
         tokens = tokens_of(tmp_path / "out", "web", split)
         assert encoding.decode(tokens.tolist()) == "".join(text + "<|endoftext|>" for text in wanted)
         size = sum(len(text.encode()) for text in wanted)
-        assert meta[split] == {"documents": len(wanted), "tokens": len(tokens), "bytes": size}
+        copies = {"copies": 0} if split != "train" else {}
+        assert meta[split] == {"documents": len(wanted), "tokens": len(tokens), "bytes": size, **copies}
     assert meta["recipe"]["source"]["column"] == "text" and len(meta["recipe"]["source"]["files"]) == 2
     assert sorted(os.listdir(tmp_path / "out" / "web")) == ["meta.json", "test.bin", "train.bin", "val.bin"]
     assert "already there, kept" in must(prepare("--domain=web", "--tokens=1e9")).out
@@ -64,6 +65,7 @@ def small_batches(source, data, tmp_path, monkeypatch):
     """main() with notes every 200 documents, in this module, where it can be changed and stopped."""
     monkeypatch.setattr(public, "LOOK_EVERY", 50)
     monkeypatch.setattr(public, "NOTE_EVERY", 200)
+    monkeypatch.setattr(public, "MIN_HELD_OUT_TOKENS", 1)
 
     def main(out, *flags):
         arguments = f"--source={source}", "--domain=web", f"--out_dir={tmp_path}/{out}", f"--tokenizer={data}"

@@ -102,12 +102,12 @@ def test_ensembles_of_the_same_experts_read_a_text_once(models, ids, monkeypatch
     texts = [(ids[:, :-1], ids[:, 1:]), (ids[:, :-1], ids[:, :-1]), (ids[:, 1:], ids[:, :-1])]
     ensembles = [PosteriorEnsemble(models, PRIOR), PosteriorEnsemble(models, PRIOR, prefix=True)]
     with torch.no_grad():
-        alone = [[one.log_likelihood(*text) for text in texts] for one in ensembles]
+        alone = [[-one(*text).losses for text in texts] for one in ensembles]
         whole = [[one(text).logits.gather(-1, to[..., None])[..., 0] for text, to in texts] for one in ensembles]
         ensembles[0].readings = ensembles[1].readings = {}
         calls, forward = [], Transformer.forward
         monkeypatch.setattr(Transformer, "forward", lambda *a, **b: calls.append(1) or forward(*a, **b))
-        shared = [[one.log_likelihood(*text) for text in texts] for one in ensembles]
+        shared = [[-one(*text).losses for text in texts] for one in ensembles]
         assert len(calls) == len(models) * len(texts)
         ensembles[0].read(*texts[0], ensembles[0].new_cache(*texts[0][0].shape))
         assert len(calls) == len(models) * (len(texts) + 1)

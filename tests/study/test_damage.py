@@ -30,7 +30,7 @@ def groups(flags, folder):
 def at_home(model, data, domain):
     """A model's bits per byte on the windows that the study takes."""
     corpus = Corpus(data)
-    return bits_per_byte(model, *corpus.windows(domain, "val", 32, 4), corpus.token_bytes)[0]
+    return bits_per_byte(model, *corpus.windows(domain, "val", 32, 4), corpus.token_bytes)
 
 
 def test_nothing_replaced_is_the_expert_and_everything_is_the_soup(groups, data, seed, experts, tmp_path):
