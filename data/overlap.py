@@ -1,0 +1,47 @@
+"""Held-out documents that training text holds, too: found by their 13-grams, as GPT-3's authors did, and taken out.
+
+A copy with a few words changed is still a copy. A document is taken out when more than a fifth of its 13-grams stand
+somewhere in the training text (Brown et al. 2020, appendix C, use 13-grams of words; these are of tokens).
+"""
+
+import numpy as np
+
+LENGTH = 13
+MOST = 0.2  # of a document's n-grams that may stand in the training text
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost modulo 2^64
+PIECE = 2**22  # tokens hashed at a time
+
+
+def hashes(tokens):
+    """A 64-bit hash of each run of 13 tokens: (S,) -> (S - 12,)."""
+    tokens = tokens.astype(np.uint64)
+    found = np.zeros(max(0, len(tokens) - LENGTH + 1), np.uint64)
+    for place in range(LENGTH):
+        found = found * FACTOR + tokens[place : place + len(found)] + np.uint64(1)  # wraps around
+    return found
+
+
+def seen_in(train, held_out):
+    """For each of some hashes, whether a 13-gram of the training tokens has it. train: (S,); held_out: (N,)."""
+    wanted, places = np.unique(held_out, return_inverse=True)
+    seen = np.zeros(len(wanted), bool)
+    for start in range(0, len(train), PIECE):
+        piece = np.asarray(train[start : start + PIECE + LENGTH - 1])
+        seen |= np.isin(wanted, hashes(piece))
+    return seen[places]
+
+
+def without_copies(train, tokens, end):
+    """(the tokens of the documents that stay, how many stayed, how many went).
+
+    train, tokens: (S,) token ids, each document closed by the token `end`. A document shorter than 13 tokens stays.
+    """
+    last = tokens == end  # (S,)
+    document = np.cumsum(last) - last  # (S,): the number of each token's document
+    count = int(last.sum())
+    whole = document[: 1 - LENGTH] == document[LENGTH - 1 :]  # n-grams that cross no end
+    of = document[: 1 - LENGTH][whole]
+    seen = seen_in(train, hashes(tokens)[whole])
+    shares = np.bincount(of, seen, count) / np.maximum(1, np.bincount(of, minlength=count))  # (documents,)
+    stays = shares <= MOST
+    return tokens[stays[document]], int(stays.sum()), int(count - stays.sum())
