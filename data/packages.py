@@ -170,7 +170,6 @@ QUESTIONS = {
     "openbookqa": "OpenBookQA/test",
     "commonsenseqa": "CommonsenseQA/validation",
     "socialiqa": "SIQA/test",
-    "mmlu": "MMLU/test",
 }
 
 

@@ -34,6 +34,11 @@ class DamageConfig(ReadingConfig):
     out_dir: str = key("out/cpu/report", "where damage.json, damage.md and damage.png go")
     split: str = key("val", "held-out text to score", HELD_OUT)
     eval_windows: int = key(32, "windows per domain", within="[1, inf)")
+    layers: bool = key(True, "replace the tensors layer by layer, too")
+
+
+MIXING = "all but feed-forward (mixing)"
+SOUP = "everything (soup)"
 
 
 def groups_of(names, num_layers):
@@ -42,7 +47,7 @@ def groups_of(names, num_layers):
     for name in names:
         groups.setdefault(group_of(name), set()).add(name)
     shared = {name for name in names if group_of(name) != "feed-forward"}
-    groups |= {"all but feed-forward (mixing)": shared, "everything (soup)": set(names)}
+    groups |= {MIXING: shared, SOUP: set(names)}
     for layer in range(num_layers):
         groups[f"layer {layer}, all but feed-forward"] = {n for n in shared if f".layers.{layer}." in n}
     return groups
@@ -79,9 +84,10 @@ def replace_groups(config, corpus, folders):
         return {**scores, "avg": sum(scores.values()) / len(scores)}
 
     found = {}
-    for label, names in groups_of(list(seed), model.config.num_hidden_layers).items():
+    for label, names in groups_of(list(seed), model.config.num_hidden_layers if config.layers else 0).items():
         drifts = [relative_drift(names, expert, seed) for expert in experts.values()]
-        scores = {"averaged": at_home(names, mean), "seed": at_home(names, seed)}
+        scores = {"averaged": at_home(names, mean)}
+        scores["seed"] = at_home(names, seed) if names else scores["averaged"]
         found[label] = {**scores, "drift": sum(drifts) / len(drifts)}
         print(f"{label:40s} averaged {scores['averaged']['avg']:.3f}   the seed's {scores['seed']['avg']:.3f}")
     return found

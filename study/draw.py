@@ -220,3 +220,26 @@ def plot_damage(found, path):
     axis.legend(frameon=False, loc="lower right", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
     save(figure, path)
+
+
+def plot_drift(points, path):
+    """What averaging costs over how far branches went. points: {size: [{"drift", "lost", "rate", "steps"}]}, where lost
+    is the share of a branch's gain over the seed that it loses at home; above 1 it is worse than the seed."""
+    figure, axis = plt.subplots(figsize=(6.4, 4))
+    for i, (size, some) in enumerate(points.items()):
+        for j, rate in enumerate(sorted({point["rate"] for point in some})):
+            line = sorted((p["drift"], p["lost"], p["steps"]) for p in some if p["rate"] == rate)
+            x, y, steps = zip(*line, strict=True)
+            style = {"color": COLOURS[i], "marker": MARKERS[j], "alpha": 0.85}
+            axis.plot(x, y, label=f"{size}, learning rate {rate:g}", **style)
+            for place in zip(x, y, steps, strict=True):
+                axis.annotate(f"{place[2]}", place[:2], textcoords="offset points", xytext=(5, -9), fontsize=7)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.axhline(1, color="#999999", linewidth=0.8, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=0.1)
+    axis.set_xlabel("drift of what mixing averages, |branch - seed| / |seed| (numbers: steps)")
+    axis.set_ylabel("share of the branch's gain that is lost")
+    axis.legend(frameon=False, fontsize=8)
+    axis.grid(alpha=0.3)
+    save(figure, path)

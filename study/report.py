@@ -15,6 +15,9 @@ from eval import read_results
 from study import tables
 from study.draw import plot_bpb, plot_curves
 
+RESAMPLED = """In bits per byte, with the interval that holds 95 % of the differences when the scored windows are drawn
+anew; bold where zero is outside. It knows which text was scored, not what another random seed of training would do."""
+
 
 @dataclasses.dataclass
 class ReportConfig:
@@ -77,7 +80,10 @@ def write_report(folder, results):
     text += [f"\nbpb: bits per byte on held-out text ({results['config']['split']}), lower is better.\n"]
     if results["baselines"]:
         text += ["Scores of guesses, made without a model:\n", *tables.baseline_lines(results["baselines"]), ""]
-    text += ["![bits per byte](bpb.png)\n", "## What was expected\n", *tables.claims(rows)]
+    text += ["![bits per byte](bpb.png)\n"]
+    if all("bits" in row for row in rows) and any(row["name"] == "btx" for row in rows):
+        text += ["## How sure\n", tables.resampled_table(rows), f"\n{RESAMPLED}\n"]
+    text += ["## What was expected\n", *tables.claims(rows)]
     behind = dict.fromkeys(name for row in rows for name in row["runs"])
     folders = {name: read_run(name) for name in behind if os.path.exists(os.path.join(name, LOG))}
     if folders:

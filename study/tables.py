@@ -13,14 +13,15 @@ DEAD = 0.01  # an expert that gets a smaller share of a layer's choices is dead
 AT_HOME = 3  # percent: how much worse than an expert a model may be in the expert's own domain
 METRICS = {  # of a row of results.json, in the order of the tables
     "bpb": "bits per byte",
+    "unread": "bits per byte, unread text",
     "spliced": "spliced bits per byte",
     "accuracy": "task accuracy",
     "choice": "choice accuracy",
     "switched": "choice accuracy after other text",
     "edit_similarity": "edit similarity",
 }
-SHORT = {"switched": "choice after other text"}  # in tables
-BITS = ("bpb", "spliced")  # lower is better; of the others higher
+SHORT = {"switched": "choice after other text", "unread": "(unread)"}  # in tables
+BITS = ("bpb", "unread", "spliced")  # lower is better; of the others higher
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, 1 to 9 degrees of freedom
 COUNTS = {
     "active_params": "active params",
@@ -48,6 +49,9 @@ WORDS = {  # the comparison's rows in the order of the tables, the paper's, and 
     "btm-posterior-prefix-cm": "ensemble, prefix posterior, same FLOPs",
     "mixed": "mixture, not finetuned",
     "btx": "Branch-Train-MiX",
+    "mixed-paper": "mixture as printed, not finetuned",
+    "mixed-held": "mixture of feed-forward branches, not finetuned",
+    "btx-held": "Branch-Train-MiX, feed-forward branches",
     "btx-even": "Branch-Train-MiX, half of it finetuning",
     "btx-paper": "Branch-Train-MiX as printed",
     "btx-sample": "Branch-Train-MiX, sample top-1",
@@ -188,7 +192,7 @@ def columns_of(rows):
 
 def main_columns(rows):
     """The scores that a page shows: bits per byte by domain, averages of the rest, and the facts recalled."""
-    main = [(metric, "avg") for metric in ("spliced", "choice", "switched")] + [("accuracy", "wiki")]
+    main = [(metric, "avg") for metric in ("unread", "spliced", "choice", "switched")] + [("accuracy", "wiki")]
     return [column for column in columns_of(rows) if column[0] == "bpb" or column in main]
 
 
@@ -205,6 +209,35 @@ def score_table(rows, counts=(), columns=None):
     return model_table(["model", *names, *(COUNTS[name] for name in counts)], rows, cells)
 
 
+def resampled(ours, theirs, metric, draws=10_000):
+    """(how many bits per byte `ours` is ahead, the ends of the interval that holds 95 % of the differences when windows
+    are drawn anew, with replacement, each domain for itself): what the choice of text leaves open. It does not know of
+    another random seed. The same windows count for both rows. ours, theirs: rows of results.json."""
+    random = np.random.default_rng(0)
+    ahead, drawn = [], []
+    for domain in (name for name in ours[metric] if name != "avg"):
+        sizes = np.array(ours["bytes"][domain])  # (N,)
+        saved = np.array(theirs["bits"][domain]) - np.array(ours["bits"][domain])  # (N,)
+        chosen = random.integers(len(sizes), size=(draws, len(sizes)))
+        ahead.append(saved.sum() / sizes.sum())
+        drawn.append(saved[chosen].sum(axis=1) / sizes[chosen].sum(axis=1))  # (draws,)
+    return statistics.mean(ahead), *np.percentile(np.mean(drawn, axis=0), (2.5, 97.5))
+
+
+def resampled_table(rows, ours="btx"):
+    """How far a row is ahead of each other one on text that was read and that was not, with resampled's intervals."""
+    [own] = [row for row in rows if row["name"] == ours]
+    metrics = [metric for metric in ("bpb", "unread") if metric in own]
+
+    def cell(row, metric):
+        ahead, low, high = resampled(own, row, metric)
+        text = f"{ahead:+.3f} ({low:+.3f} to {high:+.3f})"
+        return text if low <= 0 <= high else f"**{text}**"
+
+    body = [[with_dagger(row), *(cell(row, metric) for metric in metrics)] for row in rows if row is not own]
+    return markdown_table([f"{ours} is ahead of", *(METRICS[metric] for metric in metrics)], body)
+
+
 def headline_table(rows):
     """The table that run.sh ends with and README starts with: one row per way to spend the compute. rows: of
     results.json or compare.json; those that are there."""
@@ -217,6 +250,7 @@ def headline_table(rows):
     }
     columns = {
         ("bpb", "avg"): "bits per byte",
+        ("unread", "avg"): "unread text",
         ("choice", "avg"): "choices right",
         ("accuracy", "wiki"): "facts recalled",
     }
