@@ -31,7 +31,7 @@ size=${1:-cpu} task=${2:-}
 domains=${DOMAINS:-code math wiki}
 config=config/$size
 random_seed=${SEED:-1}
-published="" generalist="" mixture="" unread="" rivals=True
+published="" generalist="" mixture="" unread="" rivals=()
 names_of() { printf '%s\n' "${@%%=*}" | paste -sd, -; }
 case $task in
     "" | quick | chain | ablate | compare | regime) ;;
@@ -61,7 +61,7 @@ case $task in
     compare) exec $python -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" \
         --seeds="$(echo ${SEEDS:-1 2 3} | tr ' ' ,)" ;;
     regime) exec $python -m study.regime "${settings[@]}" --out_dir="${OUT:-out/$size}" ;;
-    quick) rivals=False ;;
+    quick) rivals=(--rivals=False) ;;
 esac
 
 # seed, branches, mixture and finetuning; dense training and upcycling beside them; scores and the report
@@ -69,7 +69,7 @@ report=True
 [ "$task" != chain ] || report=False
 $python -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
     --generalist="$generalist" --mixture="$mixture" --unread="${unread:+$(names_of $unread)}" --tokens="${TOKENS:-0}" \
-    --rivals=$rivals --report=$report
+    "${rivals[@]}" --report=$report
 if [ "$task" = ablate ]; then
     $python -m study.ablate "${settings[@]}" --out_dir="$out"
     $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \

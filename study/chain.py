@@ -431,6 +431,7 @@ def sizes_for(config):
         values["micro_batch_size"] = min(batch, usual.micro_batch_size)
         values["warmup_steps"] = math.ceil(steps * usual.warmup_steps / usual.max_steps)
         values["eval_interval"] = min(usual.eval_interval, math.ceil(steps / 2))
+        values["save_interval"] = math.ceil(steps / 4)
         values["eval_windows"] = max(2, min(usual.eval_windows, round(config.tokens / 40 / length)))
         found[stage] = values
     windows = max(2, min(longest.eval_windows, round(config.tokens / 10 / length)))

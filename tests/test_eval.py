@@ -301,6 +301,24 @@ def test_a_domain_added_later_locks_nobody_out(seed, data, tmp_path):
     assert "no domain 'hail'" in error_line(run("eval.py", *flags, "--domains=hail"))
 
 
+def test_unread_text_is_scored_apart_and_a_row_may_have_another_name(rows, seed, data, tmp_path):
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}"
+    must(run("eval.py", *flags, f"--model=base={seed}", "--unread=rain", "--spliced=False"))
+    [row] = read_json(tmp_path / "results.json")["rows"]
+    before = rows["seed"]["bpb"]
+    assert row["name"] == "base" and row["spliced"] == {}
+    assert row["unread"] == {"rain": before["rain"], "avg": before["rain"]}
+    read = {domain: before[domain] for domain in ("math", *(before.keys() - {"avg", "math", "rain"}))}
+    assert row["bpb"] == pytest.approx({**read, "avg": sum(read.values()) / len(read)})
+    for domain, score in before.items():
+        if domain != "avg":
+            assert sum(row["bits"][domain]) / sum(row["bytes"][domain]) == pytest.approx(score, rel=1e-4)
+            assert len(row["bits"][domain]) == 7
+    assert "'hail' is not among the domains" in error_line(run("eval.py", *flags, f"--model={seed}", "--unread=hail"))
+    everything = ",".join(name for name in before if name != "avg")
+    assert "leaves no domain" in error_line(run("eval.py", *flags, f"--model={seed}", f"--unread={everything}"))
+
+
 def test_nothing_to_evaluate(seed, data, mixed, tmp_path):
     flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
     assert "nothing to evaluate" in error_line(run("eval.py", *flags))

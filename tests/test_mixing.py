@@ -1,6 +1,7 @@
 """The variants of mix.py: each against numpy, and against the exact property that it is chosen for."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -203,6 +204,25 @@ def test_contrast_start_points_at_each_experts_text(seed, experts, data, mix, ch
         np.testing.assert_allclose(found[layer], rows.repeat(chunks, axis=0), rtol=1e-2, atol=1e-2)
         logits = found[layer] @ np.stack([one[layer] for one in own]).T  # (rows, texts)
         assert (logits[:chunks].argmax(axis=1) == 0).all()  # the math expert's rows like its own text best
+
+
+def test_a_published_seed_counts_as_trained_on_all_that_the_branches_were(seed, experts, data, mix, tmp_path):
+    """Without run.json the seed's routers start as they do with one that says "math and rain, evenly"; with
+    --published_on they start as if it had read that alone."""
+    published = tmp_path / "published"
+    shutil.copytree(seed, published)
+    os.remove(published / "run.json")
+    flags = "--router_init=ridge", f"--data_dir={data}"
+    known = routers(mix([*experts, seed], *flags, name="known"))
+    for ours, theirs in zip(routers(mix([*experts, str(published)], *flags, name="foreign")), known, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    told = mix([*experts, str(published)], *flags, "--published_on=rain", name="told")
+    for rows in routers(told):
+        np.testing.assert_allclose(rows[1], rows[2], rtol=1e-4, atol=1e-5)  # both read rain alone
+        assert not np.allclose(rows[0], rows[1])
+    assert "there is no domain 'hail'" in error_line(
+        run("mix.py", f"--experts={experts[0]},{published}", *flags, "--published_on=hail", f"--out_dir={tmp_path}/no")
+    )
 
 
 def test_ridge_start_is_the_regression(seed, experts, data, mix):

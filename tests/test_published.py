@@ -1,6 +1,7 @@
 """config/smollm and config/llama2-7b: the lines of run.sh, each stage for two steps, from a random model of the same
 family and local text."""
 
+import dataclasses
 import json
 import os
 import random
@@ -56,10 +57,11 @@ def recorded(command, tmp_path, **environment):
     return [(line[1], line[2:]) if line[0] == "-m" else (line[0], line[1:]) for line in words]
 
 
-def jobs_of(arguments):
+def jobs_of(arguments, prepared):
     """What study.chain would run with these flags: (script, arguments) of each job, in an order in which it may."""
-    config = parse(chain_file.ChainConfig, arguments)
-    chain = chain_file.Chain(config)
+    [size] = [flag.removeprefix("--size=") for flag in arguments if flag.startswith("--size=")]
+    chain = chain_file.Chain(parse(chain_file.ChainConfig, [f"config/{size}/chain.py", *arguments]))
+    chain.data = prepared
     chain_file.pipeline(chain)
     done, lines = set(), []
     for job in chain.jobs:
@@ -72,15 +74,20 @@ def jobs_of(arguments):
 
 def run_all(lines, prepared):
     """Run recorded lines inside this process, each for two steps at most; returns the scripts, a chain's one by one."""
-    lines = [one for line in lines for one in (jobs_of(line[1]) if line[0] == "study.chain" else [line])]
-    for script, arguments in lines:
+    done, waiting = [], list(lines)
+    while waiting:
+        script, arguments = waiting.pop(0)
+        if script == "study.chain":
+            waiting = [*jobs_of(arguments, prepared), *waiting]
+            continue
+        done.append(script)
         if script == "data.public":
             prepare(arguments, prepared)
             continue
         path = script.replace(".", "/") + ".py" if script.startswith("study.") else script
         place = [f"--data_dir={prepared}"] if script in FLAGS or "config/" in arguments[0] else []
         must(run(path, *arguments, *FLAGS.get(script, ()), *place))
-    return [script for script, _ in lines]
+    return done
 
 
 def stand_in(size, data, folder):
@@ -111,8 +118,12 @@ def test_every_stage_runs(size, texts, data, tmp_path):
     domains = " ".join(f"{name}={path}" for name, path in texts.items())
     lines = recorded(f"bash run.sh {size}", tmp_path, SEED_MODEL=seed, OUT=f"{tmp_path}/out", DOMAINS=domains)
     done = run_all(lines, prepared)
-    assert done[:9] == ["data.public"] * 4 + ["train.py"] * 3 + ["mix.py", "finetune.py"]
-    assert done[9:] == ["mix.py", "study.btm", *["eval.py"] * 2, "study.route"]
+    rivals = ["mix.py", "finetune.py", "train.py"] if size == "smollm" else []
+    first = ["data.public"] * 4 + rivals + ["train.py"] * 3 + ["mix.py", "finetune.py"]
+    assert done[: len(first)] == first
+    forms = ["mix.py", "finetune.py", *["train.py"] * 3, "mix.py", "finetune.py"] if size == "smollm" else []
+    scores = ["study.btm", *["eval.py"] * (4 if rivals else 2)]
+    assert done[len(first) :] == ["mix.py", *forms, *scores, "study.route"]
     must(run("study/report.py", f"--report={tmp_path}/out/report"))
 
     out = tmp_path / "out"
@@ -122,8 +133,73 @@ def test_every_stage_runs(size, texts, data, tmp_path):
     shares = read_json(out / "btx" / "run.json")["recipe"]["mixture"]
     assert shares == pytest.approx({"code": 0.4031, "finemath": 0.3016, "wikipedia": 0.1030, "fineweb-edu": 0.1923})
     rows = {row["name"]: row for row in read_json(out / "report" / "results.json")["rows"]}
-    assert {"a-seed", "expert-code", "soup", "mixed", "btx"} <= rows.keys()
+    rivals = {"dense-cm", "upcycle-cm", "btx-paper", "mixed-held", "btx-held"} if rivals else set()
+    ensembles = {"btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"}
+    branches = {f"expert-{domain}" for domain in DOMAINS[:3]}
+    assert {"seed", *branches, "soup", "mixed", "btx", *ensembles, *rivals} == rows.keys()
     assert set(rows["btx"]["bpb"]) == {*DOMAINS, "avg"}
+
+
+def test_tokens_are_the_one_dial(texts, data, tmp_path, in_this_process):
+    """TOKENS of a branch: steps, batches, windows and the finetuning follow, in the paper's proportion; dense training
+    and upcycling take BTX's FLOPs; text that is not read is scored alone. Then the same command does nothing."""
+    pytest.importorskip("datasets")
+    seed = stand_in("smollm", data, tmp_path / "seed")
+    names = {"DOMAINS": ("code", "finemath"), "UNREAD": ("wikipedia",)}
+    given = {key: " ".join(f"{name}={texts[name]}" for name in some) for key, some in names.items()}
+    lines = recorded("bash run.sh smollm", tmp_path, SEED_MODEL=seed, OUT=f"{tmp_path}/out", TOKENS="1000", **given)
+    assert [script for script, _ in lines] == ["data.public"] * 3 + ["study.chain"]
+    for script, arguments in lines[:-1]:
+        must(run("data/public.py", *arguments, f"--out_dir={tmp_path}/data", "--column=text"))
+        assert "--tokens=1000" in arguments and script == "data.public"
+    place = f"--flags={' '.join((*TINY[:1], f'--data_dir={tmp_path}/data'))}"
+    config = parse(chain_file.ChainConfig, ["config/smollm/chain.py", *lines[-1][1], place])
+    chain = chain_file.Chain(config)
+    chain.data = str(tmp_path / "data")
+    chain_file.pipeline(chain)
+    chain.run(quiet=True)
+
+    out, costs = tmp_path / "out", {}
+    for name in (
+        "expert-code",
+        "btx",
+        "compare/btx-paper",
+        "compare/btx-held",
+        "compare/dense-cm",
+        "compare/upcycle-cm",
+    ):
+        recipe = read_json(out / name / "run.json")["recipe"]
+        settings = recipe["config"]
+        assert (settings["batch_size"], settings["sequence_length"]) == (4, 16)  # 1000 ** 0.6 = 63 tokens a step
+        costs[name] = settings["max_steps"] * 64
+    branch, finetuning = costs["expert-code"], costs["btx"]
+    assert abs(branch - 1000) <= 32 and abs(finetuning - 2 * 1000 * 80 / 453) <= 32
+    rows = {row["name"]: row for row in read_json(out / "report" / "results.json")["rows"]}
+    assert rows["btx"]["train_tokens"] == 2 * branch + finetuning
+    step = rows["upcycle-cm"]["train_flops"] / costs["compare/upcycle-cm"] * 64
+    for rival in ("dense-cm", "upcycle-cm", "btx-paper"):
+        assert abs(rows[rival]["train_flops"] - rows["btx"]["train_flops"]) <= step
+    assert rows["btx-held"]["train_flops"] < rows["btx"]["train_flops"]
+    for row in rows.values():
+        assert set(row["bpb"]) == {"code", "finemath", "avg"} and set(row["unread"]) == {"wikipedia", "avg"}
+    frozen = {name: read_json(out / name / "run.json")["recipe"]["config"]["freeze"] for name in costs}
+    assert frozen["expert-code"] == frozen["compare/dense-cm"] == "none"
+    held = read_json(out / "compare" / "held-code" / "run.json")["recipe"]["config"]["freeze"]
+    assert held == "embeddings,attention,norms"
+    starts = {name: read_json(out / name / "run.json")["recipe"]["config"]["router_init"] for name in ("mixed",)}
+    starts |= {"printed": read_json(out / "compare" / "mixed-paper" / "run.json")["recipe"]["config"]["router_init"]}
+    assert starts == {"mixed": "ridge", "printed": "normal"}
+
+
+def test_a_billion_tokens_are_the_configs_own_sizes():
+    """TOKENS=1.05e9 gives what config/smollm says without it: 4,000 steps of 128 windows of 2,048 tokens."""
+    config = parse(chain_file.ChainConfig, ["--size=smollm", "--domains=code,finemath,wikipedia", "--tokens=1.05e9"])
+    chain = chain_file.Chain(dataclasses.replace(config, published=ROOT))
+    for stage in ("expert", "finetune"):
+        ours, usual = chain.settings(stage), chain_file.read_settings(config, stage)
+        assert (ours.batch_size, ours.sequence_length) == (usual.batch_size, usual.sequence_length) == (128, 2048)
+        assert ours.max_steps == pytest.approx(usual.max_steps, rel=0.01)
+        assert (ours.warmup_steps, ours.eval_interval) == pytest.approx((100, 500), abs=2)
 
 
 def test_the_commands_of_the_readme(texts, data, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from helpers import must, read, read_json, run
 
@@ -107,3 +108,28 @@ def test_what_is_expected_of_a_row_that_is_not_there(report, tmp_path):
     expected.write_text(json.dumps({"bpb": {}, "ahead": [["btx", "dense-cm", "avg", 0.0]]}))
     _, done = report(lambda row: row, f"--expected={expected}")
     assert done.code == 2 and done.err.count("\n") == 1 and "has no row dense-cm" in done.err
+
+
+def test_an_interval_of_windows_drawn_anew():
+    """Against the normal distribution: many windows of one size, whose differences have a known spread. A difference
+    that is the same in every window has no interval."""
+    random = np.random.default_rng(1)
+    sizes, base = [800] * 400, random.normal(900, 100, 400)
+    saved = random.normal(20, 80, 400)  # bits that ours needs fewer
+    row = {"bytes": {"code": sizes}, "bpb": {"code": 0.0, "avg": 0.0}, "bits": {"code": base.tolist()}}
+    other = {**row, "bits": {"code": (base + saved).tolist()}}
+    ahead, low, high = tables.resampled(row, other, "bpb")
+    half = 1.96 * saved.std() / 400**0.5 / 800
+    assert ahead == pytest.approx(saved.mean() / 800)
+    assert (low, high) == pytest.approx((ahead - half, ahead + half), abs=0.1 * half)
+    same = {**row, "bits": {"code": (base + 16).tolist()}}
+    assert tables.resampled(row, same, "bpb") == pytest.approx((0.02, 0.02, 0.02))
+
+
+def test_the_report_says_how_sure_it_is(results, report):
+    folder, done = report()
+    must(done)
+    text = read(f"{folder}/report.md").decode().split("## How sure")[1].split("##")[0]
+    [row] = table_lines(text)[2:]
+    ours, theirs = (next(r for r in results["rows"] if r["name"] == name)["bpb"]["avg"] for name in ("btx", "seed"))
+    assert row.startswith("| seed | ") and f"{theirs - ours:+.3f} (" in row
