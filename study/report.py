@@ -6,10 +6,11 @@ Nothing is computed on models here: every number comes from results.json, routin
 """
 
 import dataclasses
+import glob
 import os
 
 from common.config import key, parse
-from common.errors import UserError, command, read_json, write_atomically
+from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.run import LOG, read_run
 from eval import read_results
 from study import tables
@@ -25,6 +26,30 @@ class ReportConfig:
 
     report: str = key("out/cpu/report", "the folder with results.json, from eval.py")
     expected: str = key("", "a config's expected.json: says what is not as it should be, and ends with exit code 1")
+
+
+def questions_in(folder):
+    """{model: {task: [share of right answers, standard error]}} from what lm_eval wrote below a folder: the normalised
+    accuracy of each task where it has one, with the model's folder as its name."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "**", "results_*.json"), recursive=True)):
+        scores = read_json(path, "delete it and run lm_eval again")
+        name = os.path.basename(os.path.normpath(scores["model_name"]))
+        for task, metrics in scores["results"].items():
+            metric = "acc_norm" if "acc_norm,none" in metrics else "acc"
+            if f"{metric},none" in metrics:
+                pair = [metrics[f"{metric},none"], metrics[f"{metric}_stderr,none"]]
+                found.setdefault(name, {})[task.removeprefix("btx_")] = pair
+    return found
+
+
+def question_section(folder):
+    """The part of report.md that lm_eval's files in FOLDER/questions make; empty where there are none."""
+    found = questions_in(os.path.join(folder, "questions"))
+    if not found:
+        return []
+    write_json(os.path.join(folder, "questions.json"), found)
+    return ["\n## Questions\n", tables.question_table(found)]
 
 
 def routing_section(folder):
@@ -89,7 +114,7 @@ def write_report(folder, results):
     if folders:
         plot_curves(folders, domains, os.path.join(folder, "curves.png"))
         text += ["\n## What it cost\n", tables.run_table(folders), "\n![training curves](curves.png)"]
-    text += [*routing_section(folder), tables.versions_line(results, "results.json")]
+    text += [*question_section(folder), *routing_section(folder), tables.versions_line(results, "results.json")]
     write_atomically(os.path.join(folder, "report.md"), "\n".join(text) + "\n")
 
 

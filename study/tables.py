@@ -264,6 +264,14 @@ def headline_table(rows):
     return model_table(["", *columns.values(), "parameters per token"], rows, cells)
 
 
+def question_table(found):
+    """Questions that lm_eval asked, right answers per byte of choice, with one standard error. found: {model: {task:
+    [share, standard error]}}."""
+    tasks = list(next(iter(found.values())))
+    body = [[name, *(f"{scores[t][0]:.1%} ± {scores[t][1]:.1%}" for t in tasks)] for name, scores in found.items()]
+    return markdown_table(["model", *tasks], body)
+
+
 def baseline_lines(baselines):
     """What each task's score is without knowing anything: one line per task and metric."""
     return [

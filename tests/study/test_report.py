@@ -133,3 +133,24 @@ def test_the_report_says_how_sure_it_is(results, report):
     [row] = table_lines(text)[2:]
     ours, theirs = (next(r for r in results["rows"] if r["name"] == name)["bpb"]["avg"] for name in ("btx", "seed"))
     assert row.startswith("| seed | ") and f"{theirs - ours:+.3f} (" in row
+
+
+def test_questions_that_lm_eval_asked_are_in_the_report(report, tmp_path):
+    """Files as lm_eval writes them: the later one of a model counts, normalised accuracy where there is one."""
+
+    def write(model, stamp, **tasks):
+        folder = tmp_path / "questions" / f"__{model}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"results_{stamp}.json").write_text(json.dumps({"model_name": f"out/{model}/", "results": tasks}))
+
+    plain = {"acc,none": 0.5, "acc_stderr,none": 0.04}
+    both = {**plain, "acc_norm,none": 0.625, "acc_norm_stderr,none": 0.03}
+    write("seed", "2026-01-01", btx_piqa=plain)
+    write("seed", "2026-01-02", btx_piqa=both, other=plain)
+    write("btx", "2026-01-01", btx_piqa=plain, other=both)
+    folder, done = report()
+    must(done)
+    text = read(f"{folder}/report.md").decode().split("## Questions")[1]
+    assert table_lines(text)[0] == "| model | piqa | other |"
+    assert "| seed | 62.5% ± 3.0% | 50.0% ± 4.0% |" in text and "| btx | 50.0% ± 4.0% | 62.5% ± 3.0% |" in text
+    assert read_json(f"{folder}/questions.json")["seed"]["piqa"] == [0.625, 0.03]
