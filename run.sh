@@ -18,6 +18,7 @@
 #   TOKENS=1e8                      tokens that a branch reads; steps, batches, finetuning and rivals follow
 #   UNREAD="mail=~/mail"            more text, to score all models on what none of them reads (smollm, llama2-7b)
 #   SEED_MODEL=FOLDER               what takes the published model's place (smollm, llama2-7b)
+#   GENERALIST=web                  one of the domains that gets no branch: the seed's own kind of text (the same two)
 #   SEED=2, SEEDS="1 2"             the random seed of all training; those of compare
 #   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
 #   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"

@@ -265,7 +265,7 @@ def headline_table(rows):
 
 
 def question_table(found):
-    """Questions that lm_eval asked, right answers per byte of choice, with one standard error. found: {model: {task:
+    """Questions that lm_eval asked, right answers by likelihood per character of a choice, with one standard error. found: {model: {task:
     [share, standard error]}}."""
     tasks = list(next(iter(found.values())))
     body = [[name, *(f"{scores[t][0]:.1%} ± {scores[t][1]:.1%}" for t in tasks)] for name, scores in found.items()]
