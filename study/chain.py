@@ -476,8 +476,9 @@ def pipeline(chain):
         for some in (rivals, forms):
             if some:
                 chain.score(*some)
-        arguments = (f"--model={btx}", f"--data_dir={chain.data}", chain.all_domains())
-        arguments += (f"--out_dir={config.path('report')}", f"--sequence_length={chain.scoring().sequence_length}")
+        size = chain.size("eval") or (f"--sequence_length={chain.scoring().sequence_length}",)
+        arguments = (f"--model={btx}", f"--data_dir={chain.data}", chain.all_domains(), *size)
+        arguments += (f"--out_dir={config.path('report')}",)
         chain.jobs.append(Job("routing", ("-m", "study.route", *arguments), chain.names([btx])))
 
 

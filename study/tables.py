@@ -265,8 +265,8 @@ def headline_table(rows):
 
 
 def question_table(found):
-    """Questions that lm_eval asked, right answers by likelihood per character of a choice, with one standard error. found: {model: {task:
-    [share, standard error]}}."""
+    """Questions that lm_eval asked: right answers, by the likelihood of a choice per character, and one standard error.
+    found: {model: {task: [share, standard error]}}."""
     tasks = list(next(iter(found.values())))
     body = [[name, *(f"{scores[t][0]:.1%} ± {scores[t][1]:.1%}" for t in tasks)] for name, scores in found.items()]
     return markdown_table(["model", *tasks], body)
