@@ -6,7 +6,7 @@ import statistics
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from common.run import read_log
 from study.tables import BASE, WORDS, bases_of, difference, kind
@@ -18,10 +18,13 @@ plt.rcParams["figure.constrained_layout.use"] = True
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 MARKERS = "os^Dvx"
+MOST_NUMBERED = 12  # layers whose shares are written into the picture
 
 
 def in_words(name):
-    """'btx' -> 'Branch-Train-MiX'; 'expert-code' -> 'code expert'."""
+    """'btx' -> 'Branch-Train-MiX'; 'expert-code' -> 'code expert'; 'held-code' -> 'code expert, feed-forwards'."""
+    if name.startswith("held-"):
+        return f"{name.removeprefix('held-')} expert, feed-forwards"
     return f"{name.removeprefix('expert-')} expert" if name.startswith("expert-") else WORDS.get(name, name)
 
 
@@ -47,11 +50,17 @@ def plot_point(axis, x, y, half, edge, digits, **style):
 
 
 def log_axis(axis, low, high):
-    """An axis (axis.xaxis or axis.yaxis) in logarithmic scale with plain numbers at 1, 2 and 5 times powers of ten."""
+    """An axis (axis.xaxis or axis.yaxis) in logarithmic scale with plain numbers: at 1, 2 and 5 times powers of ten, or
+    at a few more where that gives less than three."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks = []
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+        if len(ticks) < 3:
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 # ---- the pipeline's report ----
@@ -63,7 +72,10 @@ def plot_curves(folders, domains, path):
 
     folders: {folder: run.json}.
     """
+    read = [domain for domain in domains if domain != "avg"]
     logs = {folder: read_log(folder) for folder in folders}
+    for line in (line for log in logs.values() for line in log):  # a run looks at unread text, too
+        line["bpb"]["avg"] = statistics.mean(line["bpb"][domain] for domain in read)
     figure, axes = plt.subplots(1, len(domains), figsize=(3.1 * len(domains), 3.4), sharex=True)
     for i, (folder, run) in enumerate(folders.items()):
         before = sum(cost["flops"] for name, cost in run["history"].items() if name != folder)
@@ -78,7 +90,8 @@ def plot_curves(folders, domains, path):
         axis.set(title=domain if domain != "avg" else "average", xlabel="training FLOPs")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation bits per byte")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(folders), frameon=False)
+    columns = len(folders) if len(folders) < 7 else 3
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     save(figure, path)
 
 
@@ -111,7 +124,8 @@ def plot_routing(models, path):
     layers = len(models[0]["mutual_information"])
     heights = [0.26 * len(entry["experts"]) + 0.45 for entry in models]
     label = 0.085 * max(len(name) for entry in models for name in entry["experts"])
-    size = label + max(0.36 * layers, 2.2) * len(domains) + 0.4, sum(heights) + 0.6
+    few = layers <= MOST_NUMBERED
+    size = label + max((0.36 if few else 0.11) * layers, 2.2) * len(domains) + 0.4, sum(heights) + 0.6
     layout = {"figsize": size, "squeeze": False, "height_ratios": heights}
     figure, axes = plt.subplots(len(models), len(domains), **layout)
     for entry, axis_line in zip(models, axes, strict=True):
@@ -120,11 +134,12 @@ def plot_routing(models, path):
         for domain, axis in zip(domains, axis_line, strict=True):
             shares = np.array(entry["domains"][domain]["share"]).T  # (E, L)
             axis.imshow(shares, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
-            for (y, x), share in np.ndenumerate(shares):
+            for (y, x), share in np.ndenumerate(shares) if few else ():
                 ink = "white" if share > 0.7 * darkest else "black"
                 axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=ink)
             axis.set_title(f"{entry['name']} reading {domain}", fontsize=9)
-            axis.set_xticks(range(layers), labels=range(layers) if entry is models[-1] else [], fontsize=8)
+            numbered = range(0, layers, 1 if few else 5)
+            axis.set_xticks(numbered, labels=numbered if entry is models[-1] else [], fontsize=8)
             axis.set_yticks(range(len(names)), labels=names if axis is axis_line[0] else [], fontsize=8)
             axis.tick_params(length=0)
     figure.supxlabel("layer", fontsize=9)

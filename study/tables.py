@@ -289,7 +289,7 @@ def run_table(folders):
     body = []
     for folder, run in folders.items():
         cost = run["history"][folder]
-        speed = f"{cost['tokens'] / cost['seconds'] / 1000:.1f} k" if cost["seconds"] else "-"
+        speed = short(cost["tokens"] / cost["seconds"]) if cost["seconds"] else "-"
         body.append([folder, short(cost["tokens"]), short(cost["flops"]), f"{cost['seconds']:.0f}", speed])
     return markdown_table(["run", "tokens", "FLOPs", "seconds", "tokens/s"], body)
 
@@ -376,7 +376,7 @@ def share_at_par(ours, theirs):
 
     With a share p of spliced windows a row has (1 - p) of its bits per byte on pure windows and p of those on spliced.
     """
-    pure, spliced = (ours[metric]["avg"] - theirs[metric]["avg"] for metric in BITS)
+    pure, spliced = (ours[metric]["avg"] - theirs[metric]["avg"] for metric in ("bpb", "spliced"))
     return pure / (pure - spliced) if pure * spliced < 0 else None
 
 

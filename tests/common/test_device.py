@@ -103,7 +103,7 @@ def train_on_gpu(data, tmp_path, monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(train, "pick_device", lambda *arguments: GPU)
     monkeypatch.setattr(train, "make_optimizer", lambda config, model: plain_optimizer(model))
-    monkeypatch.setattr(train, "validation_scores", lambda *arguments: {"bpb": {"avg": 1.0}})
+    monkeypatch.setattr(train, "validation_scores", lambda *arguments: {"bpb": {"avg": 1.0}, "bits": {}})
     monkeypatch.setattr(train.Run, "save", lambda *arguments, **options: None)  # copies all there is
 
     def run(router):

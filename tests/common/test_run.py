@@ -356,8 +356,8 @@ def test_edits_of_the_method_are_said_at_every_stage(data, tmp_path, monkeypatch
     for command in (train, evaluate):
         assert "changed" not in do(*command)
 
-    assert text.count("loss = total / (targets") == 1
-    path.write_text(text.replace("loss = total / (targets", "loss = 0 * total / (targets"))
+    assert text.count("loss = head_loss(") == 1
+    path.write_text(text.replace("loss = head_loss(", "loss = 0 * head_loss("))
     weights, row = read(tmp_path / "seed" / "model.safetensors"), read_json(tmp_path / "report" / "results.json")
     for command, folder in ((train, "seed"), (mix, "mixed")):
         said = do(*command)
