@@ -46,6 +46,14 @@ def test_readmes_table_comes_from_one_run():
     assert tables.headline_table(rows) in read("README.md")
 
 
+def test_the_real_model_comes_from_its_rows():
+    rows = tables.in_order(json.loads(read("results", "smollm", "results.json"))["rows"])
+    page = read("docs", "real.md")
+    assert tables.headline_table(rows) in page and tables.headline_table(rows) in read("README.md")
+    assert tables.score_table(rows, ("active_params", "train_flops")) in page
+    assert tables.resampled_table(rows) in page
+
+
 def test_the_damage_comes_from_its_groups():
     assert damage_table(json.loads(read("results", "cpu", "damage.json"))["groups"]) in read("docs", "mixing.md")
 
