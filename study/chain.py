@@ -34,6 +34,7 @@ from model import ModelConfig, Transformer, on_meta
 from train import TrainConfig, build_model, freeze
 
 FINETUNING = 80 / 453  # tokens of the paper's finetuning for each one of its branches' (section 3.1)
+LEAST_WINDOWS = 32  # of a domain, to score: fewer tell little
 HELD = "--freeze=embeddings,attention,norms"  # branches train their feed-forwards alone
 
 
@@ -416,7 +417,7 @@ def sizes_for(config):
 
     An optimizer step takes tokens^0.6 of them: 1 G are 4,000 steps of 128 windows of 2,048 tokens, 40 k are 78 steps of
     2 windows of 256. That is our rule of thumb, which grows about as critical batch sizes do; nobody has swept it. The
-    finetuning is as long beside the branches as the paper's. Scores read a tenth of a branch in each domain.
+    finetuning is as long beside the branches as the paper's. Scores read a tenth of a branch in each domain, or more.
     """
     per_step = config.tokens**0.6
     longest = parse(EvalConfig, [config.stage("eval")])
@@ -434,7 +435,7 @@ def sizes_for(config):
         values["save_interval"] = math.ceil(steps / 4)
         values["eval_windows"] = max(2, min(usual.eval_windows, round(config.tokens / 40 / length)))
         found[stage] = values
-    windows = max(2, min(longest.eval_windows, round(config.tokens / 10 / length)))
+    windows = min(longest.eval_windows, max(LEAST_WINDOWS, round(config.tokens / 10 / length)))
     found["eval"] = {"sequence_length": length, "eval_windows": windows}
     return {stage: tuple(f"--{name}={value}" for name, value in values.items()) for stage, values in found.items()}
 
