@@ -52,6 +52,7 @@ def test_the_real_model_comes_from_its_rows():
     assert tables.headline_table(rows) in page and tables.headline_table(rows) in read("README.md")
     assert tables.score_table(rows, ("active_params", "train_flops")) in page
     assert tables.resampled_table(rows) in page
+    assert tables.question_table(json.loads(read("results", "smollm", "questions.json"))) in page
 
 
 def test_the_damage_comes_from_its_groups():
