@@ -66,14 +66,14 @@ def averaged(scores):
 
 
 def read_domains(corpus, config):
-    """The domains that models were trained on, separated by commas."""
+    """The domains that models were trained on, a list."""
     unread = split_list(config.unread)
     if unknown := set(unread) - set(corpus.domains):
         raise UserError(f"--unread={config.unread}: {min(unknown)!r} is not among the domains; name it there, too")
     read = [domain for domain in corpus.domains if domain not in unread]
     if not read:
         raise UserError(f"--unread={config.unread} leaves no domain that anything was trained on; leave one out")
-    return ",".join(read)
+    return read
 
 
 def spliced_scores(model, corpus, config):
@@ -173,7 +173,7 @@ class Entry(NamedTuple):
 
 def checkpoint_entry(model):
     """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name."""
-    name, equals, folder = model.rpartition("=")
+    name, equals, folder = ("", "", model) if os.path.isdir(model) else model.rpartition("=")  # a path may have a =
     name = name if equals else model.removeprefix("hf:")
     folder = local_folder(folder)
     identity, history = parent_of(folder)
@@ -186,8 +186,8 @@ def score(entry, model, windows, corpus, config):
     cost = total_cost(entry.history)
     active, total = model.num_parameters()
     scores = validation_scores(model, windows, corpus.token_bytes)
-    bpb, read = scores["bpb"], split_list(read_domains(corpus, config))
-    scores["bpb"] = averaged({domain: bpb[domain] for domain in read})
+    bpb = scores["bpb"]
+    scores["bpb"] = averaged({domain: bpb[domain] for domain in read_domains(corpus, config)})
     if config.unread:
         scores["unread"] = averaged({domain: bpb[domain] for domain in split_list(config.unread)})
     scores["bytes"] = {

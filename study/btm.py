@@ -277,7 +277,8 @@ def main():
     if len(folders) < 2:
         raise UserError(f"--experts={config.experts}: top-2 needs at least 2 experts")
     corpus = Corpus(config.data_dir, config.domains)
-    read = Corpus(config.data_dir, read_domains(corpus, config))  # what weighs experts has not seen unread text either
+    # what weighs experts has not seen unread text either
+    read = Corpus(config.data_dir, ",".join(read_domains(corpus, config)))
     same_tokenizer([config.data_dir, *folders])
     device = pick_device(config.device, config.threads)
     readings = {}

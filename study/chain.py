@@ -245,11 +245,11 @@ class Chain:
 
     def __init__(self, config):
         self.config = config
-        self.sizes = sizes_for(config) if config.tokens else {}
         self.jobs = []
         self.domains = split_list(config.domains)
         self.generalist = config.generalist if config.generalist in self.domains else ""
         self.branched = [domain for domain in self.domains if domain != self.generalist]
+        self.sizes = sizes_for(config, len(self.branched)) if config.tokens else {}
         self.seed_folder = local_folder(config.published) if config.published else config.path("seed")
         self.data = self.settings("seed" if not config.published else "finetune").data_dir
 
@@ -412,8 +412,8 @@ def read_settings(config, stage, *flags):
     return parse(FinetuneConfig if stage == "finetune" else TrainConfig, [config.stage(stage), *flags])
 
 
-def sizes_for(config):
-    """The flags of each stage with which a branch reads config.tokens: {stage: flags}.
+def sizes_for(config, branches):
+    """The flags of each stage with which each of some branches reads config.tokens: {stage: flags}.
 
     An optimizer step takes tokens^0.6 of them: 1 G are 4,000 steps of 128 windows of 2,048 tokens, 40 k are 78 steps of
     2 windows of 256. That is our rule of thumb, which grows about as critical batch sizes do; nobody has swept it. The
@@ -423,7 +423,6 @@ def sizes_for(config):
     longest = parse(EvalConfig, [config.stage("eval")])
     length = min(longest.sequence_length, 2 ** max(3, int(math.log2(per_step / 2))))
     batch = max(2, 2 ** round(math.log2(per_step / length)))
-    branches = len(set(split_list(config.domains)) - {config.generalist})
     found = {}
     for stage, tokens in {"expert": config.tokens, "finetune": FINETUNING * branches * config.tokens}.items():
         usual = read_settings(config, stage)

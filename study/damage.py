@@ -19,7 +19,7 @@ from common.device import pick_device, place
 from common.errors import UserError, command, write_atomically, write_json
 from common.hf import group_of, same_tokenizer
 from common.run import parent_of, trained_on, versions
-from eval import ReadingConfig
+from eval import ReadingConfig, averaged
 from model import ModelConfig, Transformer
 from study.draw import plot_damage
 from study.tables import markdown_table
@@ -81,7 +81,7 @@ def replace_groups(config, corpus, folders):
             for name, parameter in model.named_parameters():
                 parameter.copy_(replacement[name] if name in names else expert[name])
             scores[domain] = bits_per_byte(model, *windows[domain], corpus.token_bytes)
-        return {**scores, "avg": sum(scores.values()) / len(scores)}
+        return averaged(scores)
 
     found = {}
     for label, names in groups_of(list(seed), model.config.num_hidden_layers if config.layers else 0).items():

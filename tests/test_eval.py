@@ -319,6 +319,13 @@ def test_unread_text_is_scored_apart_and_a_row_may_have_another_name(rows, seed,
     assert "leaves no domain" in error_line(run("eval.py", *flags, f"--model={seed}", f"--unread={everything}"))
 
 
+def test_a_folder_may_have_an_equals_sign(rows, seed, data, tmp_path):
+    shutil.copytree(seed, tmp_path / "rate=1")
+    must(run("eval.py", *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report", f"--model={tmp_path}/rate=1"))
+    [row] = read_json(tmp_path / "report" / "results.json")["rows"]
+    assert row["name"] == "rate=1" and row["bpb"] == rows["seed"]["bpb"]
+
+
 def test_nothing_to_evaluate(seed, data, mixed, tmp_path):
     flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report"
     assert "nothing to evaluate" in error_line(run("eval.py", *flags))
