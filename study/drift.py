@@ -5,7 +5,8 @@
 
 All tensors of a branch train. study.damage then replaces what mixing averages, in each branch at home. A point is the
 share of a branch's gain over the seed that is lost so, over how far it moved those tensors. Writes drift.json and
-drift.md; with --draw=FOLDER,FOLDER it only draws drift.png from several folders' drift.json, a colour each.
+drift.md; with --draw=FOLDER,FOLDER it only draws drift.png from several folders' drift.json, a colour for each size of
+model.
 """
 
 import dataclasses
@@ -81,10 +82,12 @@ def main():
     config = parse_study(DriftConfig, "drift")
     out = config.path("drift")
     if config.draw:
-        folders = [os.path.join(name, "drift.json") for name in split_list(config.draw)]
-        found = [read_json(path, "make it first, without --draw") for path in folders]
+        found = {}
+        for folder in split_list(config.draw):
+            one = read_json(os.path.join(folder, "drift.json"), "make it first, without --draw")
+            found.setdefault(one["size"], []).extend(one["points"])
         os.makedirs(out, exist_ok=True)
-        plot_drift({one["size"]: one["points"] for one in found}, os.path.join(out, "drift.png"))
+        plot_drift(found, os.path.join(out, "drift.png"))
         print(f"{out}/drift.png")
         return
     steps, rates = read_points(config)

@@ -1,5 +1,6 @@
 """What averaging costs over how far branches go: points by their real commands, and by hand."""
 
+import json
 import os
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 from helpers import must, read, read_json, run
 
 from common.errors import UserError
-from study import drift
+from study import draw, drift
 from study.damage import MIXING, SOUP
 from study.drift import DriftConfig, drift_table, point_of, read_points
 
@@ -33,6 +34,17 @@ def test_points_by_their_real_commands(chain_configs, seed, tmp_path, monkeypatc
     assert os.stat(tmp_path / "drift" / "0.001-8" / "math" / "model.safetensors").st_mtime_ns == before
     must(run("study/drift.py", f"--draw={tmp_path}/drift", f"--out_dir={tmp_path}"))
     assert read(tmp_path / "drift" / "drift.png").startswith(b"\x89PNG")
+
+
+def test_folders_of_one_size_share_a_colour(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(draw, "plot_drift", lambda found, path: drawn.update(found))
+    for folder, size in {"a": "1 M", "b": "2 M", "c": "1 M"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "drift.json").write_text(json.dumps({"size": size, "points": [folder]}))
+    folders = ",".join(f"{tmp_path}/{folder}" for folder in "abc")
+    must(run("study/drift.py", f"--draw={folders}", f"--out_dir={tmp_path}"))
+    assert drawn == {"1 M": ["a", "c"], "2 M": ["b"]}
 
 
 def test_what_is_lost_is_a_share_of_the_gain(monkeypatch):
