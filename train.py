@@ -147,12 +147,13 @@ def learning_rate(config, step):
 
 
 @torch.no_grad()
-def window_bits(model, inputs, targets, batch_size=16):
+def window_bits(model, inputs, targets, tokens=4096):
     """(bits of each window (N,) in float64, how often each layer used each expert (L, E) or None for a dense model).
 
-    inputs, targets: (N, T).
+    inputs, targets: (N, T). tokens: how many are read at a time; an ensemble holds V logits of each.
     """
     device = next(model.parameters()).device
+    batch_size = max(1, tokens // inputs.size(1))
     nats = []  # stay on the device and are read once
     used = None
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
