@@ -9,7 +9,8 @@ mixture has four experts, two for each token; "dense, 2x wide" does the same FLO
 the checkouts run as their authors run them in bfloat16, under autocast. --compile=on adds our models and nanoGPT as
 torch.compile makes them. Subjects take turns step by step, a step's time is compared with that of the others in the
 same turn, and medians of these ratios count. MFU, the use that a model makes of the device, is against a large matmul
-in the same process. On CUDA the table also has each model's peak memory.
+in the same process. Also written: how long a compiled model's first step takes and, on CUDA, each model's peak memory.
+All models of a width are in memory at the same time.
 """
 
 import dataclasses
@@ -28,13 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import key, parse, split_list
-from common.device import DEVICES, compiled, pick_device
+from common.device import DEVICES, DTYPES, compiled, pick_device
 from common.errors import UserError, command, write_atomically, write_json
 from common.run import versions
 from model import ModelConfig, Transformer, generate
+from study.tables import markdown_table
 
 EXPERTS, CHOSEN = 4, 2
-HEAD_SIZE = 32
 COMPILED = ", compiled"  # behind a name
 
 
@@ -46,11 +47,13 @@ class BenchConfig:
     widths: str = key("64,128", "widths to measure, separated by commas")
     dtypes: str = key("float32,bfloat16", "precisions to measure, separated by commas")
     layers: int = key(4, "layers", within="[1, inf)")
+    head_size: int = key(32, "width of an attention head", within="[1, inf)")
     vocab_size: int = key(2048, "vocabulary", within="[8, inf)")
     batch_size: int = key(16, "sequences a step", within="[1, inf)")
     sequence_length: int = key(256, "tokens a sequence", within="[16, inf)")
     turns: int = key(8, "timed turns, after two that warm up", within="[1, inf)")
     new_tokens: int = key(64, "tokens to generate from a prompt of 16; 0 leaves generation out", within="[0, inf)")
+    prompts: str = key("1,32", "how many prompts to generate from side by side, separated by commas")
     transformers: bool = key(True, "measure Hugging Face's Llama and Mixtral beside ours")
     nanogpt: str = key("", "a checkout of nanoGPT; empty leaves it out")
     nanomoe: str = key("", "a checkout of nanoMoE; empty leaves it out")
@@ -58,6 +61,21 @@ class BenchConfig:
     compile: str = key("off", "whether to measure what torch.compile makes of the models, too", ("on", "off"))
     device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
+
+    def __post_init__(self):
+        self.width_list, self.prompt_list = whole_numbers(self, "widths"), whole_numbers(self, "prompts")
+        self.dtype_list = split_list(self.dtypes)
+        known = DTYPES[1:]  # without auto
+        if not self.dtype_list or {*self.dtype_list} - {*known}:
+            raise UserError(f"--dtypes={self.dtypes} must be of {', '.join(known)}, separated by commas")
+
+
+def whole_numbers(config, name):
+    """A key's list of whole numbers above 0."""
+    found = split_list(getattr(config, name))
+    if not found or not all(word.isdecimal() and int(word) for word in found):
+        raise UserError(f"--{name}={getattr(config, name)} must be whole numbers above 0, separated by commas")
+    return [int(word) for word in found]
 
 
 class Subject(NamedTuple):
@@ -80,8 +98,8 @@ def model_config_of(config, width, wide=1, experts=0):
         hidden_size=width,
         intermediate_size=wide * math.ceil(width / 3) * 8,  # 8/3 of the width, a multiple of 8
         num_hidden_layers=config.layers,
-        num_attention_heads=max(1, width // HEAD_SIZE),
-        num_key_value_heads=max(1, width // HEAD_SIZE),
+        num_attention_heads=max(1, width // config.head_size),
+        num_key_value_heads=max(1, width // config.head_size),
         max_position_embeddings=max(config.sequence_length, 16 + config.new_tokens),
         tie_word_embeddings=True,
         num_local_experts=experts,
@@ -143,7 +161,7 @@ def checkout(folder, config, width, device, dtype, compile="off", **extra):
     finally:
         sys.path.remove(folder)
     sizes = {"block_size": config.sequence_length, "vocab_size": config.vocab_size, "n_layer": config.layers}
-    sizes |= {"n_head": max(1, width // HEAD_SIZE), "n_embd": width, "dropout": 0.0, "bias": False}
+    sizes |= {"n_head": max(1, width // config.head_size), "n_embd": width, "dropout": 0.0, "bias": False}
     model = found["GPT"](found["GPTConfig"](**sizes, **extra)).to(device)
     run = torch.compile(model) if compile == "on" else model
 
@@ -182,8 +200,8 @@ def subjects(config, width, device, dtype):
 
 
 def in_turns(config, device, found, function, *arguments):
-    """{name: [seconds]} of function(subject, *arguments) for each of {name: subject}, in turns, two of which warm up.
-    What a GPU still has to do is waited for."""
+    """{name: [seconds]} of function(subject, *arguments) for each of {name: subject}, in turns, of which the first two
+    warm up. What a GPU still has to do is waited for."""
     clock = time.perf_counter if config.clock == "wall" else time.process_time
     finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = {name: [] for name in found}
@@ -194,6 +212,11 @@ def in_turns(config, device, found, function, *arguments):
             function(subject, *arguments)
             finish()
             times[name].append(clock() - start)
+    return times
+
+
+def warm(times):
+    """{name: [seconds]} without the turns that warm up."""
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
@@ -212,28 +235,38 @@ def only_forward(subject, inputs, targets):
 
 
 def time_tasks(config, found, device):
-    """{task: {name: [seconds]}} for the tasks: train, evaluate, generate 1 and generate 32."""
+    """{task: {name: [seconds]}} for the tasks: train, evaluate, and generate N for each number of prompts; and
+    {name: seconds} of the first training step, in which a compiled model is compiled."""
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    result = {"train": in_turns(config, device, found, one_step, inputs, targets)}
+    steps = in_turns(config, device, found, one_step, inputs, targets)
+    result = {"train": warm(steps)}
     plain = {name: one for name, one in found.items() if not name.endswith(COMPILED)}  # in training alone does it pay
-    result["evaluate"] = in_turns(config, device, plain, only_forward, inputs, targets)
+    result["evaluate"] = warm(in_turns(config, device, plain, only_forward, inputs, targets))
     speakers = {name: one for name, one in plain.items() if one.generate}
-    for count in (1, 32) if config.new_tokens else ():
+    for count in config.prompt_list if config.new_tokens else ():
         prompts = torch.randint(config.vocab_size, (count, 16)).tolist()
         answer = operator.methodcaller("generate", prompts, config.new_tokens)
-        result[f"generate {count}"] = in_turns(config, device, speakers, answer)
-    return result
+        result[f"generate {count}"] = warm(in_turns(config, device, speakers, answer))
+    return result, {name: seconds[0] for name, seconds in steps.items()}
+
+
+def resident_bytes(subject):
+    """The bytes of a subject's weights and optimizer state, which are in memory between steps."""
+    states = (value for state in subject.optimizer.state.values() for value in state.values())
+    tensors = [*subject.model.parameters(), *subject.model.buffers(), *filter(torch.is_tensor, states)]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def peak_memory(config, found, device):
-    """{name: peak bytes of a training step}; empty on a CPU."""
+    """{name: peak bytes of a training step, as if it were alone in memory}; empty on a CPU."""
     result = {}
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length), device=device)
     for name, subject in found.items() if device.type == "cuda" else ():
         torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - resident_bytes(subject)
         one_step(subject, ids, ids)
-        result[name] = torch.cuda.max_memory_allocated()
+        result[name] = torch.cuda.max_memory_allocated() - others
     return result
 
 
@@ -241,7 +274,8 @@ def matmul_rate(config, device, dtype):
     """The FLOP/s that MFU refers to: those of a large matmul."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / statistics.median(in_turns(config, device, {"matmul": a}, torch.matmul, a)["matmul"])
+    times = warm(in_turns(config, device, {"matmul": a}, torch.matmul, a))
+    return 2 * size**3 / statistics.median(times["matmul"])
 
 
 def measure(config, width, dtype, device):
@@ -250,10 +284,12 @@ def measure(config, width, dtype, device):
     torch.compiler.reset()  # it keeps eight shapes of a function, and runs any more without compiling
     found = subjects(config, width, device, dtype)
     mine = {name: one.model for name, one in found.items() if isinstance(one.model, Transformer)}
+    times, first = time_tasks(config, found, device)
     return {
         "width": width,
         "dtype": str(dtype).removeprefix("torch."),
-        "times": time_tasks(config, found, device),
+        "times": times,
+        "first_step": first,
         "cuda": peak_memory(config, found, device),
         "flops": {name: model.flops_per_token(config.sequence_length) for name, model in mine.items()},
         "matmul_flops": matmul_rate(config, device, dtype),
@@ -271,21 +307,25 @@ def ratio(times, name, other):
 def table(config, row):
     """One width and dtype as Markdown: speeds, and what they are of the peers'."""
     batch = config.batch_size * config.sequence_length
-    tokens = {"train": batch, "evaluate": batch, "generate 1": config.new_tokens, "generate 32": 32 * config.new_tokens}
+    counts = {task: int(task.split()[1]) for task in row["times"] if task.startswith("generate")}
+    tokens = {"train": batch, "evaluate": batch, **{task: n * config.new_tokens for task, n in counts.items()}}
     train = row["times"]["train"]
-    lines = [f"\n## Width {row['width']}, {row['dtype']}\n"]
-    lines += ["| | train, tokens/s | over dense | MFU | evaluate | generate 1 | generate 32 |", "|---|" + "---|" * 6]
+    header = ["", "train, tokens/s", "over dense", "MFU", "evaluate", *counts]
+    body = []
     for name in train:
         taken = {task: times[name] for task, times in row["times"].items() if name in times}
         speeds = {task: tokens[task] / statistics.median(times) for task, times in taken.items()}
         train_speed, *others = (f"{speeds[task]:,.0f}" if task in speeds else "" for task in tokens)
         mfu = f"{speeds['train'] * row['flops'][name] / row['matmul_flops']:.0%}" if name in row["flops"] else ""
-        cells = [name, train_speed, f"{ratio(train, name, 'dense'):.2f}", mfu, *others]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
+        body.append([name, train_speed, f"{ratio(train, name, 'dense'):.2f}", mfu, *others])
+    lines = [f"\n## Width {row['width']}, {row['dtype']}\n", markdown_table(header, body), ""]
     for way in ("", COMPILED) if "mixture" + COMPILED in train else ("",):
         speed = ratio(train, "mixture" + way, f"dense, {CHOSEN}x wide{way}")
         lines.append(f"Mixture over dense of equal active FLOPs{way}: {speed:.2f}.")
+    lines.append(f"A large matmul: {row['matmul_flops'] / 1e12:.2f} TFLOP/s.")
+    for name, seconds in row["first_step"].items():
+        if name.endswith(COMPILED):
+            lines.append(f"{name}: {seconds:.1f} s for its first step.")
     lines += [f"{name}: {peak / 2**30:.2f} GiB at most in a step." for name, peak in row["cuda"].items()]
     return "\n".join(lines)
 
@@ -299,8 +339,8 @@ def main():
     text += f"torch {setting['versions']['torch']}, {config.clock} clock, medians of {config.turns} turns."
     rows = []
     os.makedirs(config.out_dir, exist_ok=True)
-    for width in map(int, split_list(config.widths)):
-        for dtype in split_list(config.dtypes):
+    for width in config.width_list:
+        for dtype in config.dtype_list:
             rows.append(measure(config, width, getattr(torch, dtype), device))
             print(table(config, rows[-1]), flush=True)
             text += "\n" + table(config, rows[-1])

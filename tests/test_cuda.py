@@ -42,6 +42,24 @@ def test_gradients_of_a_mixture_in_bfloat16():
     assert torch.cosine_similarity(*gradients.values(), dim=0) > 0.98
 
 
+def test_a_step_of_a_mixture_never_waits():
+    """The whole step is queued: a wait for a number from the device would leave it idle."""
+    model = random_model(num_local_experts=4).cuda()
+    model.compute_dtype = torch.bfloat16
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids, step = torch.randint(80, (4, 40), device="cuda"), torch.zeros((), device="cuda")
+    for mode in ("default", "error"):  # the first step may wait: it sets things up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            output = model(ids, ids, step=step)
+            (output.loss + output.aux_loss).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_compiled_equals_plain_in_every_router(router):
     model = random_model(num_local_experts=4, router=router).cuda()
