@@ -84,6 +84,11 @@ class ChainConfig(StudyConfig):
     dense_flags: str = key("", "flags of dense training, on top of expert.py", free_text=True)
     upcycle_flags: str = key("", "flags of upcycling, on top of finetune.py", free_text=True)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if both := [name for name in split_list(self.unread) if name in split_list(self.domains)]:
+            raise UserError(f"--unread={self.unread}: {both[0]} is one of --domains, too; name it in one of them")
+
 
 def parse_study(cls, name):
     """A study's config from the command line, on top of the config file given, or else config/SIZE/<name>.py."""

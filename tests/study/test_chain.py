@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT
 
 from common.errors import UserError
-from study.chain import Job, follow, run_jobs
+from study.chain import ChainConfig, Job, follow, run_jobs
 
 NOTE = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + ' begins\\n'); time.sleep(float(sys.argv[3]));"
 NOTE += " open(sys.argv[1], 'a').write(sys.argv[2] + ' ends\\n'); print(sys.argv[2], 'done')"
@@ -86,7 +86,7 @@ def test_a_signal_is_passed_on(tmp_path):
     driver = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
-from study.chain import Job, run_jobs
+from study.chain import ChainConfig, Job, run_jobs
 code = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(143)));"
 code += "print('up', flush=True); time.sleep(60)"
 run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tmp_path)!r}, slots=1)
@@ -100,3 +100,8 @@ run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tm
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 128 + signal.SIGTERM
     assert log.read_text() == "up\nsaved\n" and not os.path.exists(tmp_path / "logs" / "b.log")
+
+
+def test_a_domain_is_read_or_unread():
+    with pytest.raises(UserError, match="--unread=mail,law: law is one of --domains, too"):
+        ChainConfig(domains="code,law", unread="mail,law")
