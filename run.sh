@@ -21,7 +21,8 @@
 #   GENERALIST=web                  one of the domains that gets no branch: the seed's own kind of text (the same two)
 #   SEED=2, SEEDS="1 2"             the random seed of all training; those of compare
 #   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
-#   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"
+#   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"; dense
+#                                   training takes those of the branches, too, and upcycling those of the finetuning
 #   FLAGS="--dtype=float32"         more flags for every stage that trains or evaluates
 #   JOBS=1                          how many stages run side by side; as many as there are GPUs, or cores
 #   LAUNCH="torchrun --nproc_per_node=8"    what starts train.py and finetune.py, one after the other

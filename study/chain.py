@@ -81,13 +81,15 @@ class ChainConfig(StudyConfig):
     rivals: bool = key(True, "train dense and upcycled models for BTX's FLOPs, too")
     forms: bool = key(False, "train BTX's other forms, too: random routers, and branches of feed-forwards alone")
     report: bool = key(True, "score every model and write the report")
-    dense_flags: str = key("", "flags of dense training, on top of expert.py", free_text=True)
-    upcycle_flags: str = key("", "flags of upcycling, on top of finetune.py", free_text=True)
+    dense_flags: str = key("", "flags of dense training, on top of the branches'", free_text=True)
+    upcycle_flags: str = key("", "flags of upcycling, on top of the finetuning's", free_text=True)
 
     def __post_init__(self):
         super().__post_init__()
         if both := [name for name in split_list(self.unread) if name in split_list(self.domains)]:
             raise UserError(f"--unread={self.unread}: {both[0]} is one of --domains, too; name it in one of them")
+        self.dense = f"{self.expert_flags} {self.dense_flags}"  # all flags of dense training
+        self.upcycling = f"{self.finetune_flags} {self.upcycle_flags}"
 
 
 def parse_study(cls, name):
@@ -299,10 +301,15 @@ class Chain:
 
     def branch(self, domain, *flags, folder=None):
         """The seed model goes on with one domain: an expert."""
-        stage = f"expert-{domain}" if os.path.exists(self.config.stage(f"expert-{domain}")) else "expert"
+        stage = self.stage_of(domain)
         folder = folder or self.config.path(f"expert-{domain}")
         flags = (*shlex.split(self.config.expert_flags), *flags)
         return self.train(folder, "train.py", stage, self.seed_folder, domain, *flags)
+
+    def stage_of(self, domain):
+        """The stage of a branch; a domain may have settings of its own, in config/SIZE/expert-DOMAIN.py."""
+        own = f"expert-{domain}"
+        return own if os.path.exists(self.config.stage(own)) else "expert"
 
     def mix(self, experts, *flags, folder=None, stage="mix"):
         """Feed-forward layers become a mixture of experts, the rest is averaged."""
@@ -319,7 +326,7 @@ class Chain:
     def dense(self, steps, *flags, folder=None):
         """The seed model goes on with the data that BTX reads, all of its tensors."""
         folder = folder or self.config.path("compare/dense-cm")
-        flags = (f"--max_steps={steps}", "--freeze=none", *shlex.split(self.config.dense_flags), *flags)
+        flags = (*shlex.split(self.config.dense), f"--max_steps={steps}", "--freeze=none", *flags)
         return self.train(folder, "train.py", "expert", self.seed_folder, self.budget.mixture, *flags)
 
     def upcycle(self, steps, *flags, folder=None):
@@ -328,7 +335,7 @@ class Chain:
         flags_of_copies = f"--num_experts_per_tok={self.budget.experts_per_token}"
         upcycled = self.mix(copies, flags_of_copies, folder=self.config.path("compare/upcycled"), stage="")
         folder = folder or self.config.path("compare/upcycle-cm")
-        flags = (f"--max_steps={steps}", *shlex.split(self.config.upcycle_flags), *flags)
+        flags = (*shlex.split(self.config.upcycling), f"--max_steps={steps}", *flags)
         return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)
 
     def score(self, *models):
@@ -376,40 +383,51 @@ class Budget:
     def __init__(self, chain):
         config = chain.config
         self.branch = chain.settings("expert", config.expert_flags)
+        branches = {name: chain.settings(chain.stage_of(name), config.expert_flags) for name in chain.branched}
+        self.dense = chain.settings("expert", config.dense)
+        self.upcycling = chain.settings("finetune", config.upcycling)
         self.finetuning = chain.settings("finetune", config.finetune_flags)
         self.experts_per_token = parse(MixConfig, [config.stage("mix")]).num_experts_per_tok
         corpus = Corpus(chain.data)
-        dense = self.dense_config(chain, corpus)
+        dense = self.seed_config(chain, corpus)
         count = len(chain.branched) + 1
         mixed = dataclasses.replace(
             dense, num_local_experts=count, num_experts_per_tok=self.experts_per_token, expert_names=("",) * count
         )
-        self.branch_tokens = len(chain.branched) * tokens_of(self.branch)
+        read = {domain: tokens_of(settings) for domain, settings in branches.items()}
         self.finetuning_tokens = tokens_of(self.finetuning)
-        self.tokens = self.branch_tokens + self.finetuning_tokens
+        self.tokens = sum(read.values()) + self.finetuning_tokens
         self.branch_flops = flops_per_token(self.branch, dense, self.branch.freeze)
-        self.dense_flops = flops_per_token(self.branch, dense, "none")
+        self.whole_branch_flops = flops_per_token(self.branch, dense, "none")
         self.mixture_flops = flops_per_token(self.finetuning, mixed, self.finetuning.freeze)
-        self.flops = self.branch_tokens * self.branch_flops + self.finetuning_tokens * self.mixture_flops
-        shares = {domain: tokens_of(self.branch) for domain in chain.branched}  # what BTX reads of each domain
+        self.dense_flops = flops_per_token(self.dense, dense, "none")
+        self.upcycling_flops = flops_per_token(self.upcycling, mixed, self.upcycling.freeze)
+        self.flops = self.finetuning_tokens * self.mixture_flops
+        for domain, settings in branches.items():
+            self.flops += read[domain] * flops_per_token(settings, dense, settings.freeze)
+        shares = dict(read)  # what BTX reads of each domain
         for domain, share in corpus.mixture(config.mixture or ",".join(chain.domains)).items():
             shares[domain] = shares.get(domain, 0) + share * self.finetuning_tokens
         self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in shares.items())
 
-    def dense_config(self, chain, corpus):
+    def seed_config(self, chain, corpus):
         """The ModelConfig of the seed model, which need not be there yet."""
         if chain.config.published:
             return ModelConfig.from_pretrained(chain.seed_folder)
         with on_meta():
             return build_model(chain.settings("seed", chain.config.seed_flags), corpus).config
 
-    def dense_steps(self, flops=None):
-        """How many dense steps take BTX's FLOPs, or others."""
-        return round((flops or self.flops) / self.dense_flops / tokens_of(self.branch, 1))
+    def dense_steps(self):
+        """How many dense steps take BTX's FLOPs."""
+        return round(self.flops / self.dense_flops / tokens_of(self.dense, 1))
 
     def upcycle_steps(self):
-        """How many of the mixture's steps take BTX's FLOPs."""
-        return round(self.flops / self.mixture_flops / tokens_of(self.finetuning, 1))
+        """How many of upcycling's steps take BTX's FLOPs."""
+        return round(self.flops / self.upcycling_flops / tokens_of(self.upcycling, 1))
+
+    def whole_branch_steps(self, flops):
+        """How many steps of a branch that trains all of its tensors take some FLOPs."""
+        return round(flops / self.whole_branch_flops / tokens_of(self.branch, 1))
 
 
 def read_settings(config, stage, *flags):

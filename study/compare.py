@@ -95,8 +95,8 @@ def baselines(config, chain):
     """Add every row that needs no clock; returns their folders."""
     budget = chain.budget
     path = chain.config.path
-    dense_steps = round(budget.tokens / tokens_of(budget.branch, 1))
-    upcycle_steps = round(budget.tokens / tokens_of(budget.finetuning, 1))
+    dense_steps = round(budget.tokens / tokens_of(budget.dense, 1))
+    upcycle_steps = round(budget.tokens / tokens_of(budget.upcycling, 1))
     return [
         chain.dense(dense_steps, folder=path("compare/dense-dm")),
         chain.upcycle(upcycle_steps, folder=path("compare/upcycle-dm")),
@@ -128,7 +128,7 @@ def train_and_score(config, number):
     chain = chain_with(config, number)
     pipeline(chain)
     folders = baselines(config, chain)
-    steps = chain.budget.dense_steps(chain.budget.flops / len(chain.branched))  # branches for all of BTX's FLOPs
+    steps = chain.budget.whole_branch_steps(chain.budget.flops / len(chain.branched))  # branches for all of BTX's FLOPs
     chain.score_ensembles(whole_branches(config, chain, "longer", steps), "-cm")
     for folder in folders:
         chain.score(folder)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 
 import pytest
 from helpers import read, read_json, read_log
@@ -201,6 +203,35 @@ def test_a_budget_is_known_before_anything_is_trained(config, out, results):
     fresh = compare.chain_with(config, "3")
     assert isinstance(fresh, chain.Chain) and fresh.budget.tokens == spent(out, "btx")
     assert fresh.budget.flops == pytest.approx(spent(out, "btx", "flops"), rel=1e-12)
+
+
+def test_flops_are_equal_whatever_the_flags(chain_configs, tmp_path, in_this_process):
+    """A domain with settings of its own, batches other than the config's, and rivals whose batches differ again."""
+    configs, out = tmp_path / "configs", str(tmp_path / "out")
+    shutil.copytree(chain_configs, configs)
+    own = re.sub("max_steps = .*", "max_steps = 25", (configs / "expert.py").read_text())
+    (configs / "expert-math.py").write_text(own)
+    flags = {"seed_flags": "--max_steps=2", "expert_flags": "--sequence_length=16", "finetune_flags": "--batch_size=2"}
+    flags |= {"dense_flags": "--batch_size=8", "upcycle_flags": "--sequence_length=24", "report": False}
+    settings = {"configs": str(configs), "out_dir": out, "domains": "math,rain", **flags}
+    made = chain.Chain(chain.ChainConfig(**settings))
+    chain.pipeline(made)
+    made.run()
+    lengths = {name: read_log(f"{out}/expert-{name}")[-1]["tokens"] for name in ("math", "rain")}
+    steps = {name: recipe(out, f"expert-{name}")["config"]["max_steps"] for name in lengths}
+    assert steps["math"] == 25 != steps["rain"]
+    assert lengths["math"] / lengths["rain"] == 25 / steps["rain"]
+    ours = spent(out, "btx", "flops")
+    for name, value in {"dense-cm": ("batch_size", 8), "upcycle-cm": ("sequence_length", 24)}.items():
+        last = read_log(f"{out}/compare/{name}")[-1]
+        assert recipe(out, f"compare/{name}")["config"][value[0]] == value[1]
+        assert abs(last["flops"] - ours) <= last["flops"] / last["step"] / 2, name
+    assert recipe(out, "compare/dense-cm")["config"]["sequence_length"] == 16  # the branches' flags are its own, too
+    assert recipe(out, "compare/upcycle-cm")["config"]["batch_size"] == 2
+    shares = recipe(out, "compare/dense-cm")["mixture"]
+    finetuned = spent(out, "btx") - sum(lengths.values())
+    expected = {name: (count + finetuned / 2) / spent(out, "btx") for name, count in lengths.items()}
+    assert shares == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_run_sh_is_given_reaches_every_chain(chain_configs):
