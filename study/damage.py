@@ -34,6 +34,7 @@ class DamageConfig(ReadingConfig):
     out_dir: str = key("out/cpu/report", "where damage.json, damage.md and damage.png go")
     split: str = key("val", "held-out text to score", HELD_OUT)
     eval_windows: int = key(32, "windows per domain", within="[1, inf)")
+    kinds: bool = key(True, "replace the tensors kind by kind, too")
     layers: bool = key(True, "replace the tensors layer by layer, too")
 
 
@@ -41,10 +42,10 @@ MIXING = "all but feed-forward (mixing)"
 SOUP = "everything (soup)"
 
 
-def groups_of(names, num_layers):
+def groups_of(names, num_layers, kinds=True):
     """{label: the set of tensor names that are replaced together}: by kind, then by layer (all but feed-forwards)."""
     groups = {"nothing": set()}
-    for name in names:
+    for name in names if kinds else ():
         groups.setdefault(group_of(name), set()).add(name)
     shared = {name for name in names if group_of(name) != "feed-forward"}
     groups |= {MIXING: shared, SOUP: set(names)}
@@ -84,7 +85,8 @@ def replace_groups(config, corpus, folders):
         return averaged(scores)
 
     found = {}
-    for label, names in groups_of(list(seed), model.config.num_hidden_layers if config.layers else 0).items():
+    layers = model.config.num_hidden_layers if config.layers else 0
+    for label, names in groups_of(list(seed), layers, config.kinds).items():
         drifts = [relative_drift(names, expert, seed) for expert in experts.values()]
         scores = {"averaged": at_home(names, mean)}
         scores["seed"] = at_home(names, seed) if names else scores["averaged"]

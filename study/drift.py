@@ -54,7 +54,8 @@ def add_point(chain, folder, steps, rate, windows):
     branches = [chain.branch(name, *flags, folder=os.path.join(folder, name)) for name in chain.branched]
     arguments = f"--experts={','.join([*branches, chain.seed_folder])}", f"--out_dir={folder}"
     arguments += f"--data_dir={chain.data}", f"--sequence_length={chain.scoring().sequence_length}"
-    arguments += f"--eval_windows={windows}", "--layers=False", f"--domains={','.join(sorted(chain.branched))}"
+    arguments += f"--eval_windows={windows}", f"--domains={','.join(sorted(chain.branched))}"
+    arguments += "--kinds=False", "--layers=False"
     name = f"damage/{chain.names([folder])[0]}"
     chain.jobs.append(Job(name, ("-m", "study.damage", *arguments), chain.names(branches)))
 

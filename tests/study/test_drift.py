@@ -24,6 +24,7 @@ def test_points_by_their_real_commands(chain_configs, seed, tmp_path, monkeypatc
     found = read_json(tmp_path / "drift" / "drift.json")
     short, long = found["points"]
     assert (short["steps"], long["steps"]) == (2, 8) and 0 < short["drift"] < long["drift"]
+    assert {*short["groups"]} == {"nothing", MIXING, SOUP}  # no kind or layer by itself
     assert short["seed"] == pytest.approx(long["seed"]) and found["size"].endswith("parameters")
     for steps in (2, 8):
         recipe = read_json(tmp_path / "drift" / f"0.001-{steps}" / "math" / "run.json")["recipe"]["config"]
