@@ -239,11 +239,16 @@ def plot_damage(found, path):
 
 def plot_drift(points, path):
     """What averaging costs over how far branches went. points: {size: [{"drift", "lost", "rate", "steps"}]}, where lost
-    is the share of a branch's gain over the seed that it loses at home; above 1 it is worse than the seed."""
+    is the share of a branch's gain over the seed that it loses at home, None without a gain; above 1 it is worse than
+    the seed."""
     figure, axis = plt.subplots(figsize=(6.4, 4))
     for i, (size, some) in enumerate(points.items()):
         for j, rate in enumerate(sorted({point["rate"] for point in some})):
-            line = sorted((p["drift"], p["lost"], p["steps"]) for p in some if p["rate"] == rate)
+            line = sorted(
+                (p["drift"], p["lost"], p["steps"]) for p in some if p["rate"] == rate and p["lost"] is not None
+            )
+            if not line:
+                continue
             x, y, steps = zip(*line, strict=True)
             style = {"color": COLOURS[i], "marker": MARKERS[j], "alpha": 0.85}
             axis.plot(x, y, label=f"{size}, learning rate {rate:g}", **style)

@@ -65,8 +65,9 @@ def point_of(folder, steps, rate):
     groups = read_json(os.path.join(folder, "damage.json"), "delete it and run again")["groups"]
     seed, own = groups[SOUP]["seed"]["avg"], groups["nothing"]["averaged"]["avg"]
     mixed = groups[MIXING]["averaged"]["avg"]
+    lost = (mixed - own) / (seed - own) if own < seed else None  # of no gain there is no share
     found = {"steps": steps, "rate": rate, "seed": seed, "branch": own, "averaged": mixed}
-    return {**found, "lost": (mixed - own) / (seed - own), "drift": groups[MIXING]["drift"], "groups": groups}
+    return {**found, "lost": lost, "drift": groups[MIXING]["drift"], "groups": groups}
 
 
 def drift_table(points):
@@ -75,7 +76,8 @@ def drift_table(points):
     rows = []
     for p in points:
         scores = [f"{p[name]:.3f}" for name in ("seed", "branch", "averaged")]
-        rows.append([f"{p['rate']:g}", str(p["steps"]), f"{p['drift']:.1%}", *scores, f"{p['lost']:.0%}"])
+        lost = "no gain" if p["lost"] is None else f"{p['lost']:.0%}"
+        rows.append([f"{p['rate']:g}", str(p["steps"]), f"{p['drift']:.1%}", *scores, lost])
     return markdown_table(header, rows)
 
 

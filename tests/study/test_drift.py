@@ -61,6 +61,16 @@ def test_what_is_lost_is_a_share_of_the_gain(monkeypatch):
     assert drift_table([point]).splitlines()[-1] == "| 0.0003 | 20 | 5.0% | 1.500 | 1.100 | 1.200 | 25% |"
 
 
+def test_a_branch_worse_than_the_seed_has_no_gain_to_lose(tmp_path, monkeypatch):
+    groups = {SOUP: {"seed": {"avg": 1.5}}, "nothing": {"averaged": {"avg": 1.6}}}
+    groups[MIXING] = {"averaged": {"avg": 1.55}, "drift": 0.05}
+    monkeypatch.setattr(drift, "read_json", lambda *arguments: {"groups": groups})
+    point = point_of("folder", 20, 3e-4)
+    assert point["lost"] is None and drift_table([point]).endswith("| no gain |")
+    draw.plot_drift({"1 M": [point, {**point, "rate": 1e-3, "lost": 0.1}]}, str(tmp_path / "drift.png"))
+    assert read(tmp_path / "drift.png").startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("flags", [{"steps": "0"}, {"steps": "1.5"}, {"rates": "-1"}, {"rates": ""}])
 def test_points_that_make_no_sense(flags):
     with pytest.raises(UserError, match="--steps must be whole numbers"):
