@@ -238,28 +238,31 @@ def plot_damage(found, path):
 
 
 def plot_drift(points, path):
-    """What averaging costs over how far branches went. points: {size: [{"drift", "lost", "rate", "steps"}]}, where lost
-    is the share of a branch's gain over the seed that it loses at home, None without a gain; above 1 it is worse than
-    the seed."""
-    figure, axis = plt.subplots(figsize=(6.4, 4))
+    """What branches gain and what averaging takes of it, over how far they went. points: {size: [point]}, as
+    study.drift.point_of has them: "seed", "branch" and "averaged" in bits per byte, "lost" the share, "drift"."""
+    figure, (bits, share) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for i, (size, some) in enumerate(points.items()):
         for j, rate in enumerate(sorted({point["rate"] for point in some})):
-            line = sorted(
-                (p["drift"], p["lost"], p["steps"]) for p in some if p["rate"] == rate and p["lost"] is not None
-            )
-            if not line:
-                continue
-            x, y, steps = zip(*line, strict=True)
             style = {"color": COLOURS[i], "marker": MARKERS[j], "alpha": 0.85}
-            axis.plot(x, y, label=f"{size}, learning rate {rate:g}", **style)
-            for place in zip(x, y, steps, strict=True):
-                axis.annotate(f"{place[2]}", place[:2], textcoords="offset points", xytext=(5, -9), fontsize=7)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.axhline(1, color="#999999", linewidth=0.8, linestyle="--")
-    axis.set_xscale("log")
-    axis.set_yscale("symlog", linthresh=0.1)
-    axis.set_xlabel("drift of what mixing averages, |branch - seed| / |seed| (numbers: steps)")
-    axis.set_ylabel("share of the branch's gain that is lost")
-    axis.legend(frameon=False, fontsize=8)
-    axis.grid(alpha=0.3)
+            line = sorted((point for point in some if point["rate"] == rate), key=lambda point: point["drift"])
+            x = [point["drift"] for point in line]
+            gained = [point["seed"] - point["branch"] for point in line]
+            bits.plot(x, gained, linestyle=":", markerfacecolor="none", **style)
+            bits.plot(x, [point["averaged"] - point["branch"] for point in line], **style)
+            line = [point for point in line if point["lost"] is not None]
+            x, y = ([point[name] for point in line] for name in ("drift", "lost"))
+            share.plot(x, y, label=f"{size}, learning rate {rate:g}", **style)
+            for point in line:
+                place = {"textcoords": "offset points", "xytext": (5, -9), "fontsize": 7}
+                share.annotate(str(point["steps"]), (point["drift"], point["lost"]), **place)
+    bits.set_yscale("symlog", linthresh=0.001)
+    bits.set_ylabel("bits per byte gained (hollow), lost (solid)")
+    share.axhline(1, color="#999999", linewidth=0.8, linestyle="--")
+    share.set_ylabel("lost share of the gain (numbers: steps)")
+    share.legend(frameon=False, fontsize=8)
+    for axis in (bits, share):
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xlabel("drift of what mixing averages, |branch - seed| / |seed|")
+        axis.grid(alpha=0.3)
     save(figure, path)
