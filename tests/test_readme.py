@@ -11,6 +11,7 @@ import pytest
 from mix import mix
 from study import compare, tables
 from study.damage import damage_table
+from study.drift import drift_table
 from study.regime import regime_table
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -55,8 +56,14 @@ def test_the_real_model_comes_from_its_rows():
     assert tables.question_table(json.loads(read("results", "smollm", "questions.json"))) in page
 
 
-def test_the_damage_comes_from_its_groups():
-    assert damage_table(json.loads(read("results", "cpu", "damage.json"))["groups"]) in read("docs", "mixing.md")
+@pytest.mark.parametrize("path", ["cpu/damage.json", "smollm/damage.json", "smollm/damage-held.json"])
+def test_the_damage_comes_from_its_groups(path):
+    assert damage_table(json.loads(read("results", path))["groups"]) in read("docs", "mixing.md")
+
+
+@pytest.mark.parametrize("size", ["cpu", "smollm"])
+def test_the_drift_comes_from_its_points(size):
+    assert drift_table(json.loads(read("results", size, "drift.json"))["points"]) in read("docs", "mixing.md")
 
 
 def test_the_study_comes_from_its_points():
