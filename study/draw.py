@@ -240,7 +240,7 @@ def plot_damage(found, path):
 def plot_drift(points, path):
     """What branches gain and what averaging takes of it, over how far they went. points: {size: [point]}, as
     study.drift.point_of has them: "seed", "branch" and "averaged" in bits per byte, "lost" the share, "drift"."""
-    figure, (bits, share) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    figure, (bits, share) = plt.subplots(1, 2, figsize=(10, 4.4))
     for i, (size, some) in enumerate(points.items()):
         for j, rate in enumerate(sorted({point["rate"] for point in some})):
             style = {"color": COLOURS[i], "marker": MARKERS[j], "alpha": 0.85}

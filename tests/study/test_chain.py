@@ -86,7 +86,7 @@ def test_a_signal_is_passed_on(tmp_path):
     driver = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
-from study.chain import ChainConfig, Job, run_jobs
+from study.chain import Job, run_jobs
 code = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved'), sys.exit(143)));"
 code += "print('up', flush=True); time.sleep(60)"
 run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tmp_path)!r}, slots=1)
