@@ -6,8 +6,10 @@
     Answer: the Marble Arch
 
 An article tells all facts of one entity in any order, a mention a few; a quiz asks about several entities. The
-facts are the same for every seed, which decides how they are told. Half of an entity's facts (rounded down) may come in
-a quiz, the others never do: the task asks those, so that it measures what was learned from statements.
+facts are the same for every seed, which decides how they are told. Each fact has one wording that only validation text
+uses, one that only test text uses, and others for training: held-out text is never a sentence that was trained on.
+Half of an entity's facts (rounded down) may come in a quiz, the others never do: the task asks those, so that it
+measures what was learned from statements.
 """
 
 import random
@@ -15,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, product
 
-from common.corpus import HELD_OUT, split_of
+from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, in_hash_order
 from data.blocks import read_blocks
 from data.task import Task, choices_of
 
@@ -40,14 +42,13 @@ class Attribute:
 
 @dataclass
 class Entity:
-    """A person or a place: its attributes' values by name, the attributes asked in quizzes, its short names."""
+    """A person or a place: its attributes' values by name, the attributes asked in quizzes, its short name."""
 
     kind: str
     name: str
     facts: dict
     asked: list
-    subjects: list  # ways to call it once its name was given
-    possessives: list
+    short_name: str  # no two entities share it, so that every sentence says whom it is about
 
 
 def make_world():
@@ -65,65 +66,67 @@ def make_world():
         values = places if lines["values"] == ["places"] else lines["values"][0].split(", ")
         attributes[kind].append(Attribute(kind, name, values, lines["Q"], lines["S"]))
 
-    def entity(kind, name, subjects, possessives):
+    def entity(kind, name, short_name):
         facts = {attribute.name: rng.choice(attribute.values) for attribute in attributes[kind]}
         asked = rng.sample(list(facts), len(facts) // 2)
-        return Entity(kind, name, facts, asked, [name, *subjects], [f"{name}'s", *possessives])
+        return Entity(kind, name, facts, asked, short_name)
 
-    entities = [entity("place", name, ["the town", "it"], ["the town's", "its"]) for name in places]
-    for surname in surnames:
-        he, his = rng.choice([("he", "his"), ("she", "her")])
-        name = f"{rng.choice(first_names)} {surname}"
-        entities.append(entity("person", name, [surname, he], [f"{surname}'s", his]))
+    entities = [entity("place", name, name) for name in places]
+    entities += [entity("person", f"{rng.choice(first_names)} {surname}", surname) for surname in surnames]
     return entities, attributes
 
 
-def tell(entity, attributes, rng):
+def wordings(entity, attribute, all_wordings, split):
+    """Those of an attribute's wordings in which a split may put this fact: one of them for each held-out split."""
+    order = in_hash_order(all_wordings, f"{entity.name} {attribute.name}")
+    return [order[HELD_OUT.index(split)]] if split in HELD_OUT else order[len(HELD_OUT) :]
+
+
+def tell(entity, attributes, split, rng):
     """One sentence for each attribute; the first one has the entity's full name, later ones may shorten it."""
     sentences = []
-    choices = 1
     for attribute in attributes:
-        names = {"name": entity.name, "value": entity.facts[attribute.name]}
-        names["he"] = rng.choice(entity.subjects[:choices])
-        names["his"] = rng.choice(entity.possessives[:choices])
-        sentence = rng.choice(attribute.statements).format(**names)
+        he = rng.choice([entity.name, entity.short_name]) if sentences else entity.name
+        names = {"name": entity.name, "value": entity.facts[attribute.name], "he": he, "his": f"{he}'s"}
+        sentence = rng.choice(wordings(entity, attribute, attribute.statements, split)).format(**names)
         sentences.append(sentence[0].upper() + sentence[1:])
-        choices = len(entity.subjects)
     return " ".join(sentences) + "\n"
 
 
-def ask(entity, attribute, rng):
+def ask(entity, attribute, split, rng):
     """A question up to where the answer starts."""
-    return f"Question: {rng.choice(attribute.questions).format(name=entity.name)}\nAnswer:"
+    question = rng.choice(wordings(entity, attribute, attribute.questions, split))
+    return f"Question: {question.format(name=entity.name)}\nAnswer:"
 
 
-def make_quiz(entities, attributes, rng):
+def make_quiz(entities, attributes, split, rng):
     """Questions about several entities, one each, among the facts that may be asked."""
     text = ""
     for entity in rng.sample(entities, QUIZ_LENGTH):
         attribute = rng.choice([attribute for attribute in attributes[entity.kind] if attribute.name in entity.asked])
-        text += f"{ask(entity, attribute, rng)} {entity.facts[attribute.name]}\n"
+        text += f"{ask(entity, attribute, split, rng)} {entity.facts[attribute.name]}\n"
     return text
 
 
 def wiki_documents(seed):
-    """(split, read) for articles, mentions and quizzes, in practice without end; the text decides the split, so
-    val and test have the facts of training in other words."""
+    """(split, read) for articles, mentions and quizzes, in practice without end."""
     rng = random.Random(f"wiki {seed}")
     entities, attributes = make_world()
+    shares = [1 - HELD_OUT_SHARE * len(HELD_OUT), *[HELD_OUT_SHARE] * len(HELD_OUT)]
     seen = set()
     while True:
+        split = rng.choices(SPLITS, shares)[0]
         shape = rng.choices(list(SHAPES), list(SHAPES.values()))[0]
         if shape == "quiz":
-            text = make_quiz(entities, attributes, rng)
+            text = make_quiz(entities, attributes, split, rng)
         else:
             entity = rng.choice(entities)
             known = attributes[entity.kind]
             count = len(known) if shape == "article" else rng.randint(*MENTIONED)
-            text = tell(entity, rng.sample(known, count), rng)
+            text = tell(entity, rng.sample(known, count), split, rng)
         if text not in seen:
             seen.add(text)
-            yield split_of(text), lambda text=text: text
+            yield split, lambda text=text: text
 
 
 def unasked_facts(split):
@@ -149,7 +152,7 @@ def wiki_task(texts, split, seed, count=500):
     majority = []
     for entity, attribute in asked:
         answer = entity.facts[attribute.name]
-        prompt = ask(entity, attribute, rng)
+        prompt = ask(entity, attribute, split, rng)
         choices = [f" {value}\n" for value in choices_of(answer, attribute.values, prompt)]
         rows.append({"prompt": prompt, "answer": answer, "choices": choices, "kind": attribute.name})
         values = Counter(other.facts[attribute.name] for other in entities if other.kind == entity.kind)

@@ -21,6 +21,7 @@ MARKER = "####"  # the final answer follows it
 SMALLEST = 2  # no value leaves this range, so plurals are always right
 LARGEST = 999
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
+WRITTEN = re.compile(r"\d+ [-+*/] \d+ = \d+")  # an equation in a text
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
 
 
@@ -68,6 +69,11 @@ class Problem:
     def prompt(self):
         """What a model is asked: up to where its own answer starts."""
         return f"Question: {self.question}\nAnswer:"
+
+    @property
+    def chain(self):
+        """Its equations in their order: problems that share them are one calculation in other words."""
+        return ", ".join(WRITTEN.findall(self.solution))
 
     @property
     def text(self):
@@ -139,14 +145,15 @@ def make_problem(template, rng):
 
 
 def math_documents(seed):
-    """(split, read) for problems, in practice without end; the question, numbers and all, decides the split."""
+    """(split, read) for problems, in practice without end; the chain of equations decides the split, so that no
+    held-out problem can be solved by a chain that was trained on."""
     rng = random.Random(f"math {seed}")
     seen = set()
     while True:
         problem = make_problem(rng.choice(TEMPLATES), rng)
         if problem.question not in seen:
             seen.add(problem.question)
-            yield split_of(problem.question), lambda problem=problem: problem.text
+            yield split_of(problem.chain), lambda problem=problem: problem.text
 
 
 def wrong_results(problem):
@@ -164,7 +171,7 @@ def math_task(texts, split, seed, count=500):
     rows = {}  # by their question
     while len(rows) < count:
         problem = make_problem(TEMPLATES[len(rows) % len(TEMPLATES)], rng)
-        if split_of(problem.question) == split and problem.question not in rows:
+        if split_of(problem.chain) == split and problem.question not in rows:
             row = {"prompt": problem.prompt, "answer": str(problem.answer), "choices": wrong_results(problem)}
             rows[problem.question] = {**row, "template": problem.template, "steps": problem.steps}
     majority = Counter(read_answer(text, MARKER) for text in texts["train"]).most_common(1)[0][0]
