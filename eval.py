@@ -23,14 +23,13 @@ from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
 from data.task import CHOICES, METRICS, mean_score, read_answer
 from model import Transformer, generate
-from train import bits_per_byte, validation_scores
+from train import validation_scores
 
 GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
-CHOICE_TOKENS = 128  # of a question and one of its choices
-PASSAGE_TOKENS, PASSAGE_PROBLEMS = 64, 100  # of other text before a question, and how many questions are asked so
+PASSAGE_TOKENS = 64  # of other text before a question, or a quarter of what a model takes where that is less
 LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
-SETTINGS += ("spliced", "unread")
+SETTINGS += ("spliced_windows", "unread")
 
 
 @dataclasses.dataclass
@@ -53,7 +52,7 @@ class EvalConfig(ReadingConfig):
 
     model: str = key("", "checkpoints, FOLDER or hf:OWNER/NAME or ROW=FOLDER, separated by commas; a row each")
     unread: str = key("", "those of the domains that nothing was trained on: scored apart from the average")
-    spliced: bool = key(True, "score windows that change domain in the middle, too")
+    spliced_windows: int = key(512, "windows that change domain in the middle, in all; 0 is none", within="[0, inf)")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
@@ -74,16 +73,6 @@ def read_domains(corpus, config):
     if not read:
         raise UserError(f"--unread={config.unread} leaves no domain that anything was trained on; leave one out")
     return read
-
-
-def spliced_scores(model, corpus, config):
-    """{"code + math": bits per byte, ..., "avg": their mean} of windows that change domain in the middle, in both
-    orders. Here an ensemble has to notice the change, where a mixture routes token by token."""
-    found = {}
-    for pair, (inputs, targets) in corpus.spliced(config.split, config.sequence_length, config.eval_windows).items():
-        score = bits_per_byte(model, inputs, targets, corpus.token_bytes)
-        found.setdefault(" + ".join(sorted(pair)), []).append(score)
-    return averaged({name: sum(both) / len(both) for name, both in found.items()})
 
 
 def task_scores(model, corpus, config):
@@ -116,35 +105,39 @@ def task_scores(model, corpus, config):
 
 
 @torch.no_grad()
-def choice_scores(model, corpus, config, passage=0, batch_size=32):
+def choice_scores(model, corpus, config, after_text=False, batch_size=32):
     """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte, "avg":
     their mean}.
 
-    passage: how many tokens of another domain's held-out text stand before each question, so that text and question
-    need two experts.
+    after_text: put PASSAGE_TOKENS tokens of another domain's held-out text before each question, so that text and
+    question need two experts. The questions are the same with and without. One that is too long loses its beginning,
+    as much of it for each of its choices as the longest one and the passage need, whether there is a passage or not.
     """
     encoding, device, scores = corpus.encoding, next(model.parameters()).device, {}
-    length = min(passage + CHOICE_TOKENS, model.max_length)
+    length = min(PASSAGE_TOKENS, model.max_length // 4)
     for domain, meta in corpus.metas.items():
         if "task" not in meta:
             continue
-        count = min(config.task_problems, PASSAGE_PROBLEMS) if passage else config.task_problems
-        problems = corpus.problems(domain, config.split, count)
-        before = passages(corpus, domain, config.split, passage, len(problems))
-        texts = [(problem["prompt"], choice) for problem in problems for choice in problem["choices"]]
+        problems = corpus.problems(domain, config.split, config.task_problems)
+        before = passages(corpus, domain, config.split, length if after_text else 0, len(problems))
+        rows, own = [], []  # token ids of each continuation and what stands before it; how many are its own
+        for passage, problem in zip(before, problems, strict=True):
+            choices = [encoding.encode_ordinary(choice) for choice in problem["choices"]]
+            room = model.max_length + 1 - length - max(map(len, choices))
+            prompt = encoding.encode_ordinary(problem["prompt"])[-max(1, room) :]
+            rows += [(passage + prompt + choice)[-model.max_length - 1 :] for choice in choices]
+            own += [min(len(choice), model.max_length) for choice in choices]
+        sizes = [len(choice.encode()) for problem in problems for choice in problem["choices"]]
         nats_per_byte = []  # of each continuation
-        for start in range(0, len(texts), batch_size):
-            batch = texts[start : start + batch_size]
-            pairs = [tuple(map(encoding.encode_ordinary, pair)) for pair in batch]
-            pairs = [(before[(start + i) // CHOICES] + p, c) for i, (p, c) in enumerate(pairs)]  # token ids, as below
-            rows = [(prompt_ids + choice_ids)[-length - 1 :] for prompt_ids, choice_ids in pairs]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # (B, T + 1)
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            width = max(map(len, batch))
+            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)  # (B, T + 1)
             losses = model(ids[:, :-1], ids[:, 1:]).losses  # (B, T)
-            for (_, choice), (_, choice_ids), row, row_losses in zip(batch, pairs, rows, losses, strict=True):
-                # the choice's own tokens, without prompt and padding
-                own = row_losses[len(row) - 1 - len(choice_ids) : len(row) - 1]
-                nats_per_byte.append(own.sum().item() / len(choice.encode()))
+            for i, row in enumerate(batch, start):
+                # the continuation's own tokens, without what stands before it and without padding
+                nats = losses[i - start, len(row) - 1 - own[i] : len(row) - 1].sum().item()
+                nats_per_byte.append(nats / sizes[i])
         questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
         right = [min(choices) == choices[0] for choices in questions]  # the first is the right one
         scores[domain] = sum(right) / len(right)
@@ -181,8 +174,11 @@ def checkpoint_entry(model):
     return Entry(name, identity, history, lambda: Transformer.from_pretrained(folder)), folder
 
 
-def score(entry, model, windows, corpus, config):
-    """One row of results.json: scores, parameters, and the cost of all training behind the weights."""
+def score(entry, model, windows, spliced, corpus, config):
+    """One row of results.json: scores, parameters, and the cost of all training behind the weights.
+
+    windows, spliced: {name: (inputs, targets)}, those of Corpus.windows by domain and those of Corpus.spliced.
+    """
     cost = total_cost(entry.history)
     active, total = model.num_parameters()
     scores = validation_scores(model, windows, corpus.token_bytes)
@@ -190,11 +186,16 @@ def score(entry, model, windows, corpus, config):
     scores["bpb"] = averaged({domain: bpb[domain] for domain in read_domains(corpus, config)})
     if config.unread:
         scores["unread"] = averaged({domain: bpb[domain] for domain in split_list(config.unread)})
-    scores["bytes"] = {
-        domain: corpus.token_bytes[targets].sum(dim=1).tolist() for domain, (_, targets) in windows.items()
-    }
+    if spliced:
+        mixed = validation_scores(model, spliced, corpus.token_bytes)
+        scores["spliced"] = mixed["bpb"]
+        scores["bits"] |= mixed["bits"]
+    every = {**windows, **spliced}
+    scores["bytes"] = {name: corpus.token_bytes[targets].sum(dim=1).tolist() for name, (_, targets) in every.items()}
     if "load" in scores:
         scores["experts"] = model.config.expert_names
+    if hasattr(model, "settings"):  # what an ensemble chose for itself
+        scores["settings"] = model.settings
     return {
         "name": entry.name,
         "id": entry.id,
@@ -206,10 +207,9 @@ def score(entry, model, windows, corpus, config):
         "runs": list(entry.history),
         "source": source(),
         **scores,
-        "spliced": spliced_scores(model, corpus, config) if config.spliced else {},
         **task_scores(model, corpus, config),
         "choice": choice_scores(model, corpus, config),
-        "switched": choice_scores(model, corpus, config, passage=PASSAGE_TOKENS),
+        "switched": choice_scores(model, corpus, config, after_text=True),
     }
 
 
@@ -267,10 +267,12 @@ def evaluate(config, corpus, entries):
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
     length, count = config.sequence_length, config.eval_windows
     windows = {domain: corpus.windows(domain, config.split, length, count) for domain in corpus.domains if todo}
+    read = Corpus(config.data_dir, ",".join(read_domains(corpus, config)))
+    spliced = read.spliced(config.split, length, config.spliced_windows) if todo and config.spliced_windows else {}
     for entry in tqdm(todo, desc="evaluate", unit="model", dynamic_ncols=True, disable=not todo):
         model = place(entry.load(), device, config.dtype)
         check_fits(entry, model, corpus, config)
-        rows[entry.name] = score(entry, model, windows, corpus, config)
+        rows[entry.name] = score(entry, model, windows, spliced, corpus, config)
         with locked(config.out_dir, wait=True):
             results = results_so_far(path, corpus, config, keep)
             others = {row["name"]: row for row in results["rows"]}

@@ -19,6 +19,7 @@
 #   UNREAD="mail=~/mail"            more text, to score all models on what none of them reads (smollm, llama2-7b)
 #   SEED_MODEL=FOLDER               what takes the published model's place (smollm, llama2-7b)
 #   GENERALIST=web                  one of the domains that gets no branch: the seed's own kind of text (the same two)
+#   DATA=out/trial/data             the folder of the prepared text, instead of out/SIZE/data
 #   SEED=2, SEEDS="1 2"             the random seed of all training; those of compare
 #   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
 #   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"; dense
@@ -50,18 +51,18 @@ source setup.sh
 # data: text, tokenizer, token files
 if [ -n "$published" ]; then
     for domain in $domains $unread; do
-        $python -m data.public "$config/data.py" ${TOKENS:+--tokens="$TOKENS"} --source="${domain#*=}" \
-            --domain="${domain%%=*}" --tokenizer="$published"
+        $python -m data.public "$config/data.py" ${TOKENS:+--tokens="$TOKENS"} ${DATA:+--out_dir="$DATA"} \
+            --source="${domain#*=}" --domain="${domain%%=*}" --tokenizer="$published"
     done
 else
-    $python -m data.prepare "$config/data.py" --domains="${domains// /,}"
+    $python -m data.prepare "$config/data.py" --domains="${domains// /,}" ${DATA:+--out_dir="$DATA"}
 fi
 
-settings=(--size="$size" --domains="$all" --flags="${FLAGS:-}" --launch="${LAUNCH:-}" --jobs="${JOBS:-0}")
+settings=(--size="$size" --domains="$all" --data_dir="${DATA:-}" --flags="${FLAGS:-}" --launch="${LAUNCH:-}" --jobs="${JOBS:-0}")
 settings+=(--seed_flags="${SEED_FLAGS:-}" --expert_flags="${EXPERT_FLAGS:-}" --finetune_flags="${FINETUNE_FLAGS:-}")
 case $task in
     compare) exec $python -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" \
-        --seeds="$(echo ${SEEDS:-1 2 3} | tr ' ' ,)" ;;
+        ${SEEDS:+--seeds="$(echo $SEEDS | tr ' ' ,)"} ;;
     regime) exec $python -m study.regime "${settings[@]}" --out_dir="${OUT:-out/$size}" ;;
     quick) rivals=(--rivals=False) ;;
 esac

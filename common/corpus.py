@@ -114,19 +114,25 @@ class Corpus:
         return rows[:, :-1], rows[:, 1:]
 
     def spliced(self, split, length, count):
-        """About `count` windows whose first half is from one domain and whose second half is from another: for each
-        ordered pair of domains, inputs and targets, each (count / pairs, length). Nothing says where the change is."""
-        pairs = list(itertools.permutations(self.domains, 2))
-        half, each = length // 2, math.ceil(count / max(1, len(pairs)))
-        halves = {}  # windows of both domains at the same places, the second half one token longer: its last target
+        """About `count` windows whose first half is from one domain and whose second half is from another:
+        {"code + math": (inputs, targets), ...} in both orders, each (count / pairs, length). Nothing says where the
+        change is, and no two halves are the same text, so that all of them count as evidence."""
+        half = length // 2
+        uses = 2 * (len(self.domains) - 1)  # of a domain: first and second, with each other one
+        each = math.ceil(count / max(1, len(self.domains) * uses / 2))
+        halves = {}
         for name in self.domains:
-            inputs, targets = self.windows(name, split, length - half, each)
-            halves[name] = torch.cat((inputs, targets[:, -1:]), dim=1)  # (each, length - half + 1)
-        rows = {}
-        for first, second in pairs:
-            n = min(len(halves[first]), len(halves[second]))
-            rows[first, second] = torch.cat((halves[first][:n, :half], halves[second][:n]), dim=1)  # (n, length + 1)
-        return {pair: (row[:, :-1], row[:, 1:]) for pair, row in rows.items()}
+            inputs, targets = self.windows(name, split, length - half, each * uses)
+            rows = torch.cat((inputs, targets[:, -1:]), dim=1)  # (each uses, length - half + 1), the last a target
+            halves[name] = iter([rows[use::uses] for use in range(uses)])
+        found = {}
+        for pair in itertools.permutations(self.domains, 2):
+            first, second = (next(halves[name]) for name in pair)
+            n = min(len(first), len(second))
+            rows = torch.cat((first[:n, :half], second[:n]), dim=1)  # (n, length + 1)
+            found.setdefault(" + ".join(sorted(pair)), []).append(rows)
+        both = {pair: torch.cat(rows) for pair, rows in found.items()}
+        return {pair: (rows[:, :-1], rows[:, 1:]) for pair, rows in both.items()}
 
     def problems(self, domain, split, count):
         """The first `count` questions of a domain's task: a list of {"prompt", "answer", ...}; see data/task.py."""

@@ -9,7 +9,8 @@ Each expert predicts the next token, and their probabilities are averaged with w
     p(x_t | x_<t) = sum_e w_e,t p_e(x_t | x_<t)
 
 Two ways to weigh. NearestEnsemble is how the BTX paper runs it: k experts, those whose training text is nearest by
-tf-idf, count the same. PosteriorEnsemble is BTM's own: Bayes' rule, the expert being the unknown.
+tf-idf, count the same. PosteriorEnsemble is Bayes' rule, the expert being the unknown: by the last token alone, as in
+BTM's code, by the whole text so far, or by both, with the fixed share of Herbster and Warmuth.
 
 Reading order: Ensemble, NearestEnsemble, PosteriorEnsemble.
 """
@@ -30,6 +31,9 @@ from common.hf import same_tokenizer
 from common.run import hash_of, history_of, mixtures_of, parent_of
 from eval import Entry, EvalConfig, evaluate, read_domains
 from model import Output, Transformer
+from train import validation_scores
+
+SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of its weights that an ensemble may give back to the prior at each token
 
 # ---- the ensemble ----
 
@@ -193,23 +197,35 @@ def load_nearest(folders, corpus, k):
 class PosteriorEnsemble(Ensemble):
     """The posterior over experts given the text so far, by Bayes' rule (Li et al. 2022; Gururangan et al. 2022).
 
-        prefix=True   w_e,t ~ prior_e prod_{s<t} p_e(x_s | x_<s)    as in a textbook
         prefix=False  w_e,t ~ prior_e p_e(x_{t-1} | x_<t-1)         as in BTM's code: the last token's likelihood alone
+        prefix=True   w_e,t ~ prior_e prod_{s<t} p_e(x_s | x_<s)    as in a textbook
+
+    The product over a long text is so sure of itself that it never changes its mind. With a share, after every token
+    so much of the weights goes back to the prior (fixed share: Herbster and Warmuth 1998, Tracking the Best Expert):
+
+        w_e,t ~ (1 - share) w'_e,t + share prior_e    with    w'_e,t ~ w_e,t-1 p_e(x_{t-1} | x_<t-1)
 
     What follows a text's first token, which no expert predicts, is weighed by the prior alone.
     prior: (N,) probabilities.
     """
 
-    def __init__(self, models, prior, prefix=False):
+    def __init__(self, models, prior, prefix=False, share=0.0):
         super().__init__(models, len(models))
         self.register_buffer("log_prior", prior.log().log_softmax(dim=0))  # (N,)
-        self.prefix = prefix
+        self.prefix, self.share = prefix, share
 
     def log_weights(self, ids, likelihood, cache):
-        if self.prefix:
-            # only differences between experts matter: against the best, sums stay small where rounding would count
-            likelihood = cache.add(likelihood - likelihood.amax(dim=-1, keepdim=True))  # (B, T, N)
-        return (self.log_prior + likelihood).log_softmax(dim=-1)
+        if not self.prefix:
+            return (self.log_prior + likelihood).log_softmax(dim=-1)
+        back = self.log_prior + torch.tensor(self.share).log()  # (N,)
+        log_w = self.log_prior + cache.evidence[:, 0]  # (B, N); a text's evidence starts at 0
+        found = []
+        for log_p in likelihood.unbind(dim=1):  # (B, N) each
+            log_w = (log_w + log_p).log_softmax(dim=-1)
+            log_w = torch.logaddexp(log_w + math.log1p(-self.share), back)
+            found.append(log_w)
+        cache.evidence = (log_w - self.log_prior).unsqueeze(1)
+        return torch.stack(found, dim=1)  # (B, T, N)
 
 
 def cached_prior(log_posteriors, decay=0.3):
@@ -241,23 +257,48 @@ def held_out_prior(ensemble, corpus, length, windows=100):
     return torch.stack(priors).mean(dim=0)
 
 
-def load_posterior(folders, corpus, length, device="cpu", readings=None, prefix=False, windows=100):
-    """Read expert checkpoints into a PosteriorEnsemble on `device`, with held_out_prior's prior from so many windows of
-    `length` tokens. readings: Ensemble's, to be shared."""
+@torch.no_grad()
+def best_share(ensemble, corpus, length, windows=100):
+    """The one of SHARES with the fewest bits per byte of validation text: the mean of windows of one domain and of
+    windows that change it, up to so many of each domain and in all. ensemble: a PosteriorEnsemble by prefix."""
+    length = min(length, ensemble.max_length)
+    pure = {domain: corpus.windows(domain, "val", length, windows) for domain in corpus.domains}
+    kinds = [kind for kind in (pure, corpus.spliced("val", length, windows)) if kind]
+
+    def score(share):
+        ensemble.share = share
+        return sum(validation_scores(ensemble, kind, corpus.token_bytes)["bpb"]["avg"] for kind in kinds)
+
+    return min(SHARES, key=score)
+
+
+def load_posterior(folders, corpus, length, device, readings, windows, prefix=False, share=False):
+    """Read expert checkpoints into a PosteriorEnsemble.
+
+    By the last token it has held_out_prior's prior, by the whole text a uniform one, and with `share` best_share's;
+    both are found on `device`, on so many windows of `length` tokens. readings: Ensemble's, to be shared.
+    """
     models = [Transformer.from_pretrained(folder) for folder in folders]
-    uniform = PosteriorEnsemble(models, torch.full((len(models),), 1 / len(models)), prefix).to(device)
-    uniform.readings = {} if readings is None else readings
-    return PosteriorEnsemble(models, held_out_prior(uniform, corpus, length, windows), prefix)
+    uniform = torch.full((len(models),), 1 / len(models))
+    ensemble = PosteriorEnsemble(models, uniform, prefix).to(device)
+    ensemble.readings = readings
+    if not prefix:
+        return PosteriorEnsemble(models, held_out_prior(ensemble, corpus, length, windows))
+    if share:
+        ensemble.share = best_share(ensemble, corpus, length, windows)
+        ensemble.settings = {"share": ensemble.share}
+    return ensemble
 
 
 # ---- the script ----
 
-# rows of results.json: name -> function of folders, corpus, tokens per window, device, readings, and windows=
+# rows of results.json: name -> function of folders, corpus, tokens per window, device, readings and windows
 ENSEMBLES = {
-    "btm-top1": lambda folders, corpus, *_, **__: load_nearest(folders, corpus, 1),
-    "btm-top2": lambda folders, corpus, *_, **__: load_nearest(folders, corpus, 2),
+    "btm-top1": lambda folders, corpus, *_: load_nearest(folders, corpus, 1),
+    "btm-top2": lambda folders, corpus, *_: load_nearest(folders, corpus, 2),
     "btm-posterior": load_posterior,
     "btm-posterior-prefix": functools.partial(load_posterior, prefix=True),
+    "btm-share": functools.partial(load_posterior, prefix=True, share=True),
 }
 
 
@@ -286,7 +327,7 @@ def main():
 
     def load(name):
         windows = min(100, 2 * config.eval_windows)
-        ensemble = ENSEMBLES[name](folders, read, config.sequence_length, device, readings, windows=windows)
+        ensemble = ENSEMBLES[name](folders, read, config.sequence_length, device, readings, windows)
         ensemble.readings = readings
         return ensemble
 

@@ -46,6 +46,7 @@ class StudyConfig:
     configs: str = key("", "the folder of the stages' configs; empty is config/SIZE")
     out_dir: str = key("", "the folder of that pipeline; empty is out/SIZE")
     domains: str = key("code,math,wiki", "the domains, a branch each")
+    data_dir: str = key("", "the prepared text; empty is what the stages' configs say")
     flags: str = key("", "flags of every stage that trains or scores", free_text=True)
     seed_flags: str = key("", "flags of the seed's training", free_text=True)
     expert_flags: str = key("", "flags of the branches'", free_text=True)
@@ -88,8 +89,6 @@ class ChainConfig(StudyConfig):
         super().__post_init__()
         if both := [name for name in split_list(self.unread) if name in split_list(self.domains)]:
             raise UserError(f"--unread={self.unread}: {both[0]} is one of --domains, too; name it in one of them")
-        self.dense = f"{self.expert_flags} {self.dense_flags}"  # all flags of dense training
-        self.upcycling = f"{self.finetune_flags} {self.upcycle_flags}"
 
 
 def parse_study(cls, name):
@@ -258,7 +257,7 @@ class Chain:
         self.branched = [domain for domain in self.domains if domain != self.generalist]
         self.sizes = sizes_for(config, len(self.branched)) if config.tokens else {}
         self.seed_folder = local_folder(config.published) if config.published else config.path("seed")
-        self.data = self.settings("seed" if not config.published else "finetune").data_dir
+        self.data = config.data_dir or self.settings("seed" if not config.published else "finetune").data_dir
 
     def add(self, folder, script, stage, *flags, needs=(), trains=False):
         """A job that runs one of our scripts with a stage's config, once; returns its folder."""
@@ -287,7 +286,7 @@ class Chain:
 
     def train(self, folder, script, stage, start, domain, *flags):
         """A training run; start: the checkpoint it starts from, or none."""
-        flags = (f"--domain={domain}", f"--seed={self.config.seed}", *flags)
+        flags = (f"--domain={domain}", f"--data_dir={self.data}", f"--seed={self.config.seed}", *flags)
         if start:
             flags = (f"--init_from={start}", *flags)
         return self.add(folder, script, stage, *flags, needs=[start] if start else [], trains=True)
@@ -326,7 +325,8 @@ class Chain:
     def dense(self, steps, *flags, folder=None):
         """The seed model goes on with the data that BTX reads, all of its tensors."""
         folder = folder or self.config.path("compare/dense-cm")
-        flags = (*shlex.split(self.config.dense), f"--max_steps={steps}", "--freeze=none", *flags)
+        given = f"{self.config.expert_flags} --splice={self.budget.splice} {self.config.dense_flags}"
+        flags = (*shlex.split(given), f"--max_steps={steps}", "--freeze=none", *flags)
         return self.train(folder, "train.py", "expert", self.seed_folder, self.budget.mixture, *flags)
 
     def upcycle(self, steps, *flags, folder=None):
@@ -335,7 +335,8 @@ class Chain:
         flags_of_copies = f"--num_experts_per_tok={self.budget.experts_per_token}"
         upcycled = self.mix(copies, flags_of_copies, folder=self.config.path("compare/upcycled"), stage="")
         folder = folder or self.config.path("compare/upcycle-cm")
-        flags = (*shlex.split(self.config.upcycling), f"--max_steps={steps}", *flags)
+        given = f"{self.config.finetune_flags} --splice={self.budget.splice} {self.config.upcycle_flags}"
+        flags = (*shlex.split(given), f"--max_steps={steps}", *flags)
         return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)
 
     def score(self, *models):
@@ -349,7 +350,7 @@ class Chain:
         self._score(f"scores/btm{suffix}", ("-m", "study.btm"), *flags, needs=experts)
 
     def _score(self, name, script, *flags, needs):
-        settings = (self.config.stage("eval"), *self.size("eval"), self.all_domains())
+        settings = (self.config.stage("eval"), *self.size("eval"), self.all_domains(), f"--data_dir={self.data}")
         settings += (f"--unread={self.config.unread}", f"--out_dir={self.config.path('report')}")
         arguments = (*script, *settings, *flags, *shlex.split(self.config.flags))
         self.jobs.append(Job(name, arguments, self.names(needs)))
@@ -384,8 +385,8 @@ class Budget:
         config = chain.config
         self.branch = chain.settings("expert", config.expert_flags)
         branches = {name: chain.settings(chain.stage_of(name), config.expert_flags) for name in chain.branched}
-        self.dense = chain.settings("expert", config.dense)
-        self.upcycling = chain.settings("finetune", config.upcycling)
+        self.dense = chain.settings("expert", f"{config.expert_flags} {config.dense_flags}")
+        self.upcycling = chain.settings("finetune", f"{config.finetune_flags} {config.upcycle_flags}")
         self.finetuning = chain.settings("finetune", config.finetune_flags)
         self.experts_per_token = parse(MixConfig, [config.stage("mix")]).num_experts_per_tok
         corpus = Corpus(chain.data)
@@ -397,6 +398,8 @@ class Budget:
         read = {domain: tokens_of(settings) for domain, settings in branches.items()}
         self.finetuning_tokens = tokens_of(self.finetuning)
         self.tokens = sum(read.values()) + self.finetuning_tokens
+        # branches cannot read windows that change domain; rivals read as many of them as BTX does in its finetuning
+        self.splice = self.finetuning.splice * self.finetuning_tokens / self.tokens
         self.branch_flops = flops_per_token(self.branch, dense, self.branch.freeze)
         self.whole_branch_flops = flops_per_token(self.branch, dense, "none")
         self.mixture_flops = flops_per_token(self.finetuning, mixed, self.finetuning.freeze)

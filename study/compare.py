@@ -13,18 +13,22 @@ same seed model:
     dense-tm, upcycle-tm    the same for the seconds that BTX took, by the speeds in run.json (time-matched)
     btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning, nothing frozen
     btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
+    btx-even      BTX with as many tokens in its finetuning as in its branches together
     btx-sample    BTX with the sample top-1 router
-    btx-even      BTX for the same FLOPs, with as many tokens in its finetuning as in its branches together
 
+The last three have BTX's FLOPs, too. Whoever reads all domains reads as many windows that change domain as BTX does in
+its finetuning, in tokens; the branches of Branch-Train-Merge cannot read any.
 (Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine, with the stage's config (expert.py for what is
 dense, finetune.py for what is mixed) and this row's own flags: each method has the settings that are best for it.
 Writes compare.json, compare.md and a picture. --sweep=dense-cm,btx trains these rows of the first chain with all of
---rates instead, and writes what validation text says of them.
+--settings instead, and writes what validation text says of them.
 """
 
 import dataclasses
 import functools
+import itertools
 import os
+import re
 import shlex
 
 from common.config import key, split_list
@@ -40,11 +44,15 @@ class CompareConfig(StudyConfig):
     """Train the chains of some random seeds and all baselines beside them, evaluate them, and compare."""
 
     seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
+    contrasts: str = key("", "the primary contrasts OURS:THEIRS of average bits per byte, decided before the run")
     branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py", free_text=True)
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py", free_text=True)
+    paper_share: float = key(0.15, "the share of btx-paper's tokens that its finetuning reads", within="(0, 1)")
     even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py", free_text=True)
-    sweep: str = key("", "rows to train with all of --rates instead, from dense-cm, upcycle-cm, btx-paper, btx")
-    rates: str = key("1e-3,3e-3,6e-3", "the learning rates of --sweep, the same for every row")
+    sweep: str = key("", "rows to train with all of --settings instead, from dense-cm, upcycle-cm, btx-paper, btx")
+    settings: str = key("", "flags of the last stage, separated by |, the same for each row of --sweep", free_text=True)
+    branch_settings: str = key("", "the same for its branches; each goes with each of --settings", free_text=True)
+    shares: str = key("", "shares of tokens in the finetuning to sweep; empty: as configured")
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,27 +76,34 @@ def branches(chain, group, *flags):
     return [*made, chain.seed_folder]
 
 
-def whole_branches(config, chain, group, steps):
+def whole_branches(config, chain, group, steps, *flags):
     """The same, all tensors trained."""
-    return branches(chain, group, f"--max_steps={steps}", "--freeze=none", *shlex.split(config.branch_flags))
+    flags = (f"--max_steps={steps}", "--freeze=none", *shlex.split(config.branch_flags), *flags)
+    return branches(chain, group, *flags)
 
 
-def paper(config, chain, *flags, folder):
-    """BTX as printed: branches in which all tensors train, random routers, everything but the experts averaged."""
-    experts = whole_branches(config, chain, "paper", chain.budget.branch.max_steps)
-    mixed = chain.mix(experts, folder=chain.config.path("compare/paper/mixed"), stage="")
-    return chain.finetune(mixed, *shlex.split(config.paper_flags), *flags, folder=folder)
+def divided(config, chain, group, share, whole, finetuning, branching=(), folder=""):
+    """BTX for the same FLOPs with `share` of its tokens in the finetuning; returns its folder.
 
-
-def even(config, chain, folder):
-    """BTX for the same FLOPs, half of its tokens in the branches and half in the finetuning."""
+    whole: as printed, so that its branches train all tensors and its routers start at random. finetuning, branching:
+    more flags. What it reads of windows that change domain is the same for any share.
+    """
     budget = chain.budget
-    half = budget.flops / (budget.branch_flops + budget.mixture_flops)  # tokens of the branches, and of the finetuning
-    steps = round(half / len(chain.branched) / tokens_of(budget.branch, 1))
-    experts = branches(chain, "even", f"--max_steps={steps}")
-    mixed = chain.mix(experts, folder=chain.config.path("compare/even/mixed"))
-    steps = round(half / tokens_of(budget.finetuning, 1))
-    return chain.finetune(mixed, f"--max_steps={steps}", *shlex.split(config.even_flags), folder=folder)
+    of_branch = budget.whole_branch_flops if whole else budget.branch_flops
+    tokens = budget.flops / ((1 - share) * of_branch + share * budget.mixture_flops)
+    steps = round((1 - share) * tokens / len(chain.branched) / tokens_of(budget.branch, 1))
+    make = functools.partial(whole_branches, config, chain, group, steps) if whole else None
+    experts = make(*branching) if whole else branches(chain, group, f"--max_steps={steps}", *branching)
+    mixed = chain.mix(experts, folder=chain.config.path(f"compare/{group}/mixed"), stage="" if whole else "mix")
+    steps = round(share * tokens / tokens_of(budget.finetuning, 1))
+    flags = f"--max_steps={steps}", f"--splice={min(1, budget.splice / share)}", *finetuning
+    return chain.finetune(mixed, *flags, folder=folder or chain.config.path(f"compare/btx-{group}"))
+
+
+def paper(config, chain, group="paper", share=0, finetuning=(), **more):
+    """BTX as printed."""
+    finetuning = *shlex.split(config.paper_flags), *finetuning
+    return divided(config, chain, group, share or config.paper_share, True, finetuning, **more)
 
 
 def baselines(config, chain):
@@ -100,9 +115,9 @@ def baselines(config, chain):
     return [
         chain.dense(dense_steps, folder=path("compare/dense-dm")),
         chain.upcycle(upcycle_steps, folder=path("compare/upcycle-dm")),
-        paper(config, chain, folder=path("compare/btx-paper")),
+        paper(config, chain),
         chain.finetune(path("mixed"), "--router=sample", folder=path("compare/btx-sample")),
-        even(config, chain, path("compare/btx-even")),
+        divided(config, chain, "even", 0.5, False, shlex.split(config.even_flags)),
     ]
 
 
@@ -147,31 +162,51 @@ def train_and_score(config, number):
 
 
 def sweep(config):
-    """Train the rows of --sweep with each of --rates; {row: {rate: validation bpb, averaged}}.
+    """Train the rows of --sweep with each of --settings, and where they have branches with each of --branch_settings
+    and --shares; {row: {what was set: validation bpb, averaged}}.
 
-    Every method gets the same rates, and the score is the one that training logs: validation text, not test text.
+    Every method gets the same settings, and the score is the one that training logs: validation text, not test text.
     """
     chain = chain_with(config, split_list(config.seeds)[0])
-    chain.config.report = False
+    chain.config.report = chain.config.rivals = False
     pipeline(chain)
-    starts = {
-        "dense-cm": functools.partial(chain.dense, chain.budget.dense_steps()),
-        "upcycle-cm": functools.partial(chain.upcycle, chain.budget.upcycle_steps()),
-        "btx-paper": functools.partial(paper, config, chain),
-        "btx": functools.partial(chain.finetune, chain.config.path("mixed")),
+    budget = chain.budget
+    dense = functools.partial(chain.dense, budget.dense_steps())
+    plain = {"dense-cm": dense, "upcycle-cm": functools.partial(chain.upcycle, budget.upcycle_steps())}
+    own_share = budget.finetuning_tokens / budget.tokens
+    mixed = {
+        "btx-paper": (config.paper_share, functools.partial(paper, config, chain)),
+        "btx": (own_share, functools.partial(divided, config, chain, whole=False)),
     }
     found = {name: {} for name in split_list(config.sweep)}
+    settings, of_branches = (text.split("|") for text in (config.settings, config.branch_settings))
     for name, folders in found.items():
-        if name not in starts:
-            raise UserError(f"--sweep={config.sweep}: {name} is no row to sweep; choose from {', '.join(starts)}")
-        for rate in split_list(config.rates):
-            folder = chain.config.path(f"compare/sweep/{name}-{rate}")
-            folders[rate] = starts[name](f"--learning_rate={rate}", folder=folder)
+        if name not in {**plain, **mixed}:
+            known = ", ".join([*plain, *mixed])
+            raise UserError(f"--sweep={config.sweep}: {name} is no row to sweep; choose from {known}")
+        for text in map(str.strip, settings):
+            flags = shlex.split(text)
+            if name in plain:
+                folders[text] = plain[name](*flags, folder=chain.config.path(f"compare/sweep/{name}/{slug(text)}"))
+                continue
+            usual, start = mixed[name]
+            shares = split_list(config.shares) or [usual]
+            for branching, share in itertools.product(map(str.strip, of_branches), shares):
+                label = f"share {float(share):.3g}; branches {branching or 'as configured'}; {text}"
+                group = f"sweep/{name}/{slug(f'{float(share):.3g} {branching}')}"
+                folder = chain.config.path(f"compare/{group}/{slug(text)}")
+                options = {"finetuning": flags, "branching": shlex.split(branching), "folder": folder}
+                folders[label] = start(group=group, share=float(share), **options)
     chain.run()
     return {
-        name: {rate: read_log(folder)[-1]["bpb"]["avg"] for rate, folder in folders.items()}
+        name: {label: read_log(folder)[-1]["bpb"]["avg"] for label, folder in folders.items()}
         for name, folders in found.items()
     }
+
+
+def slug(text):
+    """A text as part of a folder's name: "--learning_rate=3e-3" -> "learning_rate-3e-3"."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-") or "as-configured"
 
 
 def mean_rows(chains):
@@ -214,8 +249,10 @@ def main():
     os.makedirs(report, exist_ok=True)
     if config.sweep:
         path = os.path.join(report, "sweep.json")
-        before = read_json(path, "remove it")["rates"] if os.path.exists(path) else {}
-        write_json(path, {"rates": before | sweep(config), "config": dataclasses.asdict(config)})
+        found = read_json(path, "remove it")["rows"] if os.path.exists(path) else {}
+        for name, scores in sweep(config).items():
+            found[name] = found.get(name, {}) | scores
+        write_json(path, {"rows": found, "config": dataclasses.asdict(config)})
         return
     results = [train_and_score(config, number) for number in split_list(config.seeds)]
     first, rows = results[0], [one["rows"] for one in results]

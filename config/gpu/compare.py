@@ -4,4 +4,4 @@
 branch_flags = "--learning_rate=6e-4"
 paper_flags = "--learning_rate=3e-4 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"
 even_flags = "--learning_rate=4e-4"
-rates = "1.4e-4,3e-4,6e-4,1.2e-3"
+settings = "--learning_rate=1.4e-4|--learning_rate=3e-4|--learning_rate=6e-4|--learning_rate=1.2e-3"

@@ -4,4 +4,4 @@ out_dir = "out/smollm/report"
 data_dir = "out/smollm/data"
 sequence_length = 2048
 eval_windows = 256
-spliced = False
+spliced_windows = 0
