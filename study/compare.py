@@ -168,8 +168,7 @@ def sweep(config):
     Every method gets the same settings, and the score is the one that training logs: validation text, not test text.
     """
     chain = chain_with(config, split_list(config.seeds)[0])
-    chain.config.report = chain.config.rivals = False
-    pipeline(chain)
+    chain.seed()
     budget = chain.budget
     dense = functools.partial(chain.dense, budget.dense_steps())
     plain = {"dense-cm": dense, "upcycle-cm": functools.partial(chain.upcycle, budget.upcycle_steps())}
