@@ -27,13 +27,15 @@ from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.own_text import own_documents, read_own
-from data.python_text import code_documents, python_sources
+from data.python_text import code_documents, cpp_documents, english_documents, python_sources
 
-# {domain: (its documents, its task)}
+# {domain: (its documents, its task, if it has one)}
 BUILT_IN = {
     "code": (code_documents, code_task),
     "math": (math_documents, math_task),
     "wiki": (wiki_documents, wiki_task),
+    "cpp": (cpp_documents, None),
+    "english": (english_documents, None),
 }
 GENERATED = ("math", "wiki")  # their text has no end
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
@@ -173,8 +175,8 @@ def write_domain(domain, encoding, config):
         "tokenizer_hash": tokenizer_hash(config.out_dir),
         "sources": domain.sources,
     }
-    if "files" not in domain.recipe:
-        make_task = BUILT_IN[domain.name][1]
+    make_task = None if "files" in domain.recipe else BUILT_IN[domain.name][1]
+    if make_task:
         tasks = {split: make_task(domain.texts, split, config.seed) for split in HELD_OUT}
         if all(tasks.values()):
             meta["task"] = write_tasks(domain.folder, tasks)
