@@ -32,7 +32,7 @@ def seen_in(train, held_out):
 
 
 def without_copies(train, tokens, end):
-    """(the tokens of the documents that stay, how many stayed, how many went).
+    """(the tokens of the documents that stay, (documents,) bools: which do).
 
     train, tokens: (S,) token ids, each document closed by the token `end`. A document shorter than 13 tokens stays.
     """
@@ -44,4 +44,4 @@ def without_copies(train, tokens, end):
     seen = seen_in(train, hashes(tokens)[whole])
     shares = np.bincount(of, seen, count) / np.maximum(1, np.bincount(of, minlength=count))  # (documents,)
     stays = shares <= MOST
-    return tokens[stays[document]], int(stays.sum()), int(count - stays.sum())
+    return tokens[stays[document]], stays

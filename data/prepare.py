@@ -26,6 +26,7 @@ from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
+from data.overlap import without_copies
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, cpp_documents, english_documents, python_sources
 
@@ -148,24 +149,30 @@ def token_dtype(encoding):
 
 
 def write_domain(domain, encoding, config):
-    """Tokenize a domain and write its folder; meta.json comes last."""
+    """Tokenize a domain and write its folder; meta.json comes last. Of files that we choose, held-out ones that are
+    mostly copies of training text are left out."""
     os.makedirs(domain.folder, exist_ok=True)
     dtype = token_dtype(encoding)
     end = np.array([encoding.eot_token], dtype)
     digest = hashlib.sha256()
     counts = {}
-    for split, texts in domain.texts.items():
+    for split, texts in domain.texts.items():  # train comes first
         parts = []
-        digest.update(split.encode() + b"\0")
         for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None):
             parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), end]
-            digest.update(text.encode() + b"\0")
         tokens = np.concatenate(parts)
-        counts[split] = {
-            "documents": len(texts),
-            "tokens": len(tokens),
-            "bytes": sum(len(text.encode()) for text in texts),
-        }
+        copies = 0
+        if split == "train":
+            train = tokens
+        elif domain.name in BUILT_IN and domain.name not in GENERATED and "files" not in domain.recipe:
+            tokens, stays = without_copies(train, tokens, encoding.eot_token)
+            copies = len(texts) - int(stays.sum())
+            texts[:] = [text for text, stay in zip(texts, stays, strict=True) if stay]
+            if not texts:
+                raise UserError(f"domain {domain.name!r}: all of {split} is copies of train; raise --max_bytes")
+        digest.update(b"\0".join([split.encode(), *(text.encode() for text in texts), b""]))
+        size = sum(len(text.encode()) for text in texts)
+        counts[split] = {"documents": len(texts), "copies": copies, "tokens": len(tokens), "bytes": size}
         write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
     meta = {
         "recipe": domain.recipe,

@@ -198,9 +198,9 @@ class TokenFiles:
         for split in HELD_OUT if splits["train"]["documents"] else ():
             train = np.memmap(os.path.join(self.folder, FILES["train"]), self.dtype, mode="r")
             tokens = np.fromfile(os.path.join(self.folder, FILES[split]), self.dtype)
-            tokens, stayed, gone = without_copies(train, tokens, encoding.eot_token)
-            splits[split] |= {"documents": stayed, "tokens": len(tokens), "bytes": int(sizes[tokens].sum())}
-            splits[split]["copies"] = gone
+            tokens, stays = without_copies(train, tokens, encoding.eot_token)
+            counts = {"copies": int((~stays).sum()), "documents": int(stays.sum()), "tokens": len(tokens)}
+            splits[split] |= {**counts, "bytes": int(sizes[tokens].sum())}
             with atomic_file(os.path.join(self.folder, f"{split}.bin")) as file:
                 file.write(tokens.tobytes())
         if lacking := [split for split in SPLITS if not splits[split]["documents"]]:
