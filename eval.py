@@ -21,7 +21,7 @@ from common.device import DEVICES, pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
-from data.task import CHOICES, METRICS, mean_score, read_answer
+from data.task import CHOICES, METRICS, read_answer
 from model import Transformer, generate
 from train import validation_scores
 
@@ -75,12 +75,12 @@ def read_domains(corpus, config):
     return read
 
 
-def task_scores(model, corpus, config):
-    """{metric: {domain: mean over held-out problems}}, for greedy answers; see data/task.py. A prompt too long to leave
-    room for an answer loses its beginning."""
+def answer_marks(model, corpus, config):
+    """{metric: {domain: [the mark of each held-out problem, 0 to 1]}} for greedy answers; see data/task.py. A prompt
+    too long to leave room for an answer loses its beginning."""
     encoding = corpus.encoding
     line_ends = {token for token in range(encoding.n_vocab) if b"\n" in encoding.decode_single_token_bytes(token)}
-    scores = {metric: {} for metric in METRICS}
+    marks = {metric: {} for metric in METRICS}
     for domain, meta in corpus.metas.items():
         task = meta.get("task")
         if task is None:
@@ -100,20 +100,21 @@ def task_scores(model, corpus, config):
             for i, text in zip(chosen, texts, strict=True):
                 answers[i] = read_answer(text, task["marker"])
         for metric in METRICS.keys() & task["baselines"][config.split].keys():
-            scores[metric][domain] = mean_score(metric, answers, problems)
-    return scores
+            pairs = zip(answers, problems, strict=True)
+            marks[metric][domain] = [METRICS[metric](answer, problem["answer"]) for answer, problem in pairs]
+    return marks
 
 
 @torch.no_grad()
-def choice_scores(model, corpus, config, after_text=False, batch_size=32):
-    """{domain: share of held-out questions where the right one of four continuations is the likeliest per byte, "avg":
-    their mean}.
+def choice_marks(model, corpus, config, after_text=False, batch_size=32):
+    """{domain: [1 for each held-out question where the right one of four continuations is the likeliest per byte, else
+    0]}.
 
     after_text: put PASSAGE_TOKENS tokens of another domain's held-out text before each question, so that text and
     question need two experts. The questions are the same with and without. One that is too long loses its beginning,
     as much of it for each of its choices as the longest one and the passage need, whether there is a passage or not.
     """
-    encoding, device, scores = corpus.encoding, next(model.parameters()).device, {}
+    encoding, device, marks = corpus.encoding, next(model.parameters()).device, {}
     length = min(PASSAGE_TOKENS, model.max_length // 4)
     for domain, meta in corpus.metas.items():
         if "task" not in meta:
@@ -139,9 +140,8 @@ def choice_scores(model, corpus, config, after_text=False, batch_size=32):
                 nats = losses[i - start, len(row) - 1 - own[i] : len(row) - 1].sum().item()
                 nats_per_byte.append(nats / sizes[i])
         questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
-        right = [min(choices) == choices[0] for choices in questions]  # the first is the right one
-        scores[domain] = sum(right) / len(right)
-    return averaged(scores)
+        marks[domain] = [int(min(choices) == choices[0]) for choices in questions]  # the first is the right one
+    return marks
 
 
 def passages(corpus, domain, split, length, count):
@@ -196,6 +196,10 @@ def score(entry, model, windows, spliced, corpus, config):
         scores["experts"] = model.config.expert_names
     if hasattr(model, "settings"):  # what an ensemble chose for itself
         scores["settings"] = model.settings
+    marks = answer_marks(model, corpus, config)
+    marks["choice"] = choice_marks(model, corpus, config)
+    marks["switched"] = choice_marks(model, corpus, config, after_text=True)
+    means = {metric: {name: sum(some) / len(some) for name, some in found.items()} for metric, found in marks.items()}
     return {
         "name": entry.name,
         "id": entry.id,
@@ -207,9 +211,10 @@ def score(entry, model, windows, spliced, corpus, config):
         "runs": list(entry.history),
         "source": source(),
         **scores,
-        **task_scores(model, corpus, config),
-        "choice": choice_scores(model, corpus, config),
-        "switched": choice_scores(model, corpus, config, after_text=True),
+        **means,
+        "choice": averaged(means["choice"]),
+        "switched": averaged(means["switched"]),
+        "marks": marks,
     }
 
 

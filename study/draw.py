@@ -18,6 +18,7 @@ plt.rcParams["figure.constrained_layout.use"] = True
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 MARKERS = "os^Dvx"
+FAMILIES = ("btx", "dense", "upcycle", "btm", "seed")  # of the comparison's rows, by the start of their names
 MOST_NUMBERED = 12  # layers whose shares are written into the picture
 
 
@@ -172,6 +173,38 @@ def plot_differences(chains, columns, path):
         axis.grid(axis="x", alpha=0.3)
     name_rows(axes[0, 0], [in_words(name) for name in names])
     save(figure, path)
+
+
+def plot_efficiency(rows, path):
+    """Scores against the parameters that a token runs through at inference, a dot for each row; the larger the dot, the
+    more training FLOPs. Left: the mean of bits per byte on text of one domain and where domains meet; right: choices.
+    Single experts are left out: they know one domain. rows: compare.json's."""
+    rows = [row for row in rows if kind(row) != "expert"]
+    panels = {"bits per byte, one domain and where domains meet": mean_bits}
+    if all(row.get("choice") for row in rows):
+        panels["choices right, %"] = lambda row: 100 * row["choice"]["avg"]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
+    most = max(row["train_flops"] for row in rows)
+    for axis, (label, score) in zip(axes.flat, panels.items(), strict=True):
+        for row in rows:
+            x, y = row["active_params"], score(row)
+            family = next((i for i, start in enumerate(FAMILIES) if row["name"].startswith(start)), len(FAMILIES))
+            style = {"color": COLOURS[family], "marker": MARKERS[family], "alpha": 0.7}
+            axis.scatter(x, y, s=160 * row["train_flops"] / most, **style)
+            axis.annotate(row["name"], (x, y), xytext=(5, 2), textcoords="offset points", fontsize=7)
+        axis.set_xscale("log")
+        if label.startswith("bits"):
+            axis.invert_yaxis()  # up is better, as in the other panel
+        axis.set_title(label, fontsize=10)
+        axis.set_xlabel("parameters per token at inference", fontsize=9)
+        axis.grid(alpha=0.3)
+    save(figure, path)
+
+
+def mean_bits(row):
+    """A row's bits per byte, the mean of text of one domain and of windows that change it, where it has these."""
+    averages = [row[metric]["avg"] for metric in ("bpb", "spliced") if row.get(metric)]
+    return statistics.mean(averages)
 
 
 def plot_regime(lines, path):

@@ -43,10 +43,12 @@ WORDS = {  # the comparison's rows in the order of the tables, the paper's, and 
     "btm-top2": "ensemble, two nearest",
     "btm-posterior": "ensemble, last token's posterior",
     "btm-posterior-prefix": "ensemble, prefix posterior",
+    "btm-share": "ensemble, fixed share",
     "btm-top1-cm": "ensemble, nearest expert, same FLOPs",
     "btm-top2-cm": "ensemble, two nearest, same FLOPs",
     "btm-posterior-cm": "ensemble, last token's posterior, same FLOPs",
     "btm-posterior-prefix-cm": "ensemble, prefix posterior, same FLOPs",
+    "btm-share-cm": "ensemble, fixed share, same FLOPs",
     "mixed": "mixture, not finetuned",
     "btx": "Branch-Train-MiX",
     "mixed-paper": "mixture as printed, not finetuned",
@@ -245,18 +247,28 @@ def headline_table(rows):
         "seed": "seed model",
         "dense-cm": "dense training",
         "upcycle-cm": "sparse upcycling",
-        "btm-posterior-prefix": "Branch-Train-Merge",
+        "upcycle-dm": "sparse upcycling, 1.4 times the FLOPs",
+        "btm-top1-cm": "Branch-Train-Merge, nearest expert",
+        "btm-share-cm": "Branch-Train-Merge, all experts",
+        "btx-paper": "**Branch-Train-MiX as printed**",
         "btx": "**Branch-Train-MiX**",
     }
+    if "btx-paper" in {row["name"] for row in rows}:
+        shown["btx"] = "**Branch-Train-MiX, branches train feed-forwards alone**"
+    else:  # a single run, which has no branches for all of BTX's FLOPs
+        shown["btm-share"] = "Branch-Train-Merge"
     columns = {
         ("bpb", "avg"): "bits per byte",
         ("unread", "avg"): "unread text",
+        ("spliced", "avg"): "where domains meet",
         ("choice", "avg"): "choices right",
         ("accuracy", "wiki"): "facts recalled",
     }
     columns = {column: words for column, words in columns.items() if column in columns_of(rows)}
     named = {row["name"]: row for row in rows}
-    rows = [{**named[name], "name": words} for name, words in shown.items() if name in named]
+    # the mixtures come last
+    order = sorted(shown, key=lambda name: name.startswith("btx"))
+    rows = [{**named[name], "name": shown[name]} for name in order if name in named]
 
     def cells(row):
         return [*(format_score(row, *column) for column in columns), short(row["active_params"])]
@@ -347,18 +359,94 @@ def cost_table(rows):
     return model_table(header, rows, lambda row: [*(short(row[name]) for name in COUNTS), f"{row['seconds']:.0f}"])
 
 
-def difference(chains, name, metric, column, ours="btx"):
-    """(how far BTX is ahead of the row `name`, half the width of the 95 % interval), from the rows of each chain.
+def saved(ours, theirs, metric, name):
+    """(how far `ours` is ahead of `theirs` on each window or question (U,), what each counts (U,)): bits and bytes, or
+    marks and 1. ours, theirs: rows of results.json."""
+    if metric in BITS:
+        return np.array(theirs["bits"][name]) - ours["bits"][name], np.array(ours["bytes"][name])
+    ahead = np.array(ours["marks"][metric][name], float) - theirs["marks"][metric][name]
+    return ahead, np.ones(len(ahead))
 
-    Differences are taken within a chain, whose rows share a seed model and its luck: a paired comparison. With one
-    chain there is no interval (0).
+
+def lead(chains, name, metric, column, ours="btx", draws=4000):
+    """(how far BTX is ahead of the row `name`, the standard error of that), from the rows of each chain.
+
+    Differences are taken within a chain, whose rows share a seed model and its luck: a paired comparison. The error is
+    that of a two-way bootstrap: chains and windows (or questions) are both drawn anew, with replacement, windows for
+    each domain and the same ones for all chains (Owen 2007, The pigeonhole bootstrap). It is taken times
+    sqrt(n / (n - 1)) for n chains, since a sample of n varies by so much less than what it was drawn from. With one
+    chain it knows of the text alone.
     """
-    sign = -1 if metric in BITS else 1
-    named = [{row["name"]: row[metric][column] for row in rows} for rows in chains]
-    ahead = [sign * (scores[ours] - scores[name]) for scores in named]
-    n = len(ahead)
-    half = T_95[min(n - 2, len(T_95) - 1)] * statistics.stdev(ahead) / n**0.5 if n > 1 else 0.0
-    return statistics.mean(ahead), half
+    random = np.random.default_rng(0)
+    rows = [{row["name"]: row for row in chain} for chain in chains]
+    names = [part for part in rows[0][ours][metric] if part != "avg"] if column == "avg" else [column]
+    n = len(chains)
+    ahead = np.zeros(n)  # of each chain
+    drawn = np.zeros((draws, n))  # the same, of texts drawn anew
+    for part in names:
+        found = [saved(row[ours], row[name], metric, part) for row in rows]
+        each = np.stack([values for values, _ in found], axis=1)  # (U, n)
+        sizes = found[0][1]  # (U,), the same text in every chain
+        often = random.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws)  # (draws, U)
+        ahead += each.sum(axis=0) / sizes.sum() / len(names)
+        drawn += often @ each / (often @ sizes)[:, None] / len(names)
+    often = random.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
+    error = (often * drawn).sum(axis=1).std() / n
+    return ahead.mean(), error * (n / (n - 1)) ** 0.5 if n > 1 else error
+
+
+def difference(chains, name, metric, column, ours="btx"):
+    """(how far BTX is ahead of the row `name`, half the width of the 95 % interval): `lead` with Student's t of as many
+    degrees of freedom as there are chains, less one; with one chain the normal distribution's 1.96."""
+    ahead, error = lead(chains, name, metric, column, ours)
+    n = len(chains)
+    return ahead, error * (T_95[min(n - 2, len(T_95) - 1)] if n > 1 else 1.96)
+
+
+def p_value(t, freedom):
+    """How often Student's t is farther from 0 than this, both sides. With t = sqrt(freedom) tan(x) its density is a
+    power of a cosine."""
+
+    def area(start, stop):
+        y = np.cos(np.linspace(start, stop, 10_001)) ** (freedom - 1)
+        return (y.sum() - (y[0] + y[-1]) / 2) * (stop - start)
+
+    return float(area(np.arctan(abs(t) / freedom**0.5), np.pi / 2) / area(0, np.pi / 2))
+
+
+def holm(p_values):
+    """Each of some p values, adjusted for there being several (Holm 1979): the smallest times their number, the next
+    times one less, and so on, but none below one before it."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def primary_contrasts(chains, contrasts):
+    """The contrasts that were chosen before the run, with Holm's correction: a list of {"ours", "theirs", "lead",
+    "half", "p", "holm"}, of average bits per byte. contrasts: [(ours, theirs)]. It takes two chains or more."""
+    found = []
+    for ours, theirs in contrasts:
+        ahead, error = lead(chains, theirs, "bpb", "avg", ours)
+        _, half = difference(chains, theirs, "bpb", "avg", ours)
+        p = p_value(ahead / error, len(chains) - 1) if error else float(ahead == 0)
+        found.append({"ours": ours, "theirs": theirs, "lead": float(ahead), "half": float(half), "p": p})
+    for one, adjusted in zip(found, holm([one["p"] for one in found]), strict=True):
+        one["holm"] = adjusted
+    return found
+
+
+def primary_table(found):
+    """A line for each of primary_contrasts."""
+    body = []
+    for one in found:
+        apart = "ahead" if one["lead"] > 0 else "**behind**"
+        words = apart if one["holm"] < 0.05 else "not told apart"
+        numbers = f"{one['lead']:+.4f} ± {one['half']:.4f}", f"{one['p']:.4f}", f"{one['holm']:.4f}"
+        body.append([WORDS[one["ours"]], WORDS[one["theirs"]], *numbers, words])
+    return markdown_table(["", "against", "bits per byte saved", "p", "p, Holm", "verdict"], body)
 
 
 def verdict(chains, name, metric, column, ours="btx"):
@@ -371,26 +459,6 @@ def verdict(chains, name, metric, column, ours="btx"):
     return f"ahead by {size}" if ahead > 0 else f"**behind by {size}**"
 
 
-def share_at_par(ours, theirs):
-    """The share of spliced windows at which two rows have equal bits per byte; None where one is always ahead.
-
-    With a share p of spliced windows a row has (1 - p) of its bits per byte on pure windows and p of those on spliced.
-    """
-    pure, spliced = (ours[metric]["avg"] - theirs[metric]["avg"] for metric in ("bpb", "spliced"))
-    return pure / (pure - spliced) if pure * spliced < 0 else None
-
-
-def crossing_lines(rows):
-    """From which share of spliced windows on BTX is ahead of rows that are better on pure ones."""
-    lines = []
-    for ours in (row for row in rows if row["name"] in ("btx", "btx-even")):
-        for row in rows:
-            share = share_at_par(ours, row)
-            if share and row["bpb"]["avg"] < ours["bpb"]["avg"]:
-                lines.append(f"- {ours['name']} has fewer bits than {row['name']} from {share:.1%} on")
-    return lines
-
-
 def verdict_table(rows, chains, ours="btx"):
     """BTX, or another row of its kind, against every row that may hold all domains: on the averages first. Daggers are
     explained below the page's table of scores."""
@@ -398,7 +466,7 @@ def verdict_table(rows, chains, ours="btx"):
     body = [
         [with_dagger(row), *(verdict(chains, row["name"], *column, ours) for column in columns)]
         for row in rows
-        if kind(row) not in ("btx", "expert", ours)
+        if kind(row) not in ("expert", ours)
     ]
     return markdown_table([f"{ours} against", *(f"{name} {METRICS[metric]}" for metric, name in columns)], body)
 
