@@ -76,72 +76,86 @@ def read_domains(corpus, config):
 
 
 def answer_marks(model, corpus, config):
-    """{metric: {domain: [the mark of each held-out problem, 0 to 1]}} for greedy answers; see data/task.py. A prompt
-    too long to leave room for an answer loses its beginning."""
-    encoding = corpus.encoding
-    line_ends = {token for token in range(encoding.n_vocab) if b"\n" in encoding.decode_single_token_bytes(token)}
+    """{metric: {domain: [the mark of each held-out problem, 0 to 1]}} for greedy answers; see data/task.py."""
     marks = {metric: {} for metric in METRICS}
     for domain, meta in corpus.metas.items():
         task = meta.get("task")
         if task is None:
             continue
-        new_tokens = config.max_new_tokens if task["marker"] else min(LINE_TOKENS, config.max_new_tokens)
-        room = model.max_length - new_tokens
-        if room < 1:
-            raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
         problems = corpus.problems(domain, config.split, config.task_problems)
-        stop = {encoding.eot_token} if task["marker"] else {encoding.eot_token, *line_ends}
-        prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems]
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        answers = [""] * len(prompts)
-        for start in range(0, len(prompts), GENERATED_ROWS):
-            chosen = by_length[start : start + GENERATED_ROWS]
-            texts = map(encoding.decode, generate(model, [prompts[i] for i in chosen], new_tokens, stop))
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = read_answer(text, task["marker"])
+        answers = written_answers(model, corpus.encoding, problems, task["marker"], config.max_new_tokens)
         for metric in METRICS.keys() & task["baselines"][config.split].keys():
             pairs = zip(answers, problems, strict=True)
             marks[metric][domain] = [METRICS[metric](answer, problem["answer"]) for answer, problem in pairs]
     return marks
 
 
-@torch.no_grad()
-def choice_marks(model, corpus, config, after_text=False, batch_size=32):
-    """{domain: [1 for each held-out question where the right one of four continuations is the likeliest per byte, else
-    0]}.
+def written_answers(model, encoding, problems, marker, max_new_tokens):
+    """What a model answers greedily to each of some problems; see data/task.py. A prompt too long to leave room for an
+    answer loses its beginning."""
+    line_ends = {token for token in range(encoding.n_vocab) if b"\n" in encoding.decode_single_token_bytes(token)}
+    new_tokens = max_new_tokens if marker else min(LINE_TOKENS, max_new_tokens)
+    room = model.max_length - new_tokens
+    if room < 1:
+        raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
+    stop = {encoding.eot_token} if marker else {encoding.eot_token, *line_ends}
+    prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems]
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    for start in range(0, len(prompts), GENERATED_ROWS):
+        chosen = by_length[start : start + GENERATED_ROWS]
+        texts = map(encoding.decode, generate(model, [prompts[i] for i in chosen], new_tokens, stop))
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = read_answer(text, marker)
+    return answers
 
-    after_text: put PASSAGE_TOKENS tokens of another domain's held-out text before each question, so that text and
-    question need two experts. The questions are the same with and without. One that is too long loses its beginning,
-    as much of it for each of its choices as the longest one and the passage need, whether there is a passage or not.
-    """
-    encoding, device, marks = corpus.encoding, next(model.parameters()).device, {}
-    length = min(PASSAGE_TOKENS, model.max_length // 4)
-    for domain, meta in corpus.metas.items():
-        if "task" not in meta:
-            continue
+
+def choice_marks(model, corpus, config, after_text=False):
+    """{domain: [1 for each held-out question where the right one of four continuations is the likeliest per byte, else
+    0]}. after_text: put PASSAGE_TOKENS tokens of another domain's held-out text before each question, so that text and
+    question need two experts. The questions are the same with and without."""
+    marks = {}
+    for domain in (name for name, meta in corpus.metas.items() if "task" in meta):
         problems = corpus.problems(domain, config.split, config.task_problems)
-        before = passages(corpus, domain, config.split, length if after_text else 0, len(problems))
-        rows, own = [], []  # token ids of each continuation and what stands before it; how many are its own
-        for passage, problem in zip(before, problems, strict=True):
-            choices = [encoding.encode_ordinary(choice) for choice in problem["choices"]]
-            room = model.max_length + 1 - length - max(map(len, choices))
-            prompt = encoding.encode_ordinary(problem["prompt"])[-max(1, room) :]
-            rows += [(passage + prompt + choice)[-model.max_length - 1 :] for choice in choices]
-            own += [min(len(choice), model.max_length) for choice in choices]
-        sizes = [len(choice.encode()) for problem in problems for choice in problem["choices"]]
-        nats_per_byte = []  # of each continuation
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            width = max(map(len, batch))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)  # (B, T + 1)
-            losses = model(ids[:, :-1], ids[:, 1:]).losses  # (B, T)
-            for i, row in enumerate(batch, start):
-                # the continuation's own tokens, without what stands before it and without padding
-                nats = losses[i - start, len(row) - 1 - own[i] : len(row) - 1].sum().item()
-                nats_per_byte.append(nats / sizes[i])
-        questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
-        marks[domain] = [int(min(choices) == choices[0]) for choices in questions]  # the first is the right one
+        length = passage_length(model) if after_text else 0
+        before = passages(corpus, domain, config.split, length, len(problems))
+        marks[domain] = choose(model, corpus.encoding, problems, before)
     return marks
+
+
+def passage_length(model):
+    """How many tokens of other text stand before a question: PASSAGE_TOKENS, or a quarter of what the model takes."""
+    return min(PASSAGE_TOKENS, model.max_length // 4)
+
+
+@torch.no_grad()
+def choose(model, encoding, problems, before, batch_size=32):
+    """[1 for each problem whose first choice, the right one, is the likeliest per byte of its four, else 0].
+
+    before: token ids of the text before each. A prompt that is too long loses its beginning, as much for each of its
+    choices as the longest one and a passage of passage_length need, whether there is a passage or not.
+    """
+    device = next(model.parameters()).device
+    rows, own = [], []  # token ids of each continuation and what stands before it; how many are its own
+    for passage, problem in zip(before, problems, strict=True):
+        choices = [encoding.encode_ordinary(choice) for choice in problem["choices"]]
+        room = model.max_length + 1 - passage_length(model) - max(map(len, choices))
+        prompt = encoding.encode_ordinary(problem["prompt"])[-max(1, room) :]
+        rows += [(passage + prompt + choice)[-model.max_length - 1 :] for choice in choices]
+        own += [min(len(choice), model.max_length) for choice in choices]
+    sizes = [len(choice.encode()) for problem in problems for choice in problem["choices"]]
+    nats_per_byte = []  # of each continuation
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        width = max(map(len, batch))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)  # (B, T + 1)
+        losses = model(ids[:, :-1], ids[:, 1:]).losses  # (B, T)
+        for i, row in enumerate(batch, start):
+            # the continuation's own tokens, without what stands before it and without padding
+            nats = losses[i - start, len(row) - 1 - own[i] : len(row) - 1].sum().item()
+            nats_per_byte.append(nats / sizes[i])
+    questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
+    return [int(min(choices) == choices[0]) for choices in questions]
 
 
 def passages(corpus, domain, split, length, count):

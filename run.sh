@@ -76,5 +76,5 @@ $python -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" -
 if [ "$task" = ablate ]; then
     $python -m study.ablate "${settings[@]}" --out_dir="$out"
     $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \
-        --data_dir="out/$size/data" --out_dir="$out/report/balancing"
+        --data_dir="${DATA:-out/$size/data}" --out_dir="$out/report/balancing"
 fi

@@ -116,12 +116,13 @@ class Corpus:
     def spliced(self, split, length, count):
         """About `count` windows whose first half is from one domain and whose second half is from another:
         {"code + math": (inputs, targets), ...} in both orders, each (count / pairs, length). Nothing says where the
-        change is, and no two halves are the same text, so that all of them count as evidence."""
+        change is, and no two halves are the same text, so that all of them count as evidence. A single domain has no
+        such windows, and neither have two whose text is too short."""
         half = length // 2
         uses = 2 * (len(self.domains) - 1)  # of a domain: first and second, with each other one
         each = math.ceil(count / max(1, len(self.domains) * uses / 2))
         halves = {}
-        for name in self.domains:
+        for name in self.domains if uses else ():
             inputs, targets = self.windows(name, split, length - half, each * uses)
             rows = torch.cat((inputs, targets[:, -1:]), dim=1)  # (each uses, length - half + 1), the last a target
             halves[name] = iter([rows[use::uses] for use in range(uses)])
@@ -132,7 +133,7 @@ class Corpus:
             rows = torch.cat((first[:n, :half], second[:n]), dim=1)  # (n, length + 1)
             found.setdefault(" + ".join(sorted(pair)), []).append(rows)
         both = {pair: torch.cat(rows) for pair, rows in found.items()}
-        return {pair: (rows[:, :-1], rows[:, 1:]) for pair, rows in both.items()}
+        return {pair: (rows[:, :-1], rows[:, 1:]) for pair, rows in both.items() if len(rows)}
 
     def problems(self, domain, split, count):
         """The first `count` questions of a domain's task: a list of {"prompt", "answer", ...}; see data/task.py."""

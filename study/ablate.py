@@ -91,7 +91,8 @@ def add_variant(config, chain, experts, variant, number):
     chain.mix(chosen, *variant.mix.split(), folder=mixed)
     flags = f"--max_steps={steps}", f"--eval_interval={steps}", *variant.finetune.split()
     finetuned = chain.finetune(mixed, *flags, folder=config.path(f"ablate/{name}"))
-    scores = "eval.py", config.stage("eval"), f"--model={finetuned}", f"--out_dir={config.path('ablate/scores')}"
+    scores = "eval.py", config.stage("eval"), f"--model={finetuned}", f"--data_dir={chain.data}"
+    scores += (f"--out_dir={config.path('ablate/scores')}",)
     chain.jobs.append(Job(f"ablate/scores-{name}", scores, chain.names([finetuned])))
     return finetuned
 

@@ -217,12 +217,13 @@ class PosteriorEnsemble(Ensemble):
     def log_weights(self, ids, likelihood, cache):
         if not self.prefix:
             return (self.log_prior + likelihood).log_softmax(dim=-1)
-        back = self.log_prior + torch.tensor(self.share).log()  # (N,)
+        share = torch.tensor(float(self.share))
+        back = self.log_prior + share.log()  # (N,)
         log_w = self.log_prior + cache.evidence[:, 0]  # (B, N); a text's evidence starts at 0
         found = []
         for log_p in likelihood.unbind(dim=1):  # (B, N) each
             log_w = (log_w + log_p).log_softmax(dim=-1)
-            log_w = torch.logaddexp(log_w + math.log1p(-self.share), back)
+            log_w = torch.logaddexp(log_w + (-share).log1p(), back)
             found.append(log_w)
         cache.evidence = (log_w - self.log_prior).unsqueeze(1)
         return torch.stack(found, dim=1)  # (B, T, N)

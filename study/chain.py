@@ -325,7 +325,8 @@ class Chain:
     def dense(self, steps, *flags, folder=None):
         """The seed model goes on with the data that BTX reads, all of its tensors."""
         folder = folder or self.config.path("compare/dense-cm")
-        given = f"{self.config.expert_flags} --splice={self.budget.splice} {self.config.dense_flags}"
+        splice = self.budget.splice_of(self.budget.dense, steps)
+        given = f"{self.config.expert_flags} --splice={splice} {self.config.dense_flags}"
         flags = (*shlex.split(given), f"--max_steps={steps}", "--freeze=none", *flags)
         return self.train(folder, "train.py", "expert", self.seed_folder, self.budget.mixture, *flags)
 
@@ -335,7 +336,8 @@ class Chain:
         flags_of_copies = f"--num_experts_per_tok={self.budget.experts_per_token}"
         upcycled = self.mix(copies, flags_of_copies, folder=self.config.path("compare/upcycled"), stage="")
         folder = folder or self.config.path("compare/upcycle-cm")
-        given = f"{self.config.finetune_flags} --splice={self.budget.splice} {self.config.upcycle_flags}"
+        splice = self.budget.splice_of(self.budget.upcycling, steps)
+        given = f"{self.config.finetune_flags} --splice={splice} {self.config.upcycle_flags}"
         flags = (*shlex.split(given), f"--max_steps={steps}", *flags)
         return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)
 
@@ -384,29 +386,28 @@ class Budget:
     def __init__(self, chain):
         config = chain.config
         self.branch = chain.settings("expert", config.expert_flags)
-        branches = {name: chain.settings(chain.stage_of(name), config.expert_flags) for name in chain.branched}
+        self.branches = {name: chain.settings(chain.stage_of(name), config.expert_flags) for name in chain.branched}
         self.dense = chain.settings("expert", f"{config.expert_flags} {config.dense_flags}")
         self.upcycling = chain.settings("finetune", f"{config.finetune_flags} {config.upcycle_flags}")
         self.finetuning = chain.settings("finetune", config.finetune_flags)
         self.experts_per_token = parse(MixConfig, [config.stage("mix")]).num_experts_per_tok
         corpus = Corpus(chain.data)
-        dense = self.seed_config(chain, corpus)
+        self.dense_config = dense = self.seed_config(chain, corpus)
         count = len(chain.branched) + 1
-        mixed = dataclasses.replace(
+        self.mixed_config = mixed = dataclasses.replace(
             dense, num_local_experts=count, num_experts_per_tok=self.experts_per_token, expert_names=("",) * count
         )
-        read = {domain: tokens_of(settings) for domain, settings in branches.items()}
+        read = {domain: tokens_of(settings) for domain, settings in self.branches.items()}
         self.finetuning_tokens = tokens_of(self.finetuning)
         self.tokens = sum(read.values()) + self.finetuning_tokens
-        # branches cannot read windows that change domain; rivals read as many of them as BTX does in its finetuning
-        self.splice = self.finetuning.splice * self.finetuning_tokens / self.tokens
+        self.spliced_tokens = self.finetuning.splice * self.finetuning_tokens
         self.branch_flops = flops_per_token(self.branch, dense, self.branch.freeze)
         self.whole_branch_flops = flops_per_token(self.branch, dense, "none")
         self.mixture_flops = flops_per_token(self.finetuning, mixed, self.finetuning.freeze)
         self.dense_flops = flops_per_token(self.dense, dense, "none")
         self.upcycling_flops = flops_per_token(self.upcycling, mixed, self.upcycling.freeze)
         self.flops = self.finetuning_tokens * self.mixture_flops
-        for domain, settings in branches.items():
+        for domain, settings in self.branches.items():
             self.flops += read[domain] * flops_per_token(settings, dense, settings.freeze)
         shares = dict(read)  # what BTX reads of each domain
         for domain, share in corpus.mixture(config.mixture or ",".join(chain.domains)).items():
@@ -419,6 +420,11 @@ class Budget:
             return ModelConfig.from_pretrained(chain.seed_folder)
         with on_meta():
             return build_model(chain.settings("seed", chain.config.seed_flags), corpus).config
+
+    def splice_of(self, settings, steps):
+        """The share of spliced windows in so many steps with which they hold as many as BTX's finetuning does: branches
+        cannot read windows that change domain, so this is all that BTX reads of them."""
+        return min(1.0, self.spliced_tokens / tokens_of(settings, steps))
 
     def dense_steps(self):
         """How many dense steps take BTX's FLOPs."""

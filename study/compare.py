@@ -10,7 +10,7 @@ same seed model:
     dense-cm      the same for as many training FLOPs as BTX took (compute-matched): its tokens are cheaper, so more
     upcycle-dm    copies of the seed model as the experts, then finetuning, the same tokens as BTX
     upcycle-cm    the same for BTX's FLOPs: all its tokens go through the mixture, so fewer
-    dense-tm, upcycle-tm    the same for the seconds that BTX took, by the speeds in run.json (time-matched)
+    dense-tm, upcycle-tm    the same for the seconds that BTX takes, by the times of single steps (time-matched)
     btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning, nothing frozen
     btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
     btx-even      BTX with as many tokens in its finetuning as in its branches together
@@ -30,13 +30,22 @@ import itertools
 import os
 import re
 import shlex
+import statistics
+import time
+
+import torch
 
 from common.config import key, split_list
+from common.corpus import Batches, Corpus
+from common.device import pick_device, pick_dtype
 from common.errors import UserError, command, read_json, write_atomically, write_json
-from common.run import read_log, read_run
+from common.parallel import Processes
+from common.run import read_log, versions
+from model import Transformer
 from study import tables
 from study.chain import StudyConfig, chain_of, parse_study, pipeline, tokens_of
 from study.draw import plot_differences, plot_efficiency
+from train import freeze, make_optimizer, train_step
 
 
 @dataclasses.dataclass
@@ -99,7 +108,7 @@ def divided(config, chain, group, share, whole, finetuning, branching=(), folder
     experts = make(*branching) if whole else branches(chain, group, f"--max_steps={steps}", *branching)
     mixed = chain.mix(experts, folder=chain.config.path(f"compare/{group}/mixed"), stage="" if whole else "mix")
     steps = round(share * tokens / tokens_of(budget.finetuning, 1))
-    flags = f"--max_steps={steps}", f"--splice={min(1, budget.splice / share)}", *finetuning
+    flags = f"--max_steps={steps}", f"--splice={budget.splice_of(budget.finetuning, steps)}", *finetuning
     return chain.finetune(mixed, *flags, folder=folder or chain.config.path(f"compare/btx-{group}"))
 
 
@@ -109,8 +118,8 @@ def paper(config, chain, group="paper", share=0, finetuning=(), **more):
     return divided(config, chain, group, share or config.paper_share, True, finetuning, **more)
 
 
-def baselines(config, chain):
-    """Add every row that needs no clock; returns their folders."""
+def baselines(config, chain, seconds):
+    """Add every row that is no ensemble; returns their folders. seconds: of step_seconds."""
     budget = chain.budget
     path = chain.config.path
     dense_steps = round(budget.tokens / tokens_of(budget.dense, 1))
@@ -121,21 +130,57 @@ def baselines(config, chain):
         paper(config, chain),
         chain.finetune(path("mixed"), "--router=sample", folder=path("compare/btx-sample")),
         divided(config, chain, "even", 0.5, False, shlex.split(config.even_flags)),
+        *time_matched(chain, seconds),
     ]
 
 
-def time_matched(chain):
-    """Add the rows that get the seconds which BTX took after the seed; returns their folders."""
-    spent = read_run(chain.config.path("btx"))["history"]
-    before = read_run(chain.seed_folder)["history"]
-    seconds = sum(cost["seconds"] for name, cost in spent.items() if name not in before)
-    made = []
-    for name, start in {"dense": chain.dense, "upcycle": chain.upcycle}.items():
-        rival = chain.config.path(f"compare/{name}-cm")
-        record = read_run(rival)
-        steps = max(1, round(seconds / record["history"][rival]["seconds"] * record["step"]))
-        made.append(start(steps, folder=chain.config.path(f"compare/{name}-tm")))
-    return made
+def time_matched(chain, seconds):
+    """Add the rows that get the seconds which BTX takes after the seed; returns their folders. seconds: of
+    step_seconds."""
+    budget = chain.budget
+    branches = sum(settings.max_steps for settings in budget.branches.values())
+    spent = branches * seconds["branch"] + budget.finetuning.max_steps * seconds["finetuning"]
+    dense, upcycle = (max(1, round(spent / seconds[name])) for name in ("dense", "upcycling"))
+    path = chain.config.path
+    return [
+        chain.dense(dense, folder=path("compare/dense-tm")),
+        chain.upcycle(upcycle, folder=path("compare/upcycle-tm")),
+    ]
+
+
+def step_seconds(budget, corpus, rounds=15):
+    """{stage: seconds of an optimizer step}, the median over some rounds. Each round makes a step of every stage, so
+    that whatever else the machine does slows all of them alike; on a CPU with one thread, as where stages run side by
+    side. The models have random weights."""
+    stages = {
+        "branch": (budget.branch, budget.dense_config, budget.branch.freeze),
+        "finetuning": (budget.finetuning, budget.mixed_config, budget.finetuning.freeze),
+        "dense": (budget.dense, budget.dense_config, "none"),
+        "upcycling": (budget.upcycling, budget.mixed_config, budget.upcycling.freeze),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps = {name: timed_step(corpus, *stage) for name, stage in stages.items()}
+    found = {name: [] for name in steps}
+    for number in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(number)
+            found[name].append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return {name: statistics.median(some[1:]) for name, some in found.items()}  # the first allocates
+
+
+def timed_step(corpus, settings, model_config, frozen):
+    """A function of a step's number that trains a model of random weights by one step, and waits for it."""
+    processes = Processes(pick_device(settings.device))
+    model = Transformer(model_config).to(processes.device)
+    model.compute_dtype = pick_dtype(settings.dtype, processes.device, model_config)
+    freeze(model, frozen)
+    optimizer = make_optimizer(settings, model)
+    mixture = corpus.mixture("all")
+    batches = Batches(corpus, mixture, settings.sequence_length, settings.batch_size, settings.seed)
+    return lambda number: float(train_step(settings, number, model, optimizer, batches, processes)["loss"])
 
 
 # ---- the comparison ----
@@ -145,14 +190,10 @@ def train_and_score(config, number):
     """Train and score all rows of one random seed; returns its results.json, rows in the paper's order."""
     chain = chain_with(config, number)
     pipeline(chain)
-    folders = baselines(config, chain)
+    folders = baselines(config, chain, times_of(config, chain))
     steps = chain.budget.whole_branch_steps(chain.budget.flops / len(chain.branched))  # branches for all of BTX's FLOPs
     chain.score_ensembles(whole_branches(config, chain, "longer", steps), "-cm")
     for folder in folders:
-        chain.score(folder)
-    chain.run()
-    chain.jobs.clear()  # the rest has to know how long those took
-    for folder in time_matched(chain):
         chain.score(folder)
     chain.run()
     results = read_json(chain.config.path("report/results.json"), "run again")
@@ -162,6 +203,16 @@ def train_and_score(config, number):
         tables.add_average(row)
         tables.mark_stale(row)
     return results
+
+
+def times_of(config, chain):
+    """step_seconds of this machine, measured once for all chains and kept in report/step_times.json."""
+    path = config.path("report/step_times.json")
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        found = step_seconds(chain.budget, Corpus(chain.data, ",".join(chain.domains)))
+        write_json(path, {"seconds": found, "versions": versions()})
+    return read_json(path, "remove it")["seconds"]
 
 
 def sweep(config):

@@ -67,7 +67,8 @@ def measure_point(config, width, scale, number):
     chain = chain_of(config, folder, number, report=False, **stages)
     pipeline(chain)
     models = [chain.config.path(name) for name in ("btx", *(f"compare/{rival}" for rival in RIVALS))]
-    flags = (f"--model={','.join(models)}", chain.all_domains(), "--task_problems=1", "--max_new_tokens=1")
+    flags = (f"--model={','.join(models)}", chain.all_domains(), f"--data_dir={chain.data}")
+    flags += ("--task_problems=1", "--max_new_tokens=1")
     chain.add(chain.config.path("report"), "eval.py", "eval", *flags, needs=models)
     chain.run(quiet=True)
     rows = read_json(chain.config.path("report/results.json"), "run again")["rows"]
