@@ -22,6 +22,7 @@ from common.errors import UserError, command, read_json, write_json
 from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
 from data.task import CHOICES, METRICS, read_answer
+from data.two_experts import two_expert_questions
 from model import Transformer, generate
 from train import validation_scores
 
@@ -123,6 +124,19 @@ def choice_marks(model, corpus, config, after_text=False):
     return marks
 
 
+def together_marks(model, corpus, config):
+    """Marks of the questions that need two experts at once (data/two_experts.py), for pairs of built-in domains: two of
+    {"math + wiki": [1 or 0 of each question], ...}, chosen among four and written."""
+    asked = {domain for domain, meta in corpus.metas.items() if "task" in meta}
+    chosen, written = {}, {}
+    for kind, problems in two_expert_questions(config.task_problems, asked).items():
+        chosen[kind] = choose(model, corpus.encoding, problems, [[]] * len(problems))
+        marker = corpus.metas["math"]["task"]["marker"] if kind == "math + wiki" else ""
+        answers = written_answers(model, corpus.encoding, problems, marker, config.max_new_tokens)
+        written[kind] = [int(answer == problem["answer"]) for answer, problem in zip(answers, problems, strict=True)]
+    return chosen, written
+
+
 def passage_length(model):
     """How many tokens of other text stand before a question: PASSAGE_TOKENS, or a quarter of what the model takes."""
     return min(PASSAGE_TOKENS, model.max_length // 4)
@@ -213,6 +227,7 @@ def score(entry, model, windows, spliced, corpus, config):
     marks = answer_marks(model, corpus, config)
     marks["choice"] = choice_marks(model, corpus, config)
     marks["switched"] = choice_marks(model, corpus, config, after_text=True)
+    marks["together"], marks["together_written"] = together_marks(model, corpus, config)
     means = {metric: {name: sum(some) / len(some) for name, some in found.items()} for metric, found in marks.items()}
     return {
         "name": entry.name,
@@ -226,8 +241,7 @@ def score(entry, model, windows, spliced, corpus, config):
         "source": source(),
         **scores,
         **means,
-        "choice": averaged(means["choice"]),
-        "switched": averaged(means["switched"]),
+        **{metric: averaged(means[metric]) for metric in ("choice", "switched", "together", "together_written")},
         "marks": marks,
     }
 

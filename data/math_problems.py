@@ -21,7 +21,7 @@ MARKER = "####"  # the final answer follows it
 SMALLEST = 2  # no value leaves this range, so plurals are always right
 LARGEST = 999
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
-WRITTEN = re.compile(r"\d+ [-+*/] \d+ = \d+")  # an equation in a text
+WRITTEN = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")  # an equation in a text
 EQUATION = re.compile(r"\[(\w+) = (\w+) ([-+*/]) (\w+)\]")
 
 
@@ -72,8 +72,14 @@ class Problem:
 
     @property
     def chain(self):
-        """Its equations in their order: problems that share them are one calculation in other words."""
-        return ", ".join(WRITTEN.findall(self.solution))
+        """Its equations in their order: problems that share them are one calculation in other words. 3 + 4 and 4 + 3
+        are the same, products likewise."""
+        equations = []
+        for left, operator, right, result in WRITTEN.findall(self.solution):
+            if operator in "+*":
+                left, right = sorted((left, right), key=int)
+            equations.append(f"{left} {operator} {right} = {result}")
+        return ", ".join(equations)
 
     @property
     def text(self):

@@ -15,7 +15,7 @@ import random
 
 from common.corpus import split_of
 from data.encyclopedia import make_world
-from data.math_problems import MARKER, OPERATORS, TEMPLATES, make_problem
+from data.math_problems import MARKER, OPERATORS, TEMPLATES, WRITTEN, make_problem
 from data.task import choices_of
 
 
@@ -44,7 +44,7 @@ def operation_in_python(rng):
         problem = make_problem(rng.choice(single), rng)
         if split_of(problem.chain) != "test":
             continue
-        left, operator, right = problem.chain.split()[:3]
+        left, operator, right = WRITTEN.search(problem.solution).groups()[:3]
         others = [other for other in OPERATORS if other != operator]
         yield {
             "prompt": f"# {problem.question}\ndef answer():\n    return",
@@ -68,10 +68,12 @@ def fact_in_python(rng):
 KINDS = {"math + wiki": fact_and_sum, "code + math": operation_in_python, "code + wiki": fact_in_python}
 
 
-def two_expert_questions(count):
-    """{kind: `count` different questions}, the same ones every time."""
+def two_expert_questions(count, domains):
+    """{kind: `count` different questions}, the same ones every time, of the kinds whose two domains are among these."""
     found = {}
     for kind, make in KINDS.items():
+        if not domains >= {*kind.split(" + ")}:
+            continue
         rows = {}
         for row in make(random.Random(f"two experts {kind}")):
             rows[row["prompt"]] = row

@@ -285,7 +285,7 @@ def write_comparison(folder, found, contrasts):
     plot_differences(chains, shown, os.path.join(folder, "compare.png"))
     plot_efficiency(rows, os.path.join(folder, "efficiency.png"))
     text = ["# BTX and other ways to spend the same compute\n"]
-    text += ["![scores against parameters per token](efficiency.png)\n"]
+    text += ["![scores against parameters per token](efficiency.png)\n", tables.comparison_table(rows), ""]
     if "primary" in found:
         text += ["## Decided before the run\n", tables.primary_table(found["primary"])]
         text += [f"\nAverage bits per byte over {len(chains)} random seeds. ± is half of the 95 % interval, which"]

@@ -18,7 +18,7 @@ plt.rcParams["figure.constrained_layout.use"] = True
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 MARKERS = "os^Dvx"
-FAMILIES = ("btx", "dense", "upcycle", "btm", "seed")  # of the comparison's rows, by the start of their names
+FAMILIES = ("btx", "dense", "upcycle", "btm", "seed", "")  # of the comparison's rows, by the start of their names
 MOST_NUMBERED = 12  # layers whose shares are written into the picture
 
 
@@ -178,26 +178,36 @@ def plot_differences(chains, columns, path):
 def plot_efficiency(rows, path):
     """Scores against the parameters that a token runs through at inference, a dot for each row; the larger the dot, the
     more training FLOPs. Left: the mean of bits per byte on text of one domain and where domains meet; right: choices.
-    Single experts are left out: they know one domain. rows: compare.json's."""
-    rows = [row for row in rows if kind(row) != "expert"]
-    panels = {"bits per byte, one domain and where domains meet": mean_bits}
+    Up is better in both. Single experts, which know one domain, and what nobody finetuned are left out.
+    rows: compare.json's."""
+    rows = [row for row in rows if kind(row) not in ("expert", "soup", "mixed")]
+    panels = {"bits per byte: the mean of one domain and of where domains meet": mean_bits}
     if all(row.get("choice") for row in rows):
         panels["choices right, %"] = lambda row: 100 * row["choice"]["avg"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 6), squeeze=False)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 5 * len(panels)), squeeze=False, sharex=True)
     most = max(row["train_flops"] for row in rows)
+    counts = [row["active_params"] for row in rows]
     for axis, (label, score) in zip(axes.flat, panels.items(), strict=True):
-        for row in rows:
-            x, y = row["active_params"], score(row)
-            family = next((i for i, start in enumerate(FAMILIES) if row["name"].startswith(start)), len(FAMILIES))
+        labels = []  # [parameters, score, names]: dots that nearly touch share one
+        scores = [score(row) for row in rows]
+        grain = (max(scores) - min(scores)) / 45
+        for y, row in sorted(zip(scores, rows, strict=True), key=lambda pair: pair[0]):
+            family = next(i for i, start in enumerate(FAMILIES) if row["name"].startswith(start))
             style = {"color": COLOURS[family], "marker": MARKERS[family], "alpha": 0.7}
-            axis.scatter(x, y, s=160 * row["train_flops"] / most, **style)
-            axis.annotate(row["name"], (x, y), xytext=(5, 2), textcoords="offset points", fontsize=7)
-        axis.set_xscale("log")
-        if label.startswith("bits"):
-            axis.invert_yaxis()  # up is better, as in the other panel
+            axis.scatter(row["active_params"], y, s=120 * row["train_flops"] / most, **style)
+            near = [label for label in labels if label[0] == row["active_params"] and y - label[1] <= grain]
+            if near:
+                near[0][2].append(row["name"])
+            else:
+                labels.append([row["active_params"], y, [row["name"]]])
+        for x, y, names in labels:
+            axis.annotate(", ".join(names), (x, y), xytext=(8, -3), textcoords="offset points", fontsize=7)
+        log_axis(axis.xaxis, min(counts) / 1.15, max(counts) * 1.9)
+        if score is mean_bits:
+            axis.invert_yaxis()
         axis.set_title(label, fontsize=10)
-        axis.set_xlabel("parameters per token at inference", fontsize=9)
         axis.grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("parameters per token at inference")
     save(figure, path)
 
 

@@ -18,9 +18,11 @@ METRICS = {  # of a row of results.json, in the order of the tables
     "accuracy": "task accuracy",
     "choice": "choice accuracy",
     "switched": "choice accuracy after other text",
+    "together": "choice accuracy, two experts needed",
+    "together_written": "accuracy, two experts needed",
     "edit_similarity": "edit similarity",
 }
-SHORT = {"switched": "choice after other text", "unread": "(unread)"}  # in tables
+SHORT = {"switched": "choice after other text", "together": "choice, two experts", "unread": "(unread)"}  # in tables
 BITS = ("bpb", "unread", "spliced")  # lower is better; of the others higher
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, 1 to 9 degrees of freedom
 COUNTS = {
@@ -194,7 +196,9 @@ def columns_of(rows):
 
 def main_columns(rows):
     """The scores that a page shows: bits per byte by domain, averages of the rest, and the facts recalled."""
-    main = [(metric, "avg") for metric in ("unread", "spliced", "choice", "switched")] + [("accuracy", "wiki")]
+    main = [(metric, "avg") for metric in ("unread", "spliced", "choice", "switched", "together")] + [
+        ("accuracy", "wiki")
+    ]
     return [column for column in columns_of(rows) if column[0] == "bpb" or column in main]
 
 
@@ -242,38 +246,58 @@ def resampled_table(rows, ours="btx"):
 
 def headline_table(rows):
     """The table that run.sh ends with and README starts with: one row per way to spend the compute. rows: of
-    results.json or compare.json; those that are there."""
+    results.json; those that are there."""
     shown = {
         "seed": "seed model",
         "dense-cm": "dense training",
         "upcycle-cm": "sparse upcycling",
-        "upcycle-dm": "sparse upcycling, 1.4 times the FLOPs",
-        "btm-top1-cm": "Branch-Train-Merge, nearest expert",
-        "btm-share-cm": "Branch-Train-Merge, all experts",
-        "btx-paper": "**Branch-Train-MiX as printed**",
+        "btm-posterior-prefix": "Branch-Train-Merge",
         "btx": "**Branch-Train-MiX**",
     }
-    if "btx-paper" in {row["name"] for row in rows}:
-        shown["btx"] = "**Branch-Train-MiX, branches train feed-forwards alone**"
-    else:  # a single run, which has no branches for all of BTX's FLOPs
-        shown["btm-share"] = "Branch-Train-Merge"
     columns = {
         ("bpb", "avg"): "bits per byte",
         ("unread", "avg"): "unread text",
+        ("choice", "avg"): "choices right",
+        ("accuracy", "wiki"): "facts recalled",
+    }
+    return named_table(rows, shown, columns, ("active_params",))
+
+
+def comparison_table(rows):
+    """The same of a comparison, with those that are ahead of BTX, and BTX in both forms. rows: of compare.json."""
+    flops = {row["name"]: row["train_flops"] for row in rows}
+    more = (flops["upcycle-dm"] - flops["seed"]) / (flops["upcycle-cm"] - flops["seed"])
+    shown = {
+        "seed": "seed model",
+        "dense-cm": "dense training",
+        "upcycle-cm": "sparse upcycling",
+        "upcycle-dm": f"sparse upcycling, {more:.1f} times the FLOPs",
+        "btm-top1-cm": "Branch-Train-Merge, the nearest expert",
+        "btm-share-cm": "Branch-Train-Merge, all experts",
+        "btx-paper": "**Branch-Train-MiX as printed**",
+        "btx": "**Branch-Train-MiX, branches train feed-forwards alone**",
+    }
+    columns = {
+        ("bpb", "avg"): "bits per byte",
         ("spliced", "avg"): "where domains meet",
         ("choice", "avg"): "choices right",
         ("accuracy", "wiki"): "facts recalled",
     }
+    return named_table(rows, shown, columns, ("active_params", "train_flops"))
+
+
+def named_table(rows, shown, columns, counts):
+    """A table of some rows and columns. shown: {row: what to call it}; columns: {(metric, name): the same}, those that
+    the rows have; counts: of COUNTS."""
     columns = {column: words for column, words in columns.items() if column in columns_of(rows)}
     named = {row["name"]: row for row in rows}
-    # the mixtures come last
-    order = sorted(shown, key=lambda name: name.startswith("btx"))
-    rows = [{**named[name], "name": shown[name]} for name in order if name in named]
+    rows = [{**named[name], "name": words} for name, words in shown.items() if name in named]
+    heads = {"active_params": "parameters per token", "train_flops": "training FLOPs"}
 
     def cells(row):
-        return [*(format_score(row, *column) for column in columns), short(row["active_params"])]
+        return [*(format_score(row, *column) for column in columns), *(short(row[name]) for name in counts)]
 
-    return model_table(["", *columns.values(), "parameters per token"], rows, cells)
+    return model_table(["", *columns.values(), *(heads[name] for name in counts)], rows, cells)
 
 
 def question_table(found):
@@ -375,10 +399,14 @@ def lead(chains, name, metric, column, ours="btx", draws=4000):
     that of a two-way bootstrap: chains and windows (or questions) are both drawn anew, with replacement, windows for
     each domain and the same ones for all chains (Owen 2007, The pigeonhole bootstrap). It is taken times
     sqrt(n / (n - 1)) for n chains, since a sample of n varies by so much less than what it was drawn from. With one
-    chain it knows of the text alone.
+    chain it knows of the text alone; where rows were made before windows were kept, of the chains alone.
     """
     random = np.random.default_rng(0)
     rows = [{row["name"]: row for row in chain} for chain in chains]
+    if not rows[0][ours].get("bits" if metric in BITS else "marks"):
+        sign = -1 if metric in BITS else 1
+        each = [sign * (row[ours][metric][column] - row[name][metric][column]) for row in rows]
+        return statistics.mean(each), statistics.stdev(each) / len(rows) ** 0.5 if len(rows) > 1 else 0.0
     names = [part for part in rows[0][ours][metric] if part != "avg"] if column == "avg" else [column]
     n = len(chains)
     ahead = np.zeros(n)  # of each chain

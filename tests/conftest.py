@@ -87,7 +87,7 @@ def eval_config(work, data):
     path = os.path.join(work, "eval.py")
     with open(path, "w") as file:
         file.write(f"data_dir = {data!r}\nsequence_length = 32\neval_windows = 4\ntask_problems = 4\n")
-        file.write("max_new_tokens = 4\n")
+        file.write("max_new_tokens = 4\nspliced_windows = 6\n")
     return path
 
 
@@ -123,15 +123,17 @@ def in_this_process():
 
 @pytest.fixture(scope="session")
 def chain_configs(work, configs):
-    """The same with what a chain needs from its beginning: the seed model's shape, and the rivals' settings."""
+    """The same with what a chain needs from its beginning: the seed model's shape, and the rivals' settings. What a
+    stage or a rival sets is no default and nobody else's, so that a recipe shows which of them it is made of."""
     folder = os.path.join(work, "chain-configs")
     shutil.copytree(configs, folder)
     with open(os.path.join(folder, "seed.py"), "a") as file:
         file.write("".join(flag.removeprefix("--").replace("=", " = ") + "\n" for flag in SHAPE))
     with open(os.path.join(folder, "expert.py"), "a") as file:
-        file.write("freeze = 'embeddings,attention,norms'\n")
+        file.write("freeze = 'embeddings,attention,norms'\nweight_decay = 0.05\n")
+    with open(os.path.join(folder, "finetune.py"), "a") as file:
+        file.write("splice = 0.4\nweight_decay = 0.06\nrouter_learning_rate = 3.0\nrouter_aux_loss_coef = 0.03\n")
     with open(os.path.join(folder, "chain.py"), "w") as file:
-        file.write(
-            "dense_flags = '--splice=0.25 --learning_rate=2e-3'\nupcycle_flags = '--router_aux_loss_coef=0.02'\n"
-        )
+        file.write("dense_flags = '--learning_rate=2e-3 --min_learning_rate=0.2'\n")
+        file.write("upcycle_flags = '--learning_rate=1e-3 --router_aux_loss_coef=0.02'\n")
     return folder

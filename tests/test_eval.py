@@ -1,9 +1,11 @@
 """eval.py: bits per byte from transformers and a plain sum, exact-match answers, and what results.json holds."""
 
+import itertools
 import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,10 +30,12 @@ from common.corpus import Corpus
 from common.hf import weights_hash
 from common.tokenizer import load_tokenizer
 from data.task import read_answer
+from eval import choice_marks
 
 FLAGS = (
     "--sequence_length=32",
     "--eval_windows=7",
+    "--spliced_windows=9",
     "--task_problems=3",
     "--max_new_tokens=8",
     "--device=cpu",
@@ -83,12 +87,13 @@ def test_bits_per_byte_equal_an_independent_sum(rows, seed, btx, data):
 
 def test_results_hold_what_others_rely_on(results, rows, data):
     models = ["seed", "expert-math", "expert-rain", "mixed", "btx"]
-    assert list(rows) == [*models, "btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"]
-    assert len({row["id"] for row in rows.values()}) == 9
+    assert list(rows) == [*models, "btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix", "btm-share"]
+    assert len({row["id"] for row in rows.values()}) == 10
     for row in rows.values():
         assert set(row["bpb"]) == {"math", "rain", "avg"} and set(row["accuracy"]) == {"math"}
         assert row["seconds"] > 0 and row["train_flops"] > 0
-    assert results["config"]["sequence_length"] == 32
+    assert {name: row["settings"] for name, row in rows.items() if "settings" in row}.keys() == {"btm-share"}
+    assert results["config"]["sequence_length"] == 32 and results["config"]["spliced_windows"] == 9
     for domain in ("math", "rain"):
         meta = read_json(os.path.join(data, domain, "meta.json"))
         assert results["data"][domain] == {name: meta[name] for name in ("content_hash", "tokenizer_hash")}
@@ -104,7 +109,8 @@ def test_costs(rows):
     """The seed's training counts once, however many experts carry it."""
     tokens = {name: row["train_tokens"] / TOKENS for name, row in rows.items()}
     experts = {"expert-math": 2, "expert-rain": 2}
-    running = {"btm-top1": 1, "btm-top2": 2, "btm-posterior": 3, "btm-posterior-prefix": 3}  # experts a token
+    # experts a token
+    running = {"btm-top1": 1, "btm-top2": 2, "btm-posterior": 3, "btm-posterior-prefix": 3, "btm-share": 3}
     assert tokens == {"seed": 1, **experts, "mixed": 3, "btx": 4, **dict.fromkeys(running, 3)}
     one = rows["seed"]["total_params"]
     assert {name: rows[name]["active_params"] / one for name in running} == running
@@ -200,53 +206,174 @@ def test_a_model_that_changed_is_evaluated_again(results, seed, data, tmp_path):
     assert second[0] == first[0] and second[1]["total_params"] > first[1]["total_params"]
 
 
-def test_spliced_windows_change_domain_in_the_middle(data):
-    corpus = Corpus(data)
-    found = corpus.spliced("test", 32, 10)
-    assert set(found) == {("math", "rain"), ("rain", "math")}
-    for (first, second), (inputs, targets) in found.items():
-        assert inputs.shape == targets.shape == (5, 32)
+def test_spliced_windows_are_of_held_out_text(data):
+    found = Corpus(data).spliced("test", 32, 10)
+    [(inputs, targets)] = found.values()
+    assert list(found) == ["math + rain"] and inputs.shape == targets.shape == (10, 32)
+    texts = {name: tokens_of(data, name, "test").astype("<i4").tobytes() for name in ("math", "rain")}
+    orders = []
+    for row, last in zip(inputs.tolist(), targets[:, -1].tolist(), strict=True):
+        first, second = (np.array(half, "<i4").tobytes() for half in (row[:16], [*row[16:], last]))
+        orders += [(a, b) for a, b in itertools.permutations(texts) if first in texts[a] and second in texts[b]]
+    assert sorted(orders) == [("math", "rain")] * 5 + [("rain", "math")] * 5
+
+
+TEXTS = {"high": 20_000, "low": 0, "mid": 10_000}  # the first token of each domain of `counting`
+
+
+@pytest.fixture
+def counting(tmp_path):
+    """Function: sizes -> a Corpus of domains that count upwards, each from a number of its own: a token is a place."""
+
+    def make(**sizes):
+        for name, size in sizes.items():
+            folder = tmp_path / name
+            folder.mkdir()
+            np.arange(TEXTS[name], TEXTS[name] + size, dtype="uint16").tofile(folder / "test.bin")
+            (folder / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
+        return Corpus(str(tmp_path))
+
+    return make
+
+
+@pytest.mark.parametrize(("length", "count"), [(10, 60), (11, 60), (10, 50)])
+def test_spliced_windows_change_domain_in_the_middle_and_use_no_text_twice(length, count, counting):
+    """Three domains, six orders of two, as many windows of each."""
+    corpus = counting(low=4000, mid=3000, high=5000)
+    found = corpus.spliced("test", length, count)
+    assert list(found) == ["high + low", "high + mid", "low + mid"]
+    orders = []
+    for pair, (inputs, targets) in found.items():
         assert inputs[:, 1:].equal(targets[:, :-1])
-        for row, last in zip(inputs.tolist(), targets[:, -1].tolist(), strict=True):
-            texts = {name: tokens_of(data, name, "test").astype("<i4").tobytes() for name in (first, second)}
-            assert np.array(row[:16], "<i4").tobytes() in texts[first]
-            assert np.array([*row[16:], last], "<i4").tobytes() in texts[second]
+        jumps = targets - inputs != 1
+        assert (jumps.sum(dim=1) == 1).all() and jumps[:, length // 2 - 1].all()
+        for row in inputs[:, [0, -1]].tolist():
+            names = [max(TEXTS, key=lambda name: (TEXTS[name] <= token, TEXTS[name])) for token in row]
+            assert sorted(names) == pair.split(" + ")
+            orders.append(tuple(names))
+    each = math.ceil(count / 6)
+    assert sorted(orders) == sorted([*itertools.permutations(TEXTS, 2)] * each)
+    tokens = torch.cat([inputs for inputs, _ in found.values()])
+    assert len(tokens.unique()) == tokens.numel() == 6 * each * length
+    for first, size in (("low", 4000), ("mid", 3000), ("high", 5000)):  # from all over the text
+        own = tokens[(tokens >= TEXTS[first]) & (tokens < TEXTS[first] + 10_000)] - TEXTS[first]
+        assert own.min() == 0 and size - 3 <= own.max() <= size - 2  # what stands last can only be a target
 
 
-def test_spliced_scores_equal_an_independent_sum(rows, seed, data):
-    model, encoding = AutoModelForCausalLM.from_pretrained(seed).eval(), load_tokenizer(data)
-    scores = []
-    for inputs, targets in Corpus(data).spliced("test", 32, 7).values():
-        with torch.no_grad():
-            log_p = model(inputs).logits.double().log_softmax(dim=-1)
-        bits = -log_p.gather(-1, targets[..., None]).sum().item() / math.log(2)
-        ids = [token for token in targets.flatten().tolist() if token != encoding.eot_token]
-        scores.append(bits / len(encoding.decode_bytes(ids)))
-    expected = sum(scores) / 2
-    assert rows["seed"]["spliced"] == {"math + rain": pytest.approx(expected, rel=1e-5), "avg": pytest.approx(expected)}
+def test_short_text_gives_fewer_spliced_windows_and_one_domain_none(counting):
+    """No half is taken twice to make up for it, and a pair without windows is left out instead of scored as 0 / 0."""
+    corpus = counting(low=200, mid=20, high=200)
+    sizes = {}
+    for length in (10, 20):
+        found = corpus.spliced("test", length, 600)
+        sizes[length] = {pair: len(inputs) for pair, (inputs, _) in found.items()}
+        tokens = torch.cat([inputs for inputs, _ in found.values()])
+        assert len(tokens.unique()) == tokens.numel()
+    assert sizes[10]["high + low"] > sizes[10]["low + mid"] > 0
+    assert sizes[20].keys() == {"high + low", "high + mid"} and min(sizes[20].values()) > 0
+    assert Corpus(corpus.folder, "low").spliced("test", 10, 60) == {}
 
 
-@pytest.mark.parametrize(("metric", "passage"), [("choice", 0), ("switched", 64)])
-def test_choices_are_ranked_by_likelihood_per_byte(metric, passage, rows, seed, btx, data):
-    """Again, one continuation at a time, with transformers' model; alone, and after text of the other domain."""
+def test_spliced_scores_equal_an_independent_sum(rows, seed, btx, data):
+    """With transformers' model; and the bits and bytes of each window, which tables resample, add up to the score."""
     encoding = load_tokenizer(data)
-    other = np.fromfile(os.path.join(data, "rain", "test.bin"), dtype=np.uint16).tolist()
-    places = [0, (len(other) - passage - 1) // 2, len(other) - passage - 1]  # spread evenly
+    [(inputs, targets)] = Corpus(data).spliced("test", 32, 9).values()
+    sizes = [len(encoding.decode_bytes([t for t in row if t != encoding.eot_token])) for row in targets.tolist()]
+    for name, folder in (("seed", seed), ("btx", btx)):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            log_p = torch.cat([model(row[None]).logits.double().log_softmax(dim=-1) for row in inputs])
+        bits = -log_p.gather(-1, targets[..., None]).sum(dim=(1, 2)) / math.log(2)
+        expected = pytest.approx(bits.sum().item() / sum(sizes), rel=1e-5)
+        assert rows[name]["spliced"] == {"math + rain": expected, "avg": expected}
+        assert rows[name]["bits"]["math + rain"] == pytest.approx(bits.tolist(), abs=0.01)
+    for row in rows.values():
+        assert row["bytes"]["math + rain"] == sizes and len(sizes) == 10
+        assert sum(row["bits"]["math + rain"]) / sum(sizes) == pytest.approx(row["spliced"]["avg"], rel=1e-4)
+
+
+@pytest.mark.parametrize("metric", ["choice", "switched"])
+def test_choices_are_ranked_by_likelihood_per_byte(metric, rows, seed, btx, data):
+    """Again, one continuation at a time, with transformers' model; alone, and after text of the other domain. Both ways
+    a question has lost what does not fit when 32 tokens, a quarter of what the model takes, stand before it."""
+    encoding = load_tokenizer(data)
+    other = tokens_of(data, "rain", "test").tolist()
+    places = [0, (len(other) - 33) // 2, len(other) - 33]  # spread evenly
     problems = [json.loads(line) for line in read(os.path.join(data, "math", "task-test.jsonl")).splitlines()]
     for name, folder in (("seed", seed), ("btx", btx)):
-        model, right = AutoModelForCausalLM.from_pretrained(folder).eval(), 0
+        model, right = AutoModelForCausalLM.from_pretrained(folder).eval(), []
         for place, problem in zip(places, problems[:3], strict=True):
-            per_byte = []
-            for choice in problem["choices"]:
-                prompt, ids = encoding.encode_ordinary(problem["prompt"]), encoding.encode_ordinary(choice)
-                row = other[place : place + passage] + prompt + ids
-                row = torch.tensor([row])[:, -min(passage + 128, model.config.max_position_embeddings) - 1 :]
+            prompt, per_byte = encoding.encode_ordinary(problem["prompt"]), []
+            choices = [encoding.encode_ordinary(choice) for choice in problem["choices"]]
+            while 32 + len(prompt) + max(map(len, choices)) > 128 + 1:  # the last token is a target alone
+                prompt.pop(0)
+            for choice, ids in zip(problem["choices"], choices, strict=True):
+                before = other[place : place + 32] if metric == "switched" else []
+                row = torch.tensor([before + prompt + ids])
                 with torch.no_grad():
                     log_p = model(row[:, :-1]).logits[0].double().log_softmax(dim=-1)
                 log_p = log_p.gather(1, row[0, 1:, None])[-len(ids) :]
                 per_byte.append(log_p.sum().item() / len(choice.encode()))
-            right += max(per_byte) == per_byte[0]
-        assert rows[name][metric] == {"math": right / 3, "avg": right / 3}
+            right.append(int(max(per_byte) == per_byte[0]))
+        assert rows[name][metric] == {"math": sum(right) / 3, "avg": sum(right) / 3}
+        assert rows[name]["marks"][metric] == {"math": right}
+
+
+class Listener:
+    """A model that takes 48 tokens, keeps the rows that it reads, and finds a token as improbable as its number."""
+
+    max_length = 48
+
+    def __init__(self):
+        self.rows = []
+
+    def parameters(self):
+        yield torch.zeros(1)
+
+    def __call__(self, inputs, targets):
+        for row in torch.cat((inputs, targets[:, -1:]), dim=1).tolist():
+            while row[-1] == 0:  # padding
+                row.pop()
+            self.rows.append(row)
+        return SimpleNamespace(losses=targets.float())
+
+
+def test_a_long_question_loses_its_beginning_and_the_text_before_it_nothing(data, tmp_path):
+    """Four choices see the same question, and they see the same of it with and without another text before it."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    long = "".join(f"Tom has {n} apples, eats {n + 1} and buys {n + 7} more. " for n in range(11, 19))
+    questions = [("What is left?\n", ["9\n", "13\n", "twenty and two\n", "0\n"])]
+    questions += [(long + "How many?\n", ["It is 12, or nearly so\n", "7\n", "18\n", "x\n"])]
+    questions += [(long.upper() + "WHAT?\n", ["!\n", "4\n", "5\n", "nobody ever knew\n"])]
+    questions *= 3  # more rows than are read at once
+    lines = [json.dumps({"prompt": prompt, "answer": "", "choices": choices}) for prompt, choices in questions]
+    (copy / "math" / "task-test.jsonl").write_text("\n".join(lines))
+    corpus, encoding = Corpus(str(copy)), load_tokenizer(data)
+    other = f",{','.join(map(str, tokens_of(data, 'rain', 'test')))},"
+    models, marks = [Listener(), Listener()], []
+    for model, after_text in zip(models, (False, True), strict=True):
+        config = SimpleNamespace(split="test", task_problems=10)
+        marks.append(choice_marks(model, corpus, config, after_text))
+    alone, after = (iter(model.rows) for model in models)
+    lost = []
+    for prompt, choices in questions:
+        prompt, seen, longest, passages = encoding.encode_ordinary(prompt), set(), 0, set()
+        for choice in map(encoding.encode_ordinary, choices):
+            row, switched = next(alone), next(after)
+            assert row[-len(choice) :] == choice and switched[-len(row) :] == row
+            seen.add(tuple(row[: -len(choice)]))
+            passages.add(tuple(switched[: -len(row)]))
+            longest = max(longest, len(switched))
+        [kept], [passage] = seen, passages
+        assert kept and tuple(prompt[-len(kept) :]) == kept
+        assert len(passage) == 12 and f",{','.join(map(str, passage))}," in other  # a quarter of what the model takes
+        assert longest == 49 or (len(kept) == len(prompt) and longest < 49)  # 48 inputs, and the last one's target
+        lost.append(len(prompt) - len(kept))
+    assert next(alone, None) is next(after, None) is None
+    assert lost[0] == 0 and min(lost[1:3]) > 50
+    per_byte = [[sum(encoding.encode_ordinary(c)) / len(c.encode()) for c in choices] for _, choices in questions]
+    expected = [int(min(scores) == scores[0]) for scores in per_byte]
+    assert marks == [{"math": expected}] * 2 and set(expected) == {0, 1}
 
 
 @pytest.mark.parametrize(
@@ -303,10 +430,10 @@ def test_a_domain_added_later_locks_nobody_out(seed, data, tmp_path):
 
 def test_unread_text_is_scored_apart_and_a_row_may_have_another_name(rows, seed, data, tmp_path):
     flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}"
-    must(run("eval.py", *flags, f"--model=base={seed}", "--unread=rain", "--spliced=False"))
+    must(run("eval.py", *flags, f"--model=base={seed}", "--unread=rain"))
     [row] = read_json(tmp_path / "results.json")["rows"]
     before = rows["seed"]["bpb"]
-    assert row["name"] == "base" and row["spliced"] == {}
+    assert row["name"] == "base" and "spliced" not in row  # one domain is left: there is nothing to splice
     assert row["unread"] == {"rain": before["rain"], "avg": before["rain"]}
     read = {domain: before[domain] for domain in ("math", *(before.keys() - {"avg", "math", "rain"}))}
     assert row["bpb"] == pytest.approx({**read, "avg": sum(read.values()) / len(read)})
@@ -321,9 +448,11 @@ def test_unread_text_is_scored_apart_and_a_row_may_have_another_name(rows, seed,
 
 def test_a_folder_may_have_an_equals_sign(rows, seed, data, tmp_path):
     shutil.copytree(seed, tmp_path / "rate=1")
-    must(run("eval.py", *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report", f"--model={tmp_path}/rate=1"))
+    flags = *FLAGS, f"--data_dir={data}", f"--out_dir={tmp_path}/report", "--spliced_windows=0"
+    must(run("eval.py", *flags, f"--model={tmp_path}/rate=1"))
     [row] = read_json(tmp_path / "report" / "results.json")["rows"]
     assert row["name"] == "rate=1" and row["bpb"] == rows["seed"]["bpb"]
+    assert "spliced" not in row and row["bits"].keys() == {"math", "rain"}
 
 
 def test_nothing_to_evaluate(seed, data, mixed, tmp_path):

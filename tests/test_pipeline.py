@@ -9,7 +9,8 @@ import pytest
 from helpers import ROOT, read, read_json
 
 NAMES = "dense-cm upcycle-cm "
-NAMES += "seed expert-code expert-wiki expert-math soup mixed btx btm-top1 btm-top2 btm-posterior btm-posterior-prefix"
+NAMES += "seed expert-code expert-wiki expert-math soup mixed btx "
+NAMES += "btm-top1 btm-top2 btm-posterior btm-posterior-prefix btm-share"
 
 
 @pytest.fixture(scope="module")

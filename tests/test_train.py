@@ -1,5 +1,6 @@
 """The training loop: its schedule and batches by hand, freezing, and several processes against one."""
 
+import itertools
 import json
 import math
 import os
@@ -106,6 +107,15 @@ def test_spliced_sequences_change_domain_once(numbers):
     assert abs(other.float().mean() - 0.25) < 4 * math.sqrt(0.19 / 3000)  # half of the joints change domain
 
 
+@pytest.mark.parametrize("splice", [0.0, 0.5])
+def test_every_stage_reads_windows_of_its_own(splice, numbers):
+    """Or else a branch would begin with the very windows that the seed model began with."""
+    stages = [Batches(numbers, numbers.mixture("all"), 10, 400, 1, splice, stage)(0, 0, 400)[0] for stage in range(3)]
+    for ours, theirs in itertools.combinations(stages, 2):
+        assert (ours == theirs).all(dim=1).float().mean() < 0.05  # of 1280 places, some are drawn again by chance
+    assert Batches(numbers, numbers.mixture("all"), 10, 400, 1, splice)(0, 0, 400)[0].equal(stages[0])
+
+
 def test_held_out_windows_are_fixed_and_spread(numbers):
     inputs, targets = numbers.windows("low", "val", 10, 5)
     assert inputs[:, 0].tolist() == [0, 222, 444, 666, 889] and targets[-1, -1] == 899
@@ -156,6 +166,32 @@ def test_one_step_is_adamw_by_hand(data, tmp_path):
         expected = parameter.detach().double() * decay - 3e-3 * gradient / (gradient.abs() + 1e-8)
         sure = gradient.abs() > 1e-6  # rounding decides the direction of the rest
         np.testing.assert_allclose(trained[name][sure], expected[sure], rtol=1e-3, atol=1e-5)
+
+
+def test_a_branch_reads_spliced_windows_that_the_seed_has_not_read(data, seed, tmp_path):
+    """The loss of its first step is that of spliced windows of stage 1, for one run came before; and of no others."""
+    flags = "--max_steps=1", "--splice=0.7", f"--init_from={seed}", f"--out_dir={tmp_path}/run"
+    must(run("train.py", *SHORT, *flags, f"--data_dir={data}"))
+    model, losses = Transformer.from_pretrained(seed), {}
+    for splice, stage in itertools.product((0.7, 0.0), (1, 0)):
+        batches = Batches(Corpus(data), {"math": 0.5, "rain": 0.5}, 32, 8, 1, splice, stage)
+        inputs, targets = batches(0, 0, 8)
+        with torch.no_grad():
+            logits = model(inputs).logits
+        losses[splice, stage] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    found = read_log(tmp_path / "run")[-1]["loss"]
+    assert found == pytest.approx(losses.pop((0.7, 1)), rel=1e-5)
+    assert min(abs(found - other) for other in losses.values()) > 0.01 * found
+
+
+def test_one_step_moves_routers_by_their_own_rate(data, mixed, tmp_path):
+    """AdamW's first step moves a weight by its rate where the gradient is clear: routers by 7 times what others do."""
+    flags = "--max_steps=1", "--warmup_steps=0", "--weight_decay=0", "--router_learning_rate=7"
+    must(run("finetune.py", *SHORT, *flags, f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={tmp_path}/run"))
+    before, after = weights(mixed), weights(tmp_path / "run")
+    for name in before:
+        moved = np.median(abs(after[name].astype(float) - before[name])) / 3e-3
+        assert moved == pytest.approx(7 if name.endswith("gate.weight") else 1, rel=0.01), name
 
 
 def test_seconds_are_of_training_alone(data, tmp_path):

@@ -1,6 +1,7 @@
 """Data preparation: the tokenizer against a recount from scratch, the splits, the math, and every error line."""
 
 import ast
+import itertools
 import json
 import os
 import random
@@ -169,6 +170,139 @@ def test_docstrings_are_cut_exactly():
     assert cut == 'class A:\n    pass\n\ndef f(x):\n    return """kept"""\ndef g(): "same line"; return 1\n'
 
 
+PROSE = "The {} of this file says in plain words what it is for and when to call it."
+SHARED = PROSE.format("group that all docstrings have in common")
+MADE_FILE = '''"""Too short.
+
+{module}
+
+>>> This paragraph of the {name} file is code and no sentence that anybody would read.
+
+{shared}
+"""
+
+NOTE = """The value of a variable in the {name} file is a sentence like those of a docstring."""
+
+
+class Thing:
+    """The first line
+    of this {name} paragraph goes on in the second, and so it is one paragraph.
+
+    Args: The part of the {name} docstring that says what its arguments are is no prose.
+
+    this paragraph of the {name} file has no capital where it starts and is left out.
+    """
+
+    async def {name}(self):
+        # The comment of a function in the {name} file is a sentence like those of a docstring.
+        """{function}
+
+        The table of the {name} file holds 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 numbers.
+
+        The last paragraph of the {name} docstring is cut off before its end and has no full stop
+        """
+
+        def inner():
+            """{inner}
+
+            {module}
+            """
+            return "The string that a function of the {name} file returns is a sentence, too."
+
+        return inner() + Thing.{name}
+'''
+
+
+@pytest.fixture
+def made_files(tmp_path, monkeypatch):
+    """100 Python files instead of the installed ones: {word that only this file has: the prose of its docstrings}."""
+    prose = {}
+    files = {"made/old.py": f'"""{SHARED * 4}"""\nprint "no current Python"\n'.encode()}
+    files["made/latin.py"] = f'"""{SHARED * 4} café"""\n'.encode("latin-1")
+    files["made/little.py"] = b'"""The prose of this file is plain English, but it is too little for a document."""\n'
+    for first, last in itertools.product("abcdefghij", "klmnopqrst"):
+        name = f"q{first}{last}"
+        own = {part: PROSE.format(f"{name} {part}") for part in ("module", "function", "inner")}
+        files[f"made/{name}.py"] = MADE_FILE.format(name=name, shared=SHARED, **own).encode()
+        whole = f"The first line of this {name} paragraph goes on in the second, and so it is one paragraph."
+        prose[name] = {*own.values(), whole, SHARED}
+    for key, content in files.items():
+        (tmp_path / os.path.basename(key)).write_bytes(content)
+    paths = {key: str(tmp_path / os.path.basename(key)) for key in files}
+    monkeypatch.setattr(python_text, "list_python_files", lambda: paths)
+    return prose
+
+
+def test_english_is_the_prose_of_docstrings_and_nothing_else(made_files):
+    """Each paragraph once, even one that all files have; no code, comment or other string, no list of arguments."""
+    texts = [text for _, read in python_text.english_documents(0) if (text := read())]
+    assert len(texts) == len(made_files) == 100
+    for number, text in enumerate(texts):
+        paragraphs = text.removesuffix("\n").split("\n\n")
+        (name,) = [name for name in made_files if name in text]
+        assert Counter(paragraphs) == Counter(made_files.pop(name) - ({SHARED} if number else set()))
+
+
+def test_prose_is_in_the_split_of_its_code(made_files):
+    """Held-out prose must not tell of code that was trained on, nor the other way round; whatever the seeds."""
+    splits = {name: [] for name in made_files}
+    for make, seed in ((python_text.english_documents, 0), (python_text.code_documents, 5)):
+        for split, read in make(seed):
+            for name in re.findall(r"\bq[a-j][k-t]\b", read() or "")[:1]:
+                splits[name].append(split)
+    assert all(len(found) == 2 and len(set(found)) == 1 for found in splits.values())
+    assert {split for found in splits.values() for split in found} == set(SPLITS)
+
+
+def test_installed_prose_is_in_its_source_and_not_in_its_code(monkeypatch):
+    """Word for word, of a few files that every Python has."""
+    files = python_text.list_python_files()
+    count = 0
+    for name in ("argparse", "calendar", "fractions", "statistics", "textwrap"):
+        path = files[f"python/{name}.py"]
+        monkeypatch.setattr(python_text, "list_python_files", lambda path=path: {"one": path})
+        ((_, english),) = python_text.english_documents(0)
+        ((_, code),) = python_text.code_documents(0)
+        with open(path) as file:
+            source, code, prose = (text.replace("\\", "") for text in (file.read(), code(), english()))  # no escapes
+        for paragraph in prose.strip().split("\n\n"):
+            assert paragraph in " ".join(source.split()) and paragraph not in " ".join(code.split())
+            count += 1
+    assert count > 30
+
+
+def test_cpp_is_taken_below_the_licence_as_it_is(tmp_path, monkeypatch):
+    """The comment at the top is cut, and files that a program wrote or that are there already are left out."""
+    line = "  // Twice {0}.\n\n\n\ttotal_{0} += 2 * term_{0};  /* more */\n"
+    bodies = [f"#pragma once\n\n// Adds.\n{line.format(letter) * 5}/* end */" for letter in "abcdef"]
+    files = {
+        "ATen/a.h": "/* Copyright.\n * All rights reserved. */\n" + bodies[0],
+        "c10/core/b.h": "// Copyright.\n//\n// All rights reserved.\n\n/* See LICENSE. */\n\n" + bodies[1],
+        "c10/c.h": bodies[2],
+        "d.h": bodies[3] + "\n" * 1500 + "// What was generated by this is late in the file.\n",
+    }
+    expected = Counter([*bodies[:3], files["d.h"]])
+    files |= {
+        "ATen/ops/add.h": bodies[4],
+        "ATen/ops/deep/add.h": bodies[5],
+        "ATen/Functions.h": "// @generated from Functions.h\n" + bodies[4],
+        "c10/again.h": "// Another licence.\n" + bodies[2],
+        "c10/little.h": "// A licence alone. " + 300 * "x" + "\n#pragma once\n",
+        "c10/table.h": "int table[] = {\n" + 40 * "  17, 4,\n" + "};\n",
+        "c10/test_e.h": bodies[4],
+        "c10/test/e.h": bodies[4],
+        "c10/e.cpp": bodies[4],
+    }
+    for name, text in files.items():
+        path = tmp_path / "include" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "outside.h").write_text(bodies[4])
+    monkeypatch.setattr(python_text, "folder_of", lambda package: str(tmp_path))
+    found = [text for _, read in python_text.cpp_documents(0) if (text := read())]
+    assert Counter(found) == expected
+
+
 def check_arithmetic(text):
     """Evaluate each equation of a solution; the last result must be the final answer."""
     question, rest = text.split("\nAnswer: ")
@@ -213,6 +347,75 @@ def test_math_splits_and_task(smoke):
         assert max(counts.values()) - min(counts.values()) <= 1
         # A solution is not needed to check an answer, but a prompt must end where a training text goes on.
         assert all(row["prompt"].endswith("\nAnswer:") and row["answer"].isdigit() for row in task)
+
+
+class Problems:
+    """math_templates.txt read anew, its questions as patterns: of which template a problem is, with which numbers."""
+
+    def __init__(self):
+        with open(os.path.join(ROOT, "data", "math_templates.txt")) as file:
+            blocks = re.split(r"\n\[(\w+)\]\n", file.read())[1:]
+        self.patterns = []
+        for template, body in zip(blocks[::2], blocks[1::2], strict=True):
+            self.patterns += [(template, self.pattern(line)) for line in re.findall("^Q (.*)", body, re.MULTILINE)]
+
+    def pattern(self, question):
+        """Its numbers, whose names are letters, in groups of these names; its words may be any."""
+        words = re.sub(r"\\{\w\w+\\}", r"\\w+", re.escape(question))
+        return re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", words))
+
+    def read(self, text):
+        """(its template, its numbers by their names, its equations, whichever way round sums and products are) of a
+        document."""
+        question, solution = text.removeprefix("Question: ").split("\nAnswer: ")
+        found = [(template, pattern.fullmatch(question)) for template, pattern in self.patterns]
+        ((template, match),) = [(template, match) for template, match in found if match]
+        equations = re.findall(r"(\d+) ([^\s\w]) (\d+) = (\d+)", solution)
+        assert len(equations) == solution.count("=") > 0
+        turned = [(frozenset((a, b)) if sign in "+*" else (a, b), sign, c) for a, sign, b, c in equations]
+        return template, tuple(sorted(match.groupdict().items())), tuple(turned)
+
+
+@pytest.fixture(scope="module", params=["two seeds", "prepared"])
+def problems(request, smoke):
+    """Documents and rows by split, from the generator (a split has to hold across seeds) or from prepared files."""
+    documents = {split: [] for split in SPLITS}
+    rows = {split: [] for split in HELD_OUT}
+    if request.param == "two seeds":
+        for seed in (0, 7):
+            for split, read in itertools.islice(math_documents(seed), 3000):
+                documents[split].append(read())
+            for split in HELD_OUT:
+                rows[split] += math_task({"train": ["#### 1"]}, split, seed, count=200).rows
+    else:
+        documents = {split: read_split(smoke, "math", split)[0] for split in SPLITS}
+        for split in HELD_OUT:
+            with open(os.path.join(smoke, "math", f"task-{split}.jsonl")) as file:
+                rows[split] = [json.loads(line) for line in file]
+    return documents, {split: [row["prompt"] + row["choices"][0] for row in rows[split]] for split in HELD_OUT}
+
+
+def test_no_calculation_is_in_two_splits(problems):
+    """Neither a problem's whole list of equations nor a template with the same numbers, in whatever words."""
+    documents, rows = problems
+    reader = Problems()
+    found = {split: [reader.read(text) for text in [*documents[split], *rows.get(split, [])]] for split in SPLITS}
+    for split, other in itertools.combinations(SPLITS, 2):
+        for kept in (slice(2), slice(2, 3)):  # the template with its numbers, the equations
+            assert not {one[kept] for one in found[split]} & {one[kept] for one in found[other]}
+    assert all(len({equations for _, _, equations in found[split]}) > 300 for split in SPLITS)
+
+
+def test_all_templates_are_in_all_splits(problems):
+    """Of the documents as well as of the task."""
+    documents, rows = problems
+    reader = Problems()
+    templates = {template for template, _ in reader.patterns}
+    assert len(templates) == 42
+    for split in SPLITS:
+        for texts in (documents[split], rows.get(split, documents[split])):
+            few = texts is documents[split] and split in HELD_OUT  # a few hundred may lack one of 42 by chance
+            assert few or {reader.read(text)[0] for text in texts} == templates, split
 
 
 @pytest.mark.parametrize("asked", HELD_OUT)
@@ -315,7 +518,7 @@ def test_one_short_file_of_ones_own_is_cut_for_all_splits(tmp_path, monkeypatch,
     ("arguments", "expected"),
     [
         (["--domains=poems=nowhere"], ["nowhere does not exist"]),
-        (["--domains=cod"], ["'cod'", "the built-in ones are code, math, wiki (your own: cod=FOLDER)"]),
+        (["--domains=cod"], ["'cod'", "the built-in ones are code, math, wiki, cpp, english (your own: cod=FOLDER)"]),
         (["--domains=../x=config"], ["cannot name a folder"]),
         (["--domains=code,code"], ["twice"]),
         (["--domains=math", "--max_bytes=0"], ["(math) has no end"]),

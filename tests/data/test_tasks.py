@@ -6,20 +6,20 @@ import json
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
-from helpers import must, read, read_json, run
+from helpers import ROOT, must, read, read_json, run
 
-from common.corpus import HELD_OUT, SPLITS, Corpus, split_of
+from common.corpus import HELD_OUT, SPLITS, Corpus
 from common.tokenizer import END_OF_TEXT, load_tokenizer
 from data import code_task as lines
 from data.encyclopedia import PEOPLE, PLACES, make_world, unasked_facts, wiki_documents, wiki_task
 from data.math_problems import math_documents, math_task
 from data.task import Task, edit_similarity, exact_match, mean_score, read_answer
-from eval import EvalConfig, task_scores
+from eval import EvalConfig, answer_marks
 from model import ModelConfig, Transformer
 from study.btm import NearestEnsemble
 
@@ -31,6 +31,7 @@ class World:
     def __init__(self):
         self.entities, self.attributes = make_world()
         self.by_name = {entity.name: entity for entity in self.entities}
+        self.full_names = {name.split()[-1]: name for name in self.by_name}  # by their last word, which is their own
         self.values = {  # (kind, value) -> attribute
             (kind, value): attribute.name
             for kind, known in self.attributes.items()
@@ -50,22 +51,75 @@ class World:
         return list(itertools.chain(*self.documents.values()))
 
     def stated(self, text):
-        """[(full name, attribute, value)] of a document: every sentence is about the entity that the document names,
-        and has one value of its kind's closed lists."""
+        """[(full name, attribute, value)] of a document: every sentence names the entity that it is about, and has one
+        value of its kind's closed lists."""
         if text.startswith("Question:"):
             for question, answer in re.findall(r"Question: (.*)\nAnswer: (.*)\n", text):
                 (name,) = self.name_pattern.findall(question)
                 yield name, self.values[self.by_name[name].kind, answer], answer
             return
-        named = self.name_pattern.findall(text.split(". ")[0])
-        people = [name for name in named if self.by_name[name].kind == "person"]  # a birthplace is a name too
-        name = (people or named)[0]
-        kind = self.by_name[name].kind
         for sentence in text.strip().removesuffix(".").split(". "):
-            sentence = sentence.replace(name, "")
+            named = {self.full_names[word] for word in re.findall(r"\w+", sentence) if word in self.full_names}
+            people = {name for name in named if self.by_name[name].kind == "person"}  # a birthplace is a name too
+            (name,) = people or named
+            kind = self.by_name[name].kind
             small = sentence[:1].lower() + sentence[1:]  # a value that begins a sentence has a capital
             (value,) = self.value_pattern[kind].findall(sentence) or self.value_pattern[kind].findall(small)
             yield name, self.values[kind, value], value
+
+
+class Phrasebook:
+    """wiki.txt read anew, its wordings as patterns: who is named in a sentence or a question, and which attribute in
+    which words."""
+
+    def __init__(self):
+        self.patterns = {}  # {(attribute, wording): (its longest piece, a pattern of the whole)}
+        self.found = {}
+        blocks = re.split(r"\n\[(\w+ [\w ]+)\]\n", read(os.path.join(ROOT, "data", "wiki.txt")).decode())[1:]
+        for title, body in zip(blocks[::2], blocks[1::2], strict=True):
+            (values,) = re.findall("^values (.*)", body, re.MULTILINE)
+            for wording in re.findall("^[QS] .*", body, re.MULTILINE):
+                self.patterns[title, wording] = self.pattern(title, wording[2].upper() + wording[3:], values)
+
+    def pattern(self, title, wording, values):
+        word = "[A-Z][a-z]+"
+        full = f"{word} {word}" if title.startswith("person") else word
+        known = {"name": full, "he": f"{full}|{word}", "value": "|".join(map(re.escape, values.split(", ")))}
+        if values == "places":
+            known["value"] = word
+        pieces = re.split(r"\{(\w+)\}", wording.replace("{his}", "{he}'s"))
+        pattern = ""
+        for literal, slot in zip(pieces[::2], [*pieces[1::2], None], strict=True):
+            pattern += re.escape(literal)
+            if slot:
+                pattern += f"(?P={slot})" if f"(?P<{slot}>" in pattern else f"(?P<{slot}>{known[slot]})"
+        return max(pieces[::2], key=len), re.compile(pattern)
+
+    def read(self, sentence):
+        """(the name in it, the attribute, the wording)."""
+        if sentence not in self.found:
+            matches = []
+            for (attribute, wording), (piece, pattern) in self.patterns.items():
+                match = piece in sentence and pattern.fullmatch(sentence)
+                if match:
+                    names = match.groupdict()
+                    matches.append((names.get("he") or names["name"], attribute, wording))
+            (self.found[sentence],) = matches
+        return self.found[sentence]
+
+    def wordings_of_facts(self, texts):
+        """{(the last word of a name, attribute, wording)} of documents."""
+        read = {self.read(sentence) for text in texts for sentence in sentences_of(text)}
+        return {(name.split()[-1], attribute, wording) for name, attribute, wording in read}
+
+
+def sentences_of(text):
+    """What a document states or, if it is a quiz, asks."""
+    if text.startswith("Question: "):
+        return re.findall("Question: (.*)", text)
+    sentences = re.findall(r"[^.]+\.", text)
+    assert " ".join(map(str.strip, sentences)) + "\n" == text
+    return list(map(str.strip, sentences))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +134,29 @@ def prepared(tmp_path_factory):
     flags = f"--out_dir={folder}", "--domains=code,math,wiki", "--vocab_size=512", "--max_bytes=200_000"
     must(run("data/prepare.py", *flags))
     return folder
+
+
+@pytest.fixture(scope="module")
+def book():
+    return Phrasebook()
+
+
+@pytest.fixture(scope="module")
+def two_seeds(world):
+    """The world's documents together with those of another seed, by split: a split has to hold across seeds."""
+    documents = {split: [*texts] for split, texts in world.documents.items()}
+    for split, read_text in itertools.islice(wiki_documents(7), 4000):
+        documents[split].append(read_text())
+    return documents
+
+
+@pytest.fixture(scope="module", params=["two seeds", "prepared"])
+def documents(request):
+    """The encyclopedia's documents by split, from the generator or from the files of tokens."""
+    if request.param == "two seeds":
+        return request.getfixturevalue("two_seeds")
+    folder = request.getfixturevalue("prepared")
+    return {split: texts_of(folder, "wiki", split) for split in SPLITS}
 
 
 def rows_of(folder, domain, split):
@@ -109,7 +186,9 @@ def test_a_world_can_be_checked_and_guessed(world):
 def test_every_document_states_the_same_facts(world):
     found = Counter()
     for text in world.documents["train"][:2000] + world.documents["val"] + world.documents["test"]:
-        for name, attribute, value in world.stated(text):
+        facts = [*world.stated(text)]
+        assert text.startswith("Question:") or len({name for name, _, _ in facts}) == 1, text
+        for name, attribute, value in facts:
             assert world.by_name[name].facts[attribute] == value, text
             found[name, attribute] += 1
     assert len(found) > 0.9 * sum(len(entity.facts) for entity in world.entities)
@@ -129,13 +208,64 @@ def test_articles_are_whole_and_worded_in_many_ways(world):
 def test_splits_of_a_world_share_no_document(world):
     assert len(set(world.everything())) == len(world.everything())
     assert all(0.03 < len(world.documents[split]) / len(world.everything()) < 0.07 for split in HELD_OUT)
-    assert all(split_of(text) == split for split, texts in world.documents.items() for text in texts)
 
 
-def test_no_question_of_the_task_was_ever_asked(world):
+def test_a_sentence_names_its_entity(world, book):
+    """The first one of a document in full, later ones sometimes by the surname; nobody is he, she or it."""
+    full = defaultdict(set)
+    shortened = 0
+    for text in world.everything():
+        names = [book.read(sentence)[0] for sentence in sentences_of(text)]
+        for name in names if text.startswith("Question:") else names[:1]:
+            full[name.split()[-1]].add(name)
+        if not text.startswith("Question:"):
+            assert {name.split()[-1] for name in names} == {names[0].split()[-1]}, text
+            shortened += sum(name != names[0] for name in names)
+            assert not re.search(r"\b(he|she|his|her|him|they|their)\b", text, re.IGNORECASE), text
+    assert {last: {name} for last, name in world.full_names.items()} == full  # so that a surname alone is clear
+    assert shortened > 1000
+
+
+def test_no_sentence_of_one_split_stands_in_the_text_of_another(documents, book):
+    """Not even as a part of a longer sentence, with or without its capital."""
+    for split in SPLITS:
+        others = defaultdict(list)  # the other splits' documents by the words with a capital in them
+        for text in itertools.chain(*(documents[name] for name in SPLITS if name != split)):
+            for word in set(re.findall("[A-Z][a-z]+", text)):
+                others[word].append(text)
+        copies = []
+        sentences = {sentence for text in documents[split] for sentence in sentences_of(text)}
+        for sentence in sentences:
+            small = sentence[0].lower() + sentence[1:]
+            about = others[book.read(sentence)[0].split()[-1]]  # no other document can hold it
+            copies += [sentence for text in about if sentence in text or small in text]
+        assert len(sentences) > 100 and copies == [], split
+
+
+def test_a_fact_has_wordings_of_its_own_in_each_split(documents, book):
+    """To state it as well as to ask for it: one in val, one in test, neither of them trained."""
+    found = {split: book.wordings_of_facts(documents[split]) for split in SPLITS}
+    for split, other in itertools.permutations(SPLITS, 2):
+        assert not found[split] & found[other]
+    for split in HELD_OUT:
+        times = Counter((name, attribute, wording[0]) for name, attribute, wording in found[split])
+        assert set(times.values()) == {1} and {way for _, _, way in times} == {"Q", "S"} and len(times) > 50
+
+
+def test_training_text_has_every_wording_and_every_held_out_fact(two_seeds, book):
+    """What is held out is known in other words, and its wordings from other facts."""
+    found = {split: book.wordings_of_facts(two_seeds[split]) for split in SPLITS}
+    used = {(attribute, wording) for _, attribute, wording in found["train"]}
+    assert used == set(book.patterns) and len(used) > 100
+    facts = {split: {(name, attribute, wording[0]) for name, attribute, wording in found[split]} for split in SPLITS}
+    assert all(facts[split] <= facts["train"] and len(facts[split]) > 500 for split in HELD_OUT)
+
+
+def test_no_question_of_the_task_was_ever_asked(world, two_seeds):
     """Neither verbatim nor in other words, nor by the other split, and for half of each entity's facts."""
-    quizzed = {fact[:2] for text in world.everything() if text.startswith("Question:") for fact in world.stated(text)}
-    told, asked = "\n".join(world.everything()), []
+    texts = list(itertools.chain(*two_seeds.values()))
+    quizzed = {fact[:2] for text in texts if text.startswith("Question:") for fact in world.stated(text)}
+    told, asked = "\n".join(texts), []
     for seed, split in ((0, "val"), (1, "test")):  # which facts a split has does not depend on the seed
         task = wiki_task(world.documents, split, seed)
         unasked = len(unasked_facts(split))
@@ -305,10 +435,10 @@ def test_scores_of_equal_models_are_equal(prepared):
     assert not mixed.load_state_dict(weights, strict=False).unexpected_keys
     ensemble = NearestEnsemble([dense, dense], torch.zeros(512, 2), k=2)
     corpus, config = Corpus(prepared), EvalConfig(task_problems=30, max_new_tokens=12)
-    scores = task_scores(dense, corpus, config)
-    assert set(scores["accuracy"]) == {"code", "math", "wiki"} and set(scores["edit_similarity"]) == {"code"}
-    assert scores["edit_similarity"]["code"] > 0
-    assert task_scores(mixed, corpus, config) == scores == task_scores(ensemble, corpus, config)
+    marks = answer_marks(dense, corpus, config)
+    assert set(marks["accuracy"]) == {"code", "math", "wiki"} and set(marks["edit_similarity"]) == {"code"}
+    assert len(marks["edit_similarity"]["code"]) == 30 and sum(marks["edit_similarity"]["code"]) > 0
+    assert answer_marks(mixed, corpus, config) == marks == answer_marks(ensemble, corpus, config)
 
 
 def test_every_answer_belongs_to_its_problem(prepared, monkeypatch):
@@ -325,8 +455,8 @@ def test_every_answer_belongs_to_its_problem(prepared, monkeypatch):
     monkeypatch.setattr("eval.generate", write)
     monkeypatch.setattr("eval.GENERATED_ROWS", 7)
     model = Transformer(dataclasses.replace(tiny(0), max_position_embeddings=1024))
-    scores = task_scores(model, Corpus(prepared), EvalConfig(task_problems=40, max_new_tokens=20))
-    assert scores["accuracy"] == {"code": 1.0, "math": 1.0, "wiki": 1.0}
+    marks = answer_marks(model, Corpus(prepared), EvalConfig(task_problems=40, max_new_tokens=20))
+    assert marks["accuracy"] == dict.fromkeys(("code", "math", "wiki"), 40 * [1.0])
     assert [len(batch) for batch in batches] == 3 * [7, 7, 7, 7, 7, 5]
     for domain in (batches[:6], batches[6:12], batches[12:]):
         lengths = list(itertools.chain(*domain))
@@ -347,8 +477,9 @@ def test_a_right_line_scores_one(prepared, monkeypatch):
 
     monkeypatch.setattr("eval.generate", write)
     model = Transformer(dataclasses.replace(tiny(0), max_position_embeddings=1024))
-    scores = task_scores(model, Corpus(prepared), EvalConfig(task_problems=40, max_new_tokens=20))
-    assert scores["accuracy"] == {"code": 0.5, "math": 0.5, "wiki": 0.5}
+    marks = answer_marks(model, Corpus(prepared), EvalConfig(task_problems=40, max_new_tokens=20))
+    assert set(marks["accuracy"]) == {"code", "math", "wiki"}
+    assert all(sorted(some) == 20 * [0.0] + 20 * [1.0] for some in marks["accuracy"].values())
     code, math, wiki = stops
     assert math == {encoding.eot_token} and code == wiki > math
     assert {encoding.decode([token]).strip(" ") != "" for token in code} == {True}

@@ -1,5 +1,6 @@
 """Branch-Train-Merge against a few lines of numpy, which compare the text so far anew for every token."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,8 +13,10 @@ from common.run import trained_on
 from model import ModelConfig, Transformer, generate
 from study.btm import (
     ENSEMBLES,
+    SHARES,
     NearestEnsemble,
     PosteriorEnsemble,
+    best_share,
     cached_prior,
     expert_profiles,
     held_out_prior,
@@ -155,6 +158,11 @@ def tiny(number, scale=6.0):
 PRIOR = torch.tensor([0.15, 0.5, 0.05, 0.3])
 
 
+def eot(corpus):
+    """The token between documents, which stands for no byte."""
+    return corpus.encoding.eot_token
+
+
 @pytest.fixture(scope="module")
 def models():
     return [tiny(number) for number in range(4)]
@@ -219,6 +227,123 @@ def test_posterior_with_cache_equals_without(models, ids, prefix):
             text.append(token)
 
 
+# ---- fixed share ----
+
+
+def fixed_share(models, prior, ids, share):
+    """As `bayes`, every prefix read anew: one step of Bayes' rule, then a share of the weights is the prior again."""
+    weights, mixtures, kept = [], [], prior
+    with torch.no_grad():
+        for t in range(1, len(ids) + 1):
+            if t > 1:
+                before = [model(ids[None, : t - 1]).logits[0, -1].double().softmax(dim=-1).tolist() for model in models]
+                joint = [w * p[ids[t - 1]] for w, p in zip(kept, before, strict=True)]
+                kept = [(1 - share) * one / sum(joint) + share * p for one, p in zip(joint, prior, strict=True)]
+            each = [model(ids[None, :t]).logits[0, -1].double().softmax(dim=-1).tolist() for model in models]
+            weights.append(kept)
+            mixtures.append([sum(w * p[v] for w, p in zip(kept, each, strict=True)) for v in range(11)])
+    return np.array(weights), np.array(mixtures)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.4, 1.0])
+def test_fixed_share_equals_brute_force(models, ids, share):
+    ensemble = PosteriorEnsemble(models, PRIOR, prefix=True, share=share)
+    weights, mixtures = zip(*(fixed_share(models, PRIOR.tolist(), row, share) for row in ids), strict=True)
+    np.testing.assert_allclose(weights_of(ensemble, ids).numpy(), np.stack(weights), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(ensemble(ids).logits.exp().detach(), np.stack(mixtures), rtol=1e-4, atol=1e-7)
+    targets = ids.roll(-1, dims=1)
+    loss = -np.log(np.take_along_axis(np.stack(mixtures), targets.numpy()[..., None], axis=-1)).mean()
+    assert ensemble(ids, targets).loss.item() == pytest.approx(loss, rel=1e-5)
+    if share == 0:  # the textbook's
+        np.testing.assert_allclose(weights[0], bayes(models, PRIOR.tolist(), ids[0], True)[0], rtol=1e-5)
+    if share == 1:  # whatever was read
+        np.testing.assert_allclose(weights_of(ensemble, ids), PRIOR.expand(3, 14, 4), rtol=1e-5)
+
+
+def test_fixed_share_is_a_sum_over_all_ways_to_change_the_expert(models, ids):
+    """Before each token the text goes on with its expert, or, with probability 0.2, draws one anew from the prior: the
+    weights are what this says of the next token's expert, summed over all 4^6 paths."""
+    share, prior, text = 0.2, PRIOR.double().numpy(), ids[0, :6]
+    with torch.no_grad():
+        each = [model(text[None]).logits[0].double().softmax(dim=-1) for model in models]
+    seen = np.array([[1.0, *(p[s - 1, text[s]].item() for s in range(1, 6))] for p in each])  # (4, 6)
+    for t in range(1, 7):  # after t tokens, of which the first tells nothing
+        joint = np.zeros(4)
+        for path in itertools.product(range(4), repeat=t):  # of the tokens 1 ... t
+            chance = prior[path[0]]
+            for s in range(1, t):
+                chance *= seen[path[s - 1], s] * ((1 - share) * (path[s] == path[s - 1]) + share * prior[path[s]])
+            joint[path[-1]] += chance
+        found = weights_of(PosteriorEnsemble(models, PRIOR, prefix=True, share=share), text[None, :t])[0, -1]
+        np.testing.assert_allclose(found, joint / joint.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_fixed_share_with_cache_equals_without(models, ids, share):
+    ensemble = PosteriorEnsemble(models, PRIOR, prefix=True, share=share)
+    cache = ensemble.new_cache(3, 14)
+    pieces = [ensemble(piece, cache=cache).logits for piece in ids.split([5, *[1] * 9], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), ensemble(ids).logits, rtol=1e-4, atol=1e-5)
+    prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
+    for prompt, answer in zip(prompts, generate(ensemble, prompts, 12), strict=True):
+        text = list(prompt)
+        for token in answer:
+            assert token == ensemble(torch.tensor([text])).logits[0, -1].argmax()
+            text.append(token)
+        assert len(answer) == 12
+
+
+def test_fixed_share_recovers_from_a_change_of_source(models):
+    """60 tokens that one expert wrote, then 20 of another's: the whole text's product goes on asking the first one."""
+    text, random = torch.tensor([[5]]), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for t in range(1, 81):
+            p = models[0 if t < 60 else 1](text).logits[0, -1].softmax(dim=-1)
+            text = torch.cat((text, torch.multinomial(p, 1, generator=random)[None]), dim=1)
+    uniform = torch.full((4,), 0.25)
+    certain, shared = (PosteriorEnsemble(models, uniform, prefix=True, share=share) for share in (0.0, 0.01))
+    first, last = weights_of(certain, text)[0, [59, 80]], weights_of(shared, text)[0, [59, 80]]
+    assert first[0, 0] > 0.99 and last[0, 0] > 0.9  # both knew the first author
+    assert first[1, 1] < 0.01 and last[1, 1] > 0.9  # one has found the second
+    inputs, targets = text[:, :-1], text[:, 1:]
+    losses = [ensemble(inputs, targets).losses[0, 60:].mean().item() for ensemble in (certain, shared)]
+    assert losses[1] < losses[0] - 0.3
+
+
+def test_the_best_share_by_hand(folders, data):
+    """On validation text, bits per byte of windows of one domain and of spliced ones count alike. Either kind alone
+    would choose another share."""
+    corpus, length = Corpus(data), 64
+    models = [Transformer.from_pretrained(folder) for folder in folders]
+    kinds = [{}, {pair: torch.cat((x, y[:, -1:]), dim=1) for pair, (x, y) in corpus.spliced("val", length, 6).items()}]
+    for domain in ("math", "rain"):
+        tokens = val_tokens(data, domain)
+        starts = np.linspace(0, len(tokens) - length - 1, 6).astype(int)
+        kinds[0][domain] = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]))
+    scores = np.zeros((2, len(SHARES)))  # by kind
+    for kind, texts in enumerate(kinds):
+        for rows in texts.values():
+            with torch.no_grad():
+                p = [model(rows[:, :-1]).logits.double().softmax(dim=-1) for model in models]
+            p = np.stack([one.gather(-1, rows[:, 1:, None])[..., 0].numpy() for one in p])  # (3, windows, length)
+            size = len(corpus.encoding.decode_bytes([t for t in rows[:, 1:].flatten().tolist() if t != eot(corpus)]))
+            for i, share in enumerate(SHARES):
+                weights, bits = np.full(p.shape[:2], 1 / 3), 0.0
+                for t in range(length):
+                    joint = weights * p[:, :, t]
+                    bits -= np.log2(joint.sum(axis=0)).sum()
+                    weights = (1 - share) * joint / joint.sum(axis=0) + share / 3
+                scores[kind, i] += bits / size / len(texts)
+    best = SHARES[scores.sum(axis=0).argmin()]
+    ensemble = PosteriorEnsemble(models, torch.full((3,), 1 / 3), prefix=True)
+    assert best_share(ensemble, corpus, length, windows=6) == best
+    assert best not in {SHARES[one.argmin()] for one in scores}
+    assert best_share(ensemble, Corpus(data, "math"), length, windows=6) == min(SHARES)  # nothing to splice
+
+
+# ---- special cases ----
+
+
 @pytest.mark.parametrize("prefix", [False, True])
 def test_identical_experts_are_one_model(models, ids, prefix):
     ensemble = PosteriorEnsemble([models[0], tiny(0), tiny(0)], torch.tensor([0.7, 0.2, 0.1]), prefix=prefix)
@@ -278,20 +403,30 @@ def test_held_out_prior_is_the_mean_over_domains(prefix, folders, data):
 
 
 def test_loading_the_rows(folders, data):
-    """Each name gives another ensemble; windows longer than the models take are shortened."""
-    loaded = {name: load(folders, Corpus(data), 200, "cpu") for name, load in ENSEMBLES.items()}
+    """Each name gives another ensemble; windows longer than the models take are shortened. What one has read, those
+    after it need not read again, and they find the same."""
+    corpus, readings = Corpus(data), {}
+    loaded = {name: load(folders, corpus, 200, "cpu", readings, 20) for name, load in ENSEMBLES.items()}
     kinds = {name: (type(one), one.k, getattr(one, "prefix", None)) for name, one in loaded.items()}
     assert kinds == {
         "btm-top1": (NearestEnsemble, 1, None),
         "btm-top2": (NearestEnsemble, 2, None),
         "btm-posterior": (PosteriorEnsemble, 3, False),
         "btm-posterior-prefix": (PosteriorEnsemble, 3, True),
+        "btm-share": (PosteriorEnsemble, 3, True),
     }
-    for name in ("btm-posterior", "btm-posterior-prefix"):
-        uniform = PosteriorEnsemble(list(loaded[name].models), torch.full((3,), 1 / 3), prefix="prefix" in name)
-        prior = held_out_prior(uniform, Corpus(data), 128)
-        assert loaded[name].log_prior.exp().allclose(prior)
-        assert not prior.allclose(torch.full((3,), 1 / 3), atol=1e-3)
+    uniform = torch.full((3,), 1 / 3)
+    plain = [PosteriorEnsemble(list(loaded["btm-posterior"].models), uniform, prefix) for prefix in (False, True)]
+    prior = held_out_prior(plain[0], corpus, 128, 20)
+    assert loaded["btm-posterior"].log_prior.exp().allclose(prior) and not prior.allclose(uniform, atol=1e-3)
+    for name in ("btm-posterior-prefix", "btm-share"):
+        assert loaded[name].log_prior.exp().allclose(uniform)
+    share = best_share(plain[1], corpus, 128, 20)
+    assert plain[0].readings and plain[0].readings.keys() <= readings.keys()
+    shares = [loaded[name].share for name in ("btm-posterior", "btm-posterior-prefix", "btm-share")]
+    assert shares == [0, 0, share] and share in SHARES
+    assert loaded["btm-share"].settings == {"share": share}
+    assert not any(hasattr(one, "settings") for name, one in loaded.items() if name != "btm-share")
 
 
 def test_rows_join_those_of_eval(folders, seed, data, eval_config, tmp_path):

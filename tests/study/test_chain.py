@@ -1,4 +1,5 @@
-"""Jobs side by side: order, threads, logs, failures and signals, with small programs in the place of training."""
+"""Jobs side by side: order, threads, logs, failures and signals, with small programs in the place of training. And that
+all jobs of all studies read the same prepared text."""
 
 import os
 import signal
@@ -9,8 +10,16 @@ import time
 import pytest
 from helpers import ROOT
 
+from common.config import parse
 from common.errors import UserError
-from study.chain import ChainConfig, Job, follow, run_jobs
+from eval import EvalConfig
+from finetune import FinetuneConfig
+from mix import MixConfig
+from study import ablate, compare, regime
+from study.btm import EnsembleConfig
+from study.chain import Chain, ChainConfig, Job, chain_of, follow, pipeline, run_jobs
+from study.route import RouteConfig
+from train import TrainConfig
 
 NOTE = "import sys, time; open(sys.argv[1], 'a').write(sys.argv[2] + ' begins\\n'); time.sleep(float(sys.argv[3]));"
 NOTE += " open(sys.argv[1], 'a').write(sys.argv[2] + ' ends\\n'); print(sys.argv[2], 'done')"
@@ -105,3 +114,81 @@ run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tm
 def test_a_domain_is_read_or_unread():
     with pytest.raises(UserError, match="--unread=mail,law: law is one of --domains, too"):
         ChainConfig(domains="code,law", unread="mail,law")
+
+
+# ---- the data ----
+
+SCRIPTS = {
+    "train.py": TrainConfig,
+    "mix.py": MixConfig,
+    "finetune.py": FinetuneConfig,
+    "eval.py": EvalConfig,
+    "study.btm": EnsembleConfig,
+    "study.route": RouteConfig,
+}
+SECONDS = {"branch": 1, "finetuning": 1, "dense": 1, "upcycling": 1}  # of a step
+
+
+class Stop(Exception):
+    """Raised where jobs would run."""
+
+
+def jobs_of_all_studies(given, monkeypatch):
+    """Every job that a study would run: [(script, arguments)]."""
+    found = []
+
+    def run(made, quiet=False):
+        found.extend(made.jobs)
+        raise Stop
+
+    monkeypatch.setattr(Chain, "run", run)
+    monkeypatch.setattr(compare, "step_seconds", lambda *_: SECONDS)
+    made = Chain(ChainConfig(**given, forms=True, unread="snow"))
+    pipeline(made)
+    found += made.jobs
+    for sweep in ("", "dense-cm,upcycle-cm,btx-paper,btx"):
+        config = compare.CompareConfig(**given, sweep=sweep)
+        with pytest.raises(Stop):
+            compare.sweep(config) if sweep else compare.train_and_score(config, "2")
+    with pytest.raises(Stop):
+        regime.measure_point(regime.RegimeConfig(**given), 16, 0.5, 1)
+    config = ablate.AblateConfig(**given)
+    made = chain_of(config, config.out_dir, 1)
+    for variant in ablate.VARIANTS:
+        ablate.add_variant(config, made, ["a", "b", "c"], variant, 1)
+    found += made.jobs
+    arguments = [job.arguments for job in found]
+    return [(one[1], one[2:]) if one[0] == "-m" else (one[0], one[1:]) for one in arguments]
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_every_job_reads_the_data_that_a_study_is_given(elsewhere, chain_configs, data, tmp_path, monkeypatch):
+    """--data_dir, or what the stages' configs say where it is empty."""
+    folder = tmp_path / "elsewhere"
+    folder.symlink_to(data)
+    given = {"configs": chain_configs, "out_dir": str(tmp_path / "out"), "domains": "math,rain"}
+    jobs = jobs_of_all_studies({**given, "data_dir": str(folder) if elsewhere else ""}, monkeypatch)
+    assert {script for script, _ in jobs} == SCRIPTS.keys() and len(jobs) > 100
+    for script, arguments in jobs:
+        assert parse(SCRIPTS[script], arguments).data_dir == (str(folder) if elsewhere else data), (script, arguments)
+
+
+@pytest.mark.parametrize("size", ["cpu", "smollm"])
+@pytest.mark.parametrize("task", ["", "ablate", "compare", "regime"])
+@pytest.mark.parametrize("given", ["", "some/where"])
+def test_run_sh_hands_data_to_all_that_it_starts(given, task, size, tmp_path):
+    """What prepares the text writes there, and every study reads there."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"), **({"DATA": given} if given else {})}
+    subprocess.run(["bash", "run.sh", size, *([task] if task else [])], cwd=ROOT, env=environment, check=True)
+    started = [line.split() for line in (tmp_path / "said").read_text().splitlines()]
+    assert len(started) == (4 if size == "smollm" else 1) + (3 if task == "ablate" else 1)
+    for _, name, *flags in started:
+        if name.startswith("data."):
+            assert [flag for flag in flags if flag.startswith("--out_dir=")] == (
+                [f"--out_dir={given}"] if given else []
+            )
+        else:
+            usual = f"out/{size}/data" if name == "study.route" else ""  # a chain finds it in its stages' configs
+            assert f"--data_dir={given or usual}" in flags

@@ -55,7 +55,10 @@ def test_a_point_by_its_real_commands(config, in_this_process):
 def test_leads_are_means_within_a_seed():
     def rows(btx, upcycled, dense):
         scores = {"btx": btx, "upcycle-cm": upcycled, "dense-cm": dense}
-        return [{"name": name, "bpb": {"avg": value}} for name, value in scores.items()]
+        return [
+            {"name": name, "bpb": {"math": bits, "avg": bits}, "bits": {"math": [bits]}, "bytes": {"math": [1]}}
+            for name, bits in scores.items()
+        ]
 
     point = {"width": 16, "scale": 1.0, "parameters": 1000, "tokens_per_parameter": 7.0, "seeds": [1, 2]}
     point["chains"] = [rows(1.0, 1.1, 0.9), rows(2.0, 2.1, 1.9)]

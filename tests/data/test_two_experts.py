@@ -1,6 +1,5 @@
-"""Questions that need two experts: right by the test's own arithmetic and facts, and asked of every row."""
+"""Questions that need two experts: right by the test's own arithmetic, facts and Python."""
 
-import json
 import re
 
 import pytest
@@ -8,19 +7,23 @@ import pytest
 from data.encyclopedia import make_world, wiki_documents
 from data.math_problems import math_documents
 from data.two_experts import two_expert_questions
-from eval import choose
-from study import two_experts
-from study.tables import difference
+
+DOMAINS = {"code", "math", "wiki"}
 
 
 @pytest.fixture(scope="module")
 def questions():
-    return two_expert_questions(60)
+    return two_expert_questions(60, DOMAINS)
 
 
 def test_they_are_fixed_different_and_have_four_different_choices(questions):
-    assert two_expert_questions(60) == questions and list(questions) == ["math + wiki", "code + math", "code + wiki"]
-    assert two_expert_questions(20)["code + math"] == questions["code + math"][:20]
+    assert two_expert_questions(60, DOMAINS) == questions and list(questions) == [
+        "math + wiki",
+        "code + math",
+        "code + wiki",
+    ]
+    assert two_expert_questions(20, DOMAINS)["code + math"] == questions["code + math"][:20]
+    assert list(two_expert_questions(2, {"math", "wiki"})) == ["math + wiki"] and not two_expert_questions(2, {"code"})
     for rows in questions.values():
         assert len({row["prompt"] for row in rows}) == len(rows) == 60
         assert all(len(set(row["choices"])) == 4 for row in rows)
@@ -71,48 +74,3 @@ def test_no_training_text_has_the_like():
     for documents in (wiki_documents(0), math_documents(0)):
         texts += [read() for _, (_, read) in zip(range(2000), documents, strict=False)]
     assert not any("won a prize at the age" in text or "def answer" in text or '"] = "' in text for text in texts)
-
-
-def test_every_row_is_asked_and_leads_are_paired(monkeypatch, tmp_path, capsys):
-    """By a stand-in that knows whether a row is BTX: asked once a random seed, and again only for new seeds."""
-    asked = []
-
-    def measure(config, number, device):
-        asked.append(number)
-        rows = []
-        for name, right in (("btx", [1, 1, 0, 1]), ("seed", [0, 1, 0, 0])):
-            marks = {metric: {"code + math": right} for metric in ("choice", "written")}
-            means = {metric: {"code + math": sum(right) / 4, "avg": sum(right) / 4} for metric in marks}
-            rows.append({"name": name, "marks": marks, **means})
-        return rows
-
-    monkeypatch.setattr(two_experts, "measure", measure)
-    for seeds in ("1", "1,2"):
-        monkeypatch.setattr("sys.argv", ["two_experts", f"--out_dir={tmp_path}", f"--seeds={seeds}", "--questions=4"])
-        (tmp_path / "report").mkdir(exist_ok=True)
-        two_experts.main()
-    assert asked == ["1", "2"]
-    found = json.loads((tmp_path / "report" / "two_experts.json").read_text())
-    assert difference(list(found["chains"].values()), "seed", "choice", "avg")[0] == pytest.approx(0.5)
-    text = (tmp_path / "report" / "two_experts.md").read_text()
-    assert (
-        "| seed | 25.0% | 25.0% | 25.0% | 25.0% | +50.0 ± " in text
-        and "| btx | 75.0% | 75.0% | 75.0% | 75.0% |  |" in text
-    )
-
-
-def test_choosing_is_ranking_by_likelihood(seed, data, questions):
-    """A prompt that ends with its right answer repeated makes no difference to which of four is first in the list."""
-    from common.corpus import Corpus
-    from model import Transformer
-
-    model = Transformer.from_pretrained(seed)
-    encoding = Corpus(data).encoding
-    rows = questions["code + math"][:6]
-    marks = choose(model, encoding, rows, [[]] * 6)
-    turned = [{**row, "choices": row["choices"][1:] + row["choices"][:1]} for row in rows]
-    moved = [choose(model, encoding, turned, [[]] * 6)]
-    for _ in range(2):
-        turned = [{**row, "choices": row["choices"][1:] + row["choices"][:1]} for row in turned]
-        moved.append(choose(model, encoding, turned, [[]] * 6))
-    assert [sum(one) for one in zip(marks, *moved, strict=True)] == [1] * 6  # one of the four is the likeliest
