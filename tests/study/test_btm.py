@@ -310,9 +310,9 @@ def test_fixed_share_recovers_from_a_change_of_source(models):
     assert losses[1] < losses[0] - 0.3
 
 
-def test_the_best_share_by_hand(folders, data):
-    """On validation text, bits per byte of windows of one domain and of spliced ones count alike. Either kind alone
-    would choose another share."""
+def test_the_best_share_by_hand(folders, data, monkeypatch):
+    """On validation text and no other, bits per byte of windows of one domain and of spliced ones count alike. Either
+    kind alone would choose another share."""
     corpus, length = Corpus(data), 64
     models = [Transformer.from_pretrained(folder) for folder in folders]
     kinds = [{}, {pair: torch.cat((x, y[:, -1:]), dim=1) for pair, (x, y) in corpus.spliced("val", length, 6).items()}]
@@ -336,7 +336,14 @@ def test_the_best_share_by_hand(folders, data):
                 scores[kind, i] += bits / size / len(texts)
     best = SHARES[scores.sum(axis=0).argmin()]
     ensemble = PosteriorEnsemble(models, torch.full((3,), 1 / 3), prefix=True)
-    assert best_share(ensemble, corpus, length, windows=6) == best
+    splits, tokens = set(), Corpus.tokens
+
+    def noted(self, domain, split, length):
+        splits.add(split)
+        return tokens(self, domain, split, length)
+
+    monkeypatch.setattr(Corpus, "tokens", noted)
+    assert best_share(ensemble, corpus, length, windows=6) == best and splits == {"val"}
     assert best not in {SHARES[one.argmin()] for one in scores}
     assert best_share(ensemble, Corpus(data, "math"), length, windows=6) == min(SHARES)  # nothing to splice
 
