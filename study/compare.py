@@ -53,8 +53,10 @@ class CompareConfig(StudyConfig):
     """Train the chains of some random seeds and all baselines beside them, evaluate them, and compare."""
 
     seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
+    rows: str = key("", "which rows to add to the chains' own, such as btx-paper,dense-dm; empty: all of them")
     contrasts: str = key("", "the primary contrasts OURS:THEIRS of average bits per byte, decided before the run")
-    branch_flags: str = key("", "flags of branches in which all tensors train, on top of expert.py", free_text=True)
+    branch_flags: str = key("", "flags of btx-paper's branches, on top of expert.py", free_text=True)
+    merge_flags: str = key("", "flags of the branches of btm-*-cm, on top of expert.py", free_text=True)
     paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py", free_text=True)
     paper_share: float = key(0.15, "the share of btx-paper's tokens that its finetuning reads", within="(0, 1)")
     even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py", free_text=True)
@@ -88,10 +90,9 @@ def branches(chain, group, *flags):
     return [*made, chain.seed_folder]
 
 
-def whole_branches(config, chain, group, steps, *flags):
-    """The same, all tensors trained."""
-    flags = (f"--max_steps={steps}", "--freeze=none", *shlex.split(config.branch_flags), *flags)
-    return branches(chain, group, *flags)
+def whole_branches(chain, group, steps, given, *flags):
+    """The same, all tensors trained. given: flags in one text."""
+    return branches(chain, group, f"--max_steps={steps}", "--freeze=none", *shlex.split(given), *flags)
 
 
 def divided(config, chain, group, share, whole, finetuning, branching=(), folder=""):
@@ -104,8 +105,10 @@ def divided(config, chain, group, share, whole, finetuning, branching=(), folder
     of_branch = budget.whole_branch_flops if whole else budget.branch_flops
     tokens = budget.flops / ((1 - share) * of_branch + share * budget.mixture_flops)
     steps = round((1 - share) * tokens / len(chain.branched) / tokens_of(budget.branch, 1))
-    make = functools.partial(whole_branches, config, chain, group, steps) if whole else None
-    experts = make(*branching) if whole else branches(chain, group, f"--max_steps={steps}", *branching)
+    if whole:
+        experts = whole_branches(chain, group, steps, config.branch_flags, *branching)
+    else:
+        experts = branches(chain, group, f"--max_steps={steps}", *branching)
     mixed = chain.mix(experts, folder=chain.config.path(f"compare/{group}/mixed"), stage="" if whole else "mix")
     steps = round(share * tokens / tokens_of(budget.finetuning, 1))
     flags = f"--max_steps={steps}", f"--splice={budget.splice_of(budget.finetuning, steps)}", *finetuning
@@ -118,34 +121,36 @@ def paper(config, chain, group="paper", share=0, finetuning=(), **more):
     return divided(config, chain, group, share or config.paper_share, True, finetuning, **more)
 
 
-def baselines(config, chain, seconds):
-    """Add every row that is no ensemble; returns their folders. seconds: of step_seconds."""
+def baselines(config, chain):
+    """Add every row that is no ensemble, or those of --rows; returns their folders."""
     budget = chain.budget
     path = chain.config.path
     dense_steps = round(budget.tokens / tokens_of(budget.dense, 1))
     upcycle_steps = round(budget.tokens / tokens_of(budget.upcycling, 1))
-    return [
-        chain.dense(dense_steps, folder=path("compare/dense-dm")),
-        chain.upcycle(upcycle_steps, folder=path("compare/upcycle-dm")),
-        paper(config, chain),
-        chain.finetune(path("mixed"), "--router=sample", folder=path("compare/btx-sample")),
-        divided(config, chain, "even", 0.5, False, shlex.split(config.even_flags)),
-        *time_matched(chain, seconds),
-    ]
+    makers = {
+        "dense-dm": lambda: chain.dense(dense_steps, folder=path("compare/dense-dm")),
+        "upcycle-dm": lambda: chain.upcycle(upcycle_steps, folder=path("compare/upcycle-dm")),
+        "btx-paper": lambda: paper(config, chain),
+        "btx-sample": lambda: chain.finetune(path("mixed"), "--router=sample", folder=path("compare/btx-sample")),
+        "btx-even": lambda: divided(config, chain, "even", 0.5, False, shlex.split(config.even_flags)),
+        "dense-tm": lambda: chain.dense(steps_in_time(config, chain, "dense"), folder=path("compare/dense-tm")),
+        "upcycle-tm": lambda: chain.upcycle(
+            steps_in_time(config, chain, "upcycling"), folder=path("compare/upcycle-tm")
+        ),
+    }
+    chosen = split_list(config.rows) or list(makers)
+    if unknown := [name for name in chosen if name not in makers]:
+        raise UserError(f"--rows={config.rows}: {unknown[0]} is none of {', '.join(makers)}")
+    return [makers[name]() for name in chosen]
 
 
-def time_matched(chain, seconds):
-    """Add the rows that get the seconds which BTX takes after the seed; returns their folders. seconds: of
-    step_seconds."""
+def steps_in_time(config, chain, rival):
+    """How many steps of dense training or upcycling take the seconds that BTX takes after the seed."""
     budget = chain.budget
+    seconds = times_of(config, chain)
     branches = sum(settings.max_steps for settings in budget.branches.values())
     spent = branches * seconds["branch"] + budget.finetuning.max_steps * seconds["finetuning"]
-    dense, upcycle = (max(1, round(spent / seconds[name])) for name in ("dense", "upcycling"))
-    path = chain.config.path
-    return [
-        chain.dense(dense, folder=path("compare/dense-tm")),
-        chain.upcycle(upcycle, folder=path("compare/upcycle-tm")),
-    ]
+    return max(1, round(spent / seconds[rival]))
 
 
 def step_seconds(budget, corpus, rounds=15):
@@ -190,9 +195,9 @@ def train_and_score(config, number):
     """Train and score all rows of one random seed; returns its results.json, rows in the paper's order."""
     chain = chain_with(config, number)
     pipeline(chain)
-    folders = baselines(config, chain, times_of(config, chain))
+    folders = baselines(config, chain)
     steps = chain.budget.whole_branch_steps(chain.budget.flops / len(chain.branched))  # branches for all of BTX's FLOPs
-    chain.score_ensembles(whole_branches(config, chain, "longer", steps), "-cm")
+    chain.score_ensembles(whole_branches(chain, "longer", steps, config.merge_flags), "-cm")
     for folder in folders:
         chain.score(folder)
     chain.run()

@@ -181,7 +181,7 @@ def test_a_branch_reads_spliced_windows_that_the_seed_has_not_read(data, seed, t
         losses[splice, stage] = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     found = read_log(tmp_path / "run")[-1]["loss"]
     assert found == pytest.approx(losses.pop((0.7, 1)), rel=1e-5)
-    assert min(abs(found - other) for other in losses.values()) > 0.01 * found
+    assert min(abs(found - other) for other in losses.values()) > 1e-3 * found
 
 
 def test_one_step_moves_routers_by_their_own_rate(data, mixed, tmp_path):

@@ -35,8 +35,9 @@ def config(chain_configs, out):
     flags = {"seed_flags": "--adam_beta2=0.9", "expert_flags": "--adam_beta2=0.91"}
     flags |= {"finetune_flags": "--adam_beta2=0.92", "branch_flags": "--learning_rate=4e-3"}
     flags |= {"paper_flags": "--learning_rate=5e-4 --router_learning_rate=2.0", "paper_share": 0.3}
-    flags |= {"even_flags": "--router_learning_rate=5.0", "contrasts": "btx:dense-cm, btx-paper:upcycle-cm"}
-    flags |= {"sweep": "dense-cm,upcycle-cm,btx-paper,btx", "settings": "--learning_rate=1e-3|--learning_rate=3e-3"}
+    flags |= {"merge_flags": "--learning_rate=6e-3", "even_flags": "--router_learning_rate=5.0"}
+    flags |= {"contrasts": "btx:dense-cm, btx-paper:upcycle-cm", "sweep": "dense-cm,upcycle-cm,btx-paper,btx"}
+    flags |= {"settings": "--learning_rate=1e-3|--learning_rate=3e-3"}
     return compare.CompareConfig(
         configs=chain_configs, out_dir=os.path.dirname(out), seeds="3", domains="math,rain", **flags
     )
@@ -81,8 +82,8 @@ RECIPES = {  # folder: (where it starts, what it sets)
 }
 for domain in ("math", "rain"):
     RECIPES |= {f"{folder}expert-{domain}": ("seed", BRANCH) for folder in ("", "compare/even/")}
-    printed = {**WHOLE, "learning_rate": 4e-3}
-    RECIPES |= {f"compare/{folder}/expert-{domain}": ("seed", printed) for folder in ("paper", "longer")}
+    RECIPES[f"compare/paper/expert-{domain}"] = "seed", {**WHOLE, "learning_rate": 4e-3}
+    RECIPES[f"compare/longer/expert-{domain}"] = "seed", {**WHOLE, "learning_rate": 6e-3}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -157,6 +158,20 @@ def test_a_rivals_own_splice_wins(chain_configs, out):
     for one in found[0]:  # neither the branches' nor the finetuning's
         assert one.splice * one.max_steps * 8 * 32 == pytest.approx(0.5 * 12 * 8 * 32)
     assert [one.splice for one in found[1]] == [0.125, 0.375]
+
+
+def test_rows_that_are_asked_for(config, out, results, monkeypatch):
+    """Beside the chain's own and Branch-Train-Merge; each is what it is among all rows. Nothing else is trained."""
+    ran = []
+    monkeypatch.setattr(chain.Chain, "run", lambda made: ran.append({job.name: job.arguments for job in made.jobs}))
+    for rows in ("", "btx-paper,dense-dm"):
+        compare.train_and_score(dataclasses.replace(config, rows=rows), "3")
+    every, some = ran
+    assert all(every[name] == arguments for name, arguments in some.items())
+    left_out = {name for name in every if re.fullmatch(".*(-tm|upcycle-dm|btx-sample|btx-even)", name)}
+    assert every.keys() - some.keys() == left_out | {name for name in every if name.startswith("compare/even/")}
+    with pytest.raises(UserError, match="soup is none of dense-dm, upcycle-dm, btx-paper"):
+        compare.baselines(dataclasses.replace(config, rows="btx-paper,soup"), compare.chain_with(config, "3"))
 
 
 def test_data_matched_rows_see_the_tokens_of_btx(out, results):
@@ -293,15 +308,19 @@ def names_in(table):
 
 def test_the_headline(results):
     text = tables.headline_table(results["rows"])
-    assert text.count("\n") == 9 and "±" not in text
-    wanted = ["seed model", "dense training", "sparse upcycling", "sparse upcycling, 1.4 times the FLOPs"]
-    wanted += ["Branch-Train-Merge, nearest expert", "Branch-Train-Merge, all experts"]
-    wanted += ["**Branch-Train-MiX as printed**", "**Branch-Train-MiX, branches train feed-forwards alone**"]
-    assert names_in(text) == wanted
-    single = [row for row in results["rows"] if not row["name"].endswith(("-dm", "-tm", "paper", "even", "sample"))]
-    single = [row for row in single if row["name"] in ("dense-cm", "upcycle-cm") or not row["name"].endswith("-cm")]
+    assert text.count("\n") == 6 and "±" not in text
     wanted = ["seed model", "dense training", "sparse upcycling", "Branch-Train-Merge", "**Branch-Train-MiX**"]
-    assert names_in(tables.headline_table(single)) == wanted  # of a pipeline without the comparison
+    assert names_in(text) == wanted
+
+
+def test_the_headline_of_the_comparison(out, results):
+    """With BTX in both forms, and how much more upcycling takes for BTX's tokens by the FLOPs in the logs."""
+    text = tables.comparison_table(results["rows"])
+    more = spent(out, "compare/upcycle-dm", "flops") / spent(out, "compare/upcycle-cm", "flops")
+    wanted = ["seed model", "dense training", "sparse upcycling", f"sparse upcycling, {more:.1f} times the FLOPs"]
+    wanted += ["Branch-Train-Merge, the nearest expert", "Branch-Train-Merge, all experts"]
+    wanted += ["**Branch-Train-MiX as printed**", "**Branch-Train-MiX, branches train feed-forwards alone**"]
+    assert names_in(text) == wanted and text.count("\n") == 9
 
 
 def test_the_sweep_scores_on_validation_text(config, out, results):
