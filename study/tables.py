@@ -265,8 +265,9 @@ def headline_table(rows):
 
 def comparison_table(rows):
     """The same of a comparison, with those that are ahead of BTX, and BTX in both forms. rows: of compare.json."""
-    flops = {row["name"]: row["train_flops"] for row in rows}
-    more = (flops["upcycle-dm"] - flops["seed"]) / (flops["upcycle-cm"] - flops["seed"])
+    spent = {row["name"]: row["train_flops"] for row in rows}
+    spent = {name: flops - spent["seed"] for name, flops in spent.items()}
+    more = spent.get("upcycle-dm", 0) / spent["upcycle-cm"]
     shown = {
         "seed": "seed model",
         "dense-cm": "dense training",
