@@ -6,3 +6,4 @@ sequence_length = 128
 eval_windows = 8
 task_problems = 8
 max_new_tokens = 16
+spliced_windows = 48
