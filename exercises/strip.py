@@ -42,8 +42,9 @@ the choice of units depends on the expert alone, the new values on the matrix as
     },
     "study/btm.py": {
         "PosteriorEnsemble.log_weights": """6. The posterior after each token, as logarithms. Ensemble.log_weights
-says what the arguments are; cache.add(evidence) adds (B, T, N) up along the text, over several calls.
-Entry t of the result is log w_e,t+1, so token t itself counts. Long texts: keep sums small.""",
+says what the arguments are. Entry t of the result is log w_e,t+1, so token t itself counts. By prefix, go along the
+text: the weights after a token come from those before it, and cache.evidence (B, 1, N), 0 at first, carries them to
+the next call. Normalize at each token, and long texts stay finite. self.share is 0 unless somebody gives one.""",
         "expert_profiles": """7. idf = log(windows / (1 + windows that hold the token)), over all domains' windows.
 Normalize each window before you take a domain's mean, and each expert's vector after.""",
         "NearestEnsemble.log_weights": """7. k experts weigh 1 / k each, and log 0 is -inf. Ensemble.log_weights says

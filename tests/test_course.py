@@ -148,7 +148,7 @@ MISTAKES = [  # (exercise, file, right, wrong)
     ),
     (4, "mix.py", "total = torch.zeros(piece.shape, dtype=torch.float64)", "total = torch.zeros(piece.shape)"),
     (5, "mix.py", "generator=generator(seed, expert))", "generator=generator(seed, name))"),
-    (6, "study/btm.py", "if self.prefix:", "if not self.prefix:"),
+    (6, "study/btm.py", "if not self.prefix:", "if self.prefix:"),
     (7, "study/btm.py", "scatter(-1, nearest, -math.log(self.k))", "scatter(-1, nearest, 0.0)"),
     (8, "exercises/compute.py", "shape.num_experts_per_tok / shape.num_local_experts", "1"),
     (9, "exercises/routers.py", "scores / scores.sum(dim=-1, keepdim=True), experts", "scores, experts"),

@@ -22,11 +22,11 @@ TABLES = [0.5, 0.25, 0.25], [0.1, 0.1, 0.8]  # two experts' probabilities of thr
 TEXT = [0, 0, 2]
 
 
-def posterior(prefix, prior=(0.5, 0.5), text=TEXT):
+def posterior(prefix, prior=(0.5, 0.5), text=TEXT, share=0.0):
     """(T, N): the weights for the successor of each token of the text."""
     from study.btm import PosteriorEnsemble
 
-    ensemble = PosteriorEnsemble([Fixed(table) for table in TABLES], torch.tensor(prior), prefix=prefix)
+    ensemble = PosteriorEnsemble([Fixed(table) for table in TABLES], torch.tensor(prior), prefix, share)
     with torch.no_grad():
         return ensemble.read(torch.tensor([text]))[1][0].exp()
 
@@ -46,6 +46,14 @@ def test_the_prior_counts():
     weights = posterior(prefix=True, prior=(0.2, 0.8))
     torch.testing.assert_close(weights[1], torch.tensor([0.2 * 0.5, 0.8 * 0.1]) / 0.18)
     torch.testing.assert_close(weights[0], torch.tensor([0.2, 0.8]))
+
+
+def test_a_share_goes_back_to_the_prior_by_hand():
+    """Half of the weights after each token: 5/6 becomes 2/3, then (2/3 * 0.25, 1/3 * 0.8) is normalized and halved."""
+    weights = posterior(prefix=True, share=0.5)
+    torch.testing.assert_close(weights[0], torch.tensor([1 / 2, 1 / 2]))
+    torch.testing.assert_close(weights[1], torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(weights[2], torch.tensor([0.5 / 2.6 + 0.25, 0.8 / 2.6 + 0.25]))
 
 
 def test_a_long_text_stays_finite_and_exact():
