@@ -16,11 +16,11 @@ same seed model:
     btx-even      BTX with as many tokens in its finetuning as in its branches together
     btx-sample    BTX with the sample top-1 router
 
-The last three have BTX's FLOPs, too. Whoever reads all domains reads as many windows that change domain as BTX does in
-its finetuning, in tokens; the branches of Branch-Train-Merge cannot read any.
+btx-paper and btx-even have BTX's FLOPs, too; btx-sample has its tokens. Whoever reads all domains reads as many windows
+that change domain as BTX does in its finetuning, in tokens; the branches of Branch-Train-Merge cannot read any.
 (Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine, with the stage's config (expert.py for what is
 dense, finetune.py for what is mixed) and this row's own flags: each method has the settings that are best for it.
-Writes compare.json, compare.md and a picture. --sweep=dense-cm,btx trains these rows of the first chain with all of
+Writes compare.json, compare.md and two pictures. --sweep=dense-cm,btx trains these rows of the first chain with all of
 --settings instead, and writes what validation text says of them.
 """
 

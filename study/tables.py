@@ -196,9 +196,8 @@ def columns_of(rows):
 
 def main_columns(rows):
     """The scores that a page shows: bits per byte by domain, averages of the rest, and the facts recalled."""
-    main = [(metric, "avg") for metric in ("unread", "spliced", "choice", "switched", "together")] + [
-        ("accuracy", "wiki")
-    ]
+    averaged = "unread", "spliced", "choice", "switched", "together"
+    main = [*((metric, "avg") for metric in averaged), ("accuracy", "wiki")]
     return [column for column in columns_of(rows) if column[0] == "bpb" or column in main]
 
 
@@ -254,13 +253,7 @@ def headline_table(rows):
         "btm-posterior-prefix": "Branch-Train-Merge",
         "btx": "**Branch-Train-MiX**",
     }
-    columns = {
-        ("bpb", "avg"): "bits per byte",
-        ("unread", "avg"): "unread text",
-        ("choice", "avg"): "choices right",
-        ("accuracy", "wiki"): "facts recalled",
-    }
-    return named_table(rows, shown, columns, ("active_params",))
+    return named_table(rows, shown, ("bpb", "unread", "choice", "accuracy"), ("active_params",))
 
 
 def comparison_table(rows):
@@ -278,19 +271,21 @@ def comparison_table(rows):
         "btx-paper": "**Branch-Train-MiX as printed**",
         "btx": "**Branch-Train-MiX, branches train feed-forwards alone**",
     }
-    columns = {
-        ("bpb", "avg"): "bits per byte",
-        ("spliced", "avg"): "where domains meet",
-        ("choice", "avg"): "choices right",
-        ("accuracy", "wiki"): "facts recalled",
+    return named_table(rows, shown, ("bpb", "spliced", "choice", "accuracy"), ("active_params", "train_flops"))
+
+
+def named_table(rows, shown, metrics, counts):
+    """A table of some rows in plain words. shown: {row: what to call it}; metrics: of METRICS, those that rows have,
+    averages but for accuracy, which is of facts; counts: of COUNTS."""
+    words = {
+        "bpb": "bits per byte",
+        "unread": "unread text",
+        "spliced": "where domains meet",
+        "choice": "choices right",
+        "accuracy": "facts recalled",
     }
-    return named_table(rows, shown, columns, ("active_params", "train_flops"))
-
-
-def named_table(rows, shown, columns, counts):
-    """A table of some rows and columns. shown: {row: what to call it}; columns: {(metric, name): the same}, those that
-    the rows have; counts: of COUNTS."""
-    columns = {column: words for column, words in columns.items() if column in columns_of(rows)}
+    columns = {(metric, "wiki" if metric == "accuracy" else "avg"): words[metric] for metric in metrics}
+    columns = {column: name for column, name in columns.items() if column in columns_of(rows)}
     named = {row["name"]: row for row in rows}
     rows = [{**named[name], "name": words} for name, words in shown.items() if name in named]
     heads = {"active_params": "parameters per token", "train_flops": "training FLOPs"}
@@ -425,11 +420,15 @@ def lead(chains, name, metric, column, ours="btx", draws=4000):
 
 
 def difference(chains, name, metric, column, ours="btx"):
-    """(how far BTX is ahead of the row `name`, half the width of the 95 % interval): `lead` with Student's t of as many
-    degrees of freedom as there are chains, less one; with one chain the normal distribution's 1.96."""
+    """(how far BTX is ahead of the row `name`, half the width of the 95 % interval); see lead and half_width."""
     ahead, error = lead(chains, name, metric, column, ours)
-    n = len(chains)
-    return ahead, error * (T_95[min(n - 2, len(T_95) - 1)] if n > 1 else 1.96)
+    return ahead, half_width(error, len(chains))
+
+
+def half_width(error, n):
+    """Half of a 95 % interval from a standard error over n chains, by Student's t of n - 1 degrees of freedom; with one
+    chain by the normal distribution."""
+    return error * (T_95[min(n - 2, len(T_95) - 1)] if n > 1 else 1.96)
 
 
 def p_value(t, freedom):
@@ -459,7 +458,7 @@ def primary_contrasts(chains, contrasts):
     found = []
     for ours, theirs in contrasts:
         ahead, error = lead(chains, theirs, "bpb", "avg", ours)
-        _, half = difference(chains, theirs, "bpb", "avg", ours)
+        half = half_width(error, len(chains))
         p = p_value(ahead / error, len(chains) - 1) if error else float(ahead == 0)
         found.append({"ours": ours, "theirs": theirs, "lead": float(ahead), "half": float(half), "p": p})
     for one, adjusted in zip(found, holm([one["p"] for one in found]), strict=True):

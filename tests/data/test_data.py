@@ -24,7 +24,7 @@ from data import python_text
 from data.bpe import PATTERN, train_bpe
 from data.math_problems import TEMPLATES, make_problem, math_documents, math_task
 from data.own_text import own_documents
-from data.prepare import main, token_dtype
+from data.prepare import DataConfig, Domain, main, token_dtype, write_domain
 
 with open(os.path.join(ROOT, "common", "config.py")) as source_file:
     SOURCE = source_file.read()  # some text to train tokenizers on
@@ -562,3 +562,24 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 def test_ids_take_as_many_bytes_as_they_need():
     for size, dtype in ((2**16, "uint16"), (2**16 + 1, "uint32")):
         assert token_dtype(types.SimpleNamespace(n_vocab=size)) == dtype
+
+
+def test_held_out_files_that_are_copies_are_left_out(smoke, tmp_path):
+    """One of two held-out files repeats a training file: it goes, and the counts say so. Where all do, one line."""
+    words = [f"word{number} " for number in range(80)]
+    first, second, third = ("".join(words[start:] + words[:start]) + "\n" for start in (0, 7, 31))
+    reverse = "".join(reversed(words)) + "\n"
+    config = DataConfig(out_dir=smoke)
+    for held_out, stays in (([second, reverse], True), ([second, third], False)):
+        texts = {"train": [first], "val": list(held_out), "test": [reverse]}
+        domain = Domain("english", str(tmp_path / f"english-{stays}"), {}, {}, iter(()), texts)
+        if not stays:
+            with pytest.raises(UserError, match="all of val is copies of train"):
+                write_domain(domain, load_tokenizer(smoke), config)
+            continue
+        write_domain(domain, load_tokenizer(smoke), config)
+        with open(f"{domain.folder}/meta.json") as file:
+            meta = json.load(file)
+        assert (meta["val"]["copies"], meta["val"]["documents"], meta["test"]["copies"]) == (1, 1, 0)
+        tokens = np.fromfile(f"{domain.folder}/val.bin", dtype=meta["dtype"])
+        assert load_tokenizer(smoke).decode(tokens[:-1].tolist()) == reverse
