@@ -27,7 +27,9 @@ def test_greedy_text_is_that_of_transformers(kind, request):
     stop = theirs.config.eos_token_id
     expected = [row[: row.index(stop)] if stop in row else row for row in expected]
     assert generate(Transformer.from_pretrained(folder), prompts, 40, {stop}) == expected
-    assert len({tuple(row) for row in expected}) > 1 and max(map(len, expected)) == 40
+    assert max(map(len, expected)) == 40
+    if kind != "mixed":  # which says one thing whatever you ask: nothing was finetuned after the averaging
+        assert len({tuple(row) for row in expected}) > 1
 
 
 def test_mergekit_moe_makes_the_same_experts(seed, experts, tmp_path):

@@ -134,7 +134,7 @@ def test_every_stage_runs(size, texts, data, tmp_path):
     assert shares == pytest.approx({"code": 0.4031, "finemath": 0.3016, "wikipedia": 0.1030, "fineweb-edu": 0.1923})
     rows = {row["name"]: row for row in read_json(out / "report" / "results.json")["rows"]}
     rivals = {"dense-cm", "upcycle-cm", "btx-paper", "mixed-held", "btx-held"} if rivals else set()
-    ensembles = {"btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix"}
+    ensembles = {"btm-top1", "btm-top2", "btm-posterior", "btm-posterior-prefix", "btm-share"}
     branches = {f"expert-{domain}" for domain in DOMAINS[:3]}
     assert {"seed", *branches, "soup", "mixed", "btx", *ensembles, *rivals} == rows.keys()
     assert set(rows["btx"]["bpb"]) == {*DOMAINS, "avg"}
