@@ -28,10 +28,13 @@ Tensors are streamed from the experts' files to the new one, so memory stays at 
 
 import dataclasses
 import functools
+import math
 import os
 import zlib
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from common.config import key, parse, split_list
 from common.corpus import Corpus
@@ -45,12 +48,15 @@ from common.hf import (
     group_of,
     hidden_dim,
     local_folder,
+    model_name,
+    model_type,
     same_tokenizer,
     write_config,
     write_weights,
 )
-from common.run import Run, mixtures_of, parent_of
-from model import ModelConfig, Transformer
+from common.run import Run, mixtures_of, parent_of, read_run
+from common.tokenizer import has_tokenizer, tokenizer_hash
+from model import WIDTH, ModelConfig, Transformer, on_meta
 
 FROM_TEXT = ("contrast", "ridge")  # router starts that read training text
 STARTS = ("normal", "zero", *FROM_TEXT)
@@ -58,6 +64,9 @@ MARGIN = 4.0  # how far the logit of an expert's own text stands above that of a
 WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 tokens is steady enough
 RIDGE_WINDOWS = 64  # a regression asks for more
 RIDGE = 1e-2  # lambda, as a share of the states' mean square
+CHOICES = ("bos_token_id", "eos_token_id", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps")
+STRANGER = 0.5  # a cosine that no branch has come near
+SAMPLED_ROWS = 4096  # of the embeddings, to compare models by
 RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values commit harder and learn less
 
 
@@ -83,6 +92,8 @@ class MixConfig:
     data_dir: str = key("out/cpu/data", "where --router_init=contrast and ridge find the training text")
     published_on: str = key("", "for these two: domains that published experts read; empty is what the others did")
     seed: int = key(1, "random seed of routers and redrawn units", within="[0, inf)")
+    config_from: str = key("", "the expert that decides where stop tokens, context length or added tokens differ")
+    dry_run: bool = key(False, "say what would be mixed, and write nothing")
     overwrite: bool = key(False, "mix anew, discarding the checkpoint that --out_dir holds")
 
 
@@ -269,17 +280,61 @@ def check_options(config, folders):
         )
 
 
-def check_same(folders, configs):
-    """Raise UserError unless all experts are dense and of one shape."""
-    for folder, config in zip(folders, configs, strict=True):
-        if config.num_local_experts:
-            raise UserError(f"{folder} is a mixture already; mix.py takes dense checkpoints")
-        for field in dataclasses.fields(config):
-            ours, first = getattr(config, field.name), getattr(configs[0], field.name)
-            if ours != first:
-                raise UserError(
-                    f"{folder} has {field.name} {ours}, but {folders[0]} has {first}; experts are branches of one seed"
-                )
+class Padded:
+    """An expert's tensors by name, its feed-forwards filled up to a width with hidden units of zeros, which compute
+    nothing. So experts of any width fit beside each other, and grouped_mm's alignment."""
+
+    def __init__(self, files, width):
+        self.files, self.width = files, width
+
+    def __getitem__(self, name):
+        tensor = self.files[name]
+        dim = hidden_dim(name)
+        missing = self.width - tensor.size(dim) if ".mlp." in name else 0
+        return F.pad(tensor, (0, missing) if dim else (0, 0, 0, missing)) if missing else tensor
+
+
+def differing(configs):
+    """{name: the value that each has} of what configs do not share."""
+    found = {field.name: [getattr(one, field.name) for one in configs] for field in dataclasses.fields(ModelConfig)}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
+def common_shape(config, folders, configs):
+    """(the ModelConfig that all experts take, [what was chosen where theirs differ]); UserError where nothing can be
+    chosen."""
+    if mixtures := [folder for folder, one in zip(folders, configs, strict=True) if one.num_local_experts]:
+        raise UserError(f"{mixtures[0]} is a mixture already; mix.py takes dense checkpoints")
+    chosen, notes = 0, []
+    if config.config_from:
+        source = local_folder(config.config_from)
+        if source not in folders:
+            raise UserError(f"--config_from={config.config_from} is none of the experts; name one of them")
+        chosen = folders.index(source)
+    widths = [one.intermediate_size for one in configs]
+    for name, values in differing(configs).items():
+        if name == "intermediate_size" and config.method == "btx":
+            notes.append(f"feed-forwards of width {', '.join(map(str, widths))}: zeros fill up the narrower ones")
+            continue
+        other = next(i for i, value in enumerate(values) if value != values[0])
+        differ = f"{folders[other]} has {name} {values[other]}, but {folders[0]} has {values[0]}"
+        if name not in CHOICES:
+            raise UserError(f"{differ}; experts are branches of one seed")
+        if not config.config_from:
+            raise UserError(f"{differ}; give --config_from=FOLDER, the expert whose values count")
+        notes.append(f"{name} is {values[chosen]}, as {model_name(folders[chosen])} has it: {differ}")
+    width = max(widths)
+    if config.method == "btx":
+        width = math.ceil(width / WIDTH) * WIDTH
+    return dataclasses.replace(configs[chosen], intermediate_size=width), notes
+
+
+def likeness(experts):
+    """[The cosine of each expert's embeddings with the first one's]: 0.97 to 1 for branches of one model, about 0 for
+    models that share nothing, of which an average is noise."""
+    tables = [expert["model.embed_tokens.weight"] for expert in experts]
+    rows = [table[:: max(1, len(table) // SAMPLED_ROWS)].double().flatten() for table in tables]
+    return [F.cosine_similarity(row, rows[0], dim=0).item() for row in rows]
 
 
 def mixed_config(config, dense, folders):
@@ -316,9 +371,16 @@ def print_counts(shapes):
             print(f"{kind:9s} {len(names):4d} tensors, {size:13,d} parameters, such as {names[-1]}")
 
 
+def ancestors(folder):
+    """The folders of the runs behind a checkpoint, as its run.json knows them."""
+    record = read_run(folder) or {"history": {}, "recipe": {"parents": {}}}
+    return {folder, *record["history"], *record["recipe"]["parents"]}
+
+
 def make_recipe(config, folders):
     """Everything but source code that decides the result."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "overwrite"}
+    left_out = ("overwrite", "dry_run")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     recipe = {"config": settings, "parents": {folder: parent_of(folder)[0] for folder in folders}}
     if config.router_init in FROM_TEXT:
         domains = sorted({domain for mixture in training_of(folders, config) for domain in mixture})
@@ -327,27 +389,80 @@ def make_recipe(config, folders):
     return recipe
 
 
+class Plan(NamedTuple):
+    """What is to be made: the ModelConfig of an expert and of the result, the experts' tensors, the dtype to store, the
+    cosines of `likeness`, and what the reader of a model card should know."""
+
+    dense: ModelConfig
+    result: ModelConfig
+    experts: list
+    dtype: torch.dtype
+    cosines: list
+    notes: list
+
+
+def make_plan(config, folders):
+    """Look at all experts; UserError where they cannot be mixed."""
+    configs = [ModelConfig.from_pretrained(folder) for folder in folders]
+    if config.dry_run:
+        for name, values in differing(configs).items():
+            print(f"{name} differs: {', '.join(map(str, values))}")
+    dense, notes = common_shape(config, folders, configs)
+    same_tokenizer(folders, added=not config.config_from)
+    result = mixed_config(config, dense, folders)
+    files = [WeightFiles(folder, one) for folder, one in zip(folders, configs, strict=True)]
+    dtype = functools.reduce(torch.promote_types, (one.dtype for one in files))
+    cosines = likeness(files)
+    for folder, cosine in zip(folders, cosines, strict=True):
+        if cosine < STRANGER:
+            name, first = model_name(folder), model_name(folders[0])
+            notes.append(f"{name} is no relative of {first} (cosine of embeddings {cosine:.2f}): their mean is noise")
+    return Plan(dense, result, [Padded(one, dense.intermediate_size) for one in files], dtype, cosines, notes)
+
+
+def print_plan(folders, plan):
+    """Print what mixing would do."""
+    for folder, expert, cosine in zip(folders, plan.experts, plan.cosines, strict=True):
+        tokenizer = f"tokenizer {tokenizer_hash(folder)[:8]}" if has_tokenizer(folder) else "no tokenizer"
+        dtype = str(expert.files.dtype).removeprefix("torch.")
+        print(f"{folder}: {dtype}, {tokenizer}, cosine of embeddings with the first {cosine:.3f}")
+    common = set.intersection(*map(ancestors, folders))
+    print(f"common ancestors in run.json: {', '.join(sorted(common)) or 'none'}")
+    with on_meta():
+        active, total = Transformer(plan.result).num_parameters()
+    size = total * plan.dtype.itemsize / 1e9
+    dtype = str(plan.dtype).removeprefix("torch.")
+    parameters = f"{active:,} of {total:,} parameters a token"
+    print(f"the result: {model_type(plan.result)}, {parameters}, {size:.3f} GB in {dtype}")
+
+
 def main():
     config = parse(MixConfig)
     folders = [local_folder(name) for name in split_list(config.experts)]
     check_options(config, folders)
-    with Run(config.out_dir, make_recipe(config, folders), config.overwrite) as run:
+    recipe = make_recipe(config, folders)
+    if config.dry_run:
+        plan = make_plan(config, folders)
+        print_plan(folders, plan)
+        print_counts(expected_tensors(plan.result))
+        print("\n".join([*plan.notes, "nothing was written"]))
+        return
+    with Run(config.out_dir, recipe, config.overwrite) as run:
         if run.finished:
             print(f"{config.out_dir} is finished, nothing to do")
             return
-        configs = [ModelConfig.from_pretrained(folder) for folder in folders]
-        check_same(folders, configs)
-        same_tokenizer(folders)
-        result = mixed_config(config, configs[0], folders)
-        experts = [WeightFiles(folder, configs[0]) for folder in folders]
-        shapes, dtype = expected_tensors(result), experts[0].dtype
-        routers = new_routers(config, shapes, folders, experts, configs[0])
+        plan = make_plan(config, folders)
+        shapes = expected_tensors(plan.result)
+        routers = new_routers(config, shapes, folders, plan.experts, plan.dense)
+        for note in plan.notes:
+            print(note)
 
         run.begin()
-        weights = write_weights(config.out_dir, result, mix(experts, shapes, routers, config), dtype)
-        write_config(config.out_dir, result, dtype)
-        copy_tokenizer(folders[0], config.out_dir)
-        run.finish(weights)
+        tensors = mix(plan.experts, shapes, routers, config)
+        weights = write_weights(config.out_dir, plan.result, tensors, plan.dtype)
+        write_config(config.out_dir, plan.result, plan.dtype)
+        copy_tokenizer(local_folder(config.config_from) or folders[0], config.out_dir)
+        run.finish(weights, plan.notes)
     print_counts(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
 

@@ -36,6 +36,7 @@ from common.hf import (
 from common.ops import IGNORE, head_loss, token_losses
 
 BALANCES = ("gates", "tokens")
+WIDTH = 8  # experts' matrices are so many numbers wide, or a multiple of it: grouped_mm's alignment
 ANNEALING_RATE = 1e-4  # sample: how fast the temperature falls, per step
 FINAL_TEMPERATURE = 0.5
 
@@ -79,14 +80,14 @@ class ModelConfig:
             raise ValueError(f"the size of an attention head must be even, it is {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
-        if self.hidden_size % 8 or self.intermediate_size % 8:
-            raise ValueError("hidden_size and intermediate_size must be multiples of 8")  # grouped_mm's alignment
         if self.router not in ROUTERS or self.balance not in BALANCES:
             raise ValueError(f"router must be one of {tuple(ROUTERS)} and balance one of {BALANCES}")
         if self.num_local_experts:
             self._check_experts()
 
     def _check_experts(self):
+        if self.hidden_size % WIDTH or self.intermediate_size % WIDTH:
+            raise ValueError(f"hidden_size and intermediate_size of a mixture must be multiples of {WIDTH}")
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
             raise ValueError(f"num_experts_per_tok must lie between 1 and the model's {self.num_local_experts} experts")
         fixed = ROUTERS[self.router].experts_per_token(self.num_experts_per_tok, self.num_local_experts)

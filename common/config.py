@@ -43,8 +43,9 @@ def parse(cls, argv=None):
         if argument.startswith("--"):
             name, equals, text = argument[2:].partition("=")
             field = fields.get(name) or _unknown(name, fields, argument)
-            if not equals:
+            if not equals and field.type is not bool:
                 raise UserError(f"{argument}: write --{name}=VALUE")
+            text = text if equals else "True"  # --overwrite is --overwrite=True
             values[name] = _checked(field, text if field.type is str else _literal(text), argument)
         elif position == 0:
             values = _read_file(argument, fields)

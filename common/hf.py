@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -42,12 +43,14 @@ from common.tokenizer import has_tokenizer, tokenizer_hash
 # it as a Mixtral that computes something else.
 
 # what transformers takes for keys that are not in the file
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 DEFAULTS = {
-    "llama": {"rms_norm_eps": 1e-6},
-    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096},
+    "llama": {"rms_norm_eps": 1e-6, **ENDS},
+    "mistral": {"rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096, **ENDS},
     "qwen3": {"rms_norm_eps": 1e-6, "head_dim": 128},
-    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8},
-    "qwen3_moe": {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_experts_per_tok": 8},
+    "mixtral": {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "router_aux_loss_coef": 0.001, **ENDS},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "norm_topk_prob": False, "num_experts_per_tok": 8}
+    | {"router_aux_loss_coef": 0.001},
     "nanobtx": {},
 }
 MIXTURES = ("mixtral", "qwen3_moe", "nanobtx")
@@ -119,6 +122,7 @@ def read_config(folder):
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind not in list(DEFAULTS):
         raise UserError(f"{path}: model_type {kind!r} is none that model.py reads: {', '.join(DEFAULTS)}")
+    check_agrees(path, found)
     found = {**DEFAULTS[kind], **found}
     found["qk_norm"] = kind.startswith("qwen3") or bool(found.get("qk_norm"))
     if kind == "qwen3_moe":
@@ -140,6 +144,20 @@ def read_config(folder):
             raise UserError(f"{path}: {name} must be a positive number, it is {found[name]!r}")
     found["expert_names"] = tuple(found.get("expert_names", map(str, range(found["num_local_experts"]))))
     return found
+
+
+def check_agrees(path, found):
+    """UserError for a value that config.json holds twice, and not the same: versions of transformers differ in which
+    they take."""
+    tables = {"": found, "rope_parameters.": found.get("rope_parameters"), "rope_scaling.": found.get("rope_scaling")}
+    first = {}  # {key: (where it stands, value)}
+    for where, table in tables.items():
+        for name, value in table.items() if isinstance(table, dict) else ():
+            key = {"type": "rope_type", "num_local_experts": "num_experts"}.get(name, name)
+            place, before = first.setdefault(key, (where + name, value))
+            if value != before and None not in (value, before):
+                both = f"{place} is {before!r}, {where}{name} is {value!r}"
+                raise UserError(f"{path} contradicts itself: {both}; take the wrong one out")
 
 
 def check_supported(path, found):
@@ -171,7 +189,8 @@ def read_rope(path, found):
     if kind not in ROPE_SCALINGS:
         known = ", ".join(ROPE_SCALINGS)
         raise UserError(f"{path}: the checkpoint has rope_type {kind!r}, model.py computes default, {known}")
-    rope = {"original_max_position_embeddings": found["max_position_embeddings"], **rope}
+    original = found.get("original_max_position_embeddings") or found["max_position_embeddings"]
+    rope = {"original_max_position_embeddings": original, **rope}
     scaling = {"rope_type": kind, **{name: rope.get(name) for name in ROPE_SCALINGS[kind]}}
     for name in ROPE_SCALINGS[kind]:
         if not is_positive(scaling[name]):
@@ -189,6 +208,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5_000_000_000  # what one file holds at most, unless a single tensor is larger
 TOKENIZER = r"(tiktoken|tokenizer|special_tokens|added_tokens|vocab|merges)[\w.]*\.(json|txt|model|tiktoken)"
+TOKENIZER += r"|chat_template\.(jinja|json)|additional_chat_templates|generation_config\.json"  # for chatting
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FEED_FORWARD = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}  # Llama's name -> Mixtral's
 
@@ -348,15 +368,23 @@ def copy_tokenizer(source, folder):
     """Replace the tokenizer's files in `folder` by those of `source`, ours or those of a published checkpoint."""
     names, old = ({*filter(re.compile(TOKENIZER).fullmatch, os.listdir(where))} for where in (source, folder))
     for name in old - names:
-        os.remove(os.path.join(folder, name))
+        remove(os.path.join(folder, name))
     for name in sorted(names, key=lambda name: (name in ("tiktoken.json", "tokenizer.json"), name)):  # these last
+        if os.path.isdir(os.path.join(source, name)):
+            shutil.copytree(os.path.join(source, name), os.path.join(folder, name), dirs_exist_ok=True)
+            continue
         with open(os.path.join(source, name), "rb") as file:
             write_atomically(os.path.join(folder, name), file.read())
 
 
-def same_tokenizer(folders):
-    """Raise UserError unless all of these folders that hold a tokenizer hold the same one."""
-    hashes = {folder: tokenizer_hash(folder) for folder in folders if has_tokenizer(folder)}
+def remove(path):
+    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def same_tokenizer(folders, added=True):
+    """Raise UserError unless all of these folders that hold a tokenizer hold the same one; without `added`, tokens that
+    were added to its vocabulary may differ."""
+    hashes = {folder: tokenizer_hash(folder, added) for folder in folders if has_tokenizer(folder)}
     first = next(iter(hashes), None)
     for folder, found in hashes.items():
         if found != hashes[first]:
@@ -417,6 +445,21 @@ def list_tensors(folder):
     return found
 
 
+def plain_names(stored):
+    """{name without what a tool has put before it: name on disk}. torch.compile writes "_orig_mod.model.norm.weight", a
+    model without a head "norm.weight"; the place of the embeddings tells."""
+    table = next((name for name in stored if name.endswith("embed_tokens.weight")), "model.")
+    inner = table.removesuffix("embed_tokens.weight")  # before layers and embeddings: "_orig_mod.model.", ""
+    outer = inner.removesuffix("model.")  # before the head: "_orig_mod.", ""
+    names = {}
+    for name in stored:
+        if name.startswith(inner) and not name.startswith(f"{outer}lm_head."):
+            names["model." + name.removeprefix(inner)] = name
+        else:
+            names[name.removeprefix(outer)] = name
+    return names
+
+
 class WeightFiles:
     """The tensors of a checkpoint folder by name, each read from disk when asked for. UserError unless its files hold
     just what a model of this config needs; one tensor with NaN or infinity is refused, too, when it is read."""
@@ -425,23 +468,29 @@ class WeightFiles:
         self.folder, self.config = folder, config
         self.places = {}  # {our name: (path, name on disk, slice)}
         stored, misfit = list_tensors(folder), f"{folder} does not fit its config.json: it"
+        names = plain_names(stored)
         used = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some store the tied head all the same
         for ours, shape in expected_tensors(config).items():
-            found = [place for place in places(ours, shape, config) if place[0] in stored]
+            found = [place for place in places(ours, shape, config) if place[0] in names]
             if not found:
                 raise UserError(f"{misfit} lacks {ours}; use the folder as it was written")
             name, whole, part = found[0]
-            path, shape, dtype = stored[name]
+            path, shape, dtype = stored[names[name]]
             if shape != whole:
                 raise UserError(f"{folder}: {name} has shape {shape}, config.json says {whole}")
             if dtype not in SAFETENSORS_DTYPES.values():
                 kinds = ", ".join(SAFETENSORS_DTYPES.values())
                 raise UserError(f"{folder}: {name} is stored as {dtype}; model.py reads {kinds}")
-            self.places[ours] = path, name, part
+            self.places[ours] = path, names[name], part
             used.add(name)
-        unknown = [name for name in stored.keys() - used if not name.endswith("rotary_emb.inv_freq")]
+        unknown = [name for name in names.keys() - used if not name.endswith("rotary_emb.inv_freq")]
         if unknown:
             raise UserError(f"{misfit} has an unknown tensor {min(unknown)}; use the folder as it was written")
+        if config.tie_word_embeddings and (head := names.get("lm_head.weight")):
+            self.places["lm_head.weight"] = stored[head][0], head, ...
+            if not self["lm_head.weight"].float().equal(self["model.embed_tokens.weight"].float()):
+                says = "config.json says tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight"
+                raise UserError(f"{folder}: {says}; transformers would use it: set tie_word_embeddings to false")
 
     @property
     def dtype(self):
@@ -510,7 +559,7 @@ def weights_hash(folder):
 # out/hf/OWNER/NAME, and is used without a network from then on.
 
 DOWNLOADS = os.path.join("out", "hf")
-DOWNLOADED = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt"]  # never code or pickles
+DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt"]  # never code or pickles
 
 
 def local_folder(name):
@@ -552,9 +601,10 @@ def model_name(folder):
     return downloaded.partition("@")[0] or os.path.basename(folder)
 
 
-def write_card(folder, parents, tokens, domains):
+def write_card(folder, parents, tokens, domains, notes=()):
     """Write README.md: a head in YAML that the Hub reads, and what the mixture was made from. parents: the folders it
-    was made from. tokens: those behind its weights, in all runs. domains: what its finetuning read, if any."""
+    was made from. tokens: those behind its weights, in all runs. domains: what its finetuning read, if any.
+    notes: more lines."""
     config = read_json(os.path.join(folder, "config.json"), "make it again")
     names = [model_name(parent) for parent in parents]
     head = {"pipeline_tag": "text-generation", "tags": ["nanobtx", "moe", "branch-train-mix"], "base_model": names}
@@ -567,6 +617,7 @@ def write_card(folder, parents, tokens, domains):
         text.append(f"transformers has no router {config['router']!r}: load the folder with nanoBTX.")
     else:
         head["library_name"] = "transformers"
+    text += [line for note in notes for line in ("", f"Note: {note}.")]
     text += ["", "Made by nanoBTX; run.json holds the whole recipe."]
     yaml = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]  # JSON is YAML
     write_atomically(os.path.join(folder, CARD), "\n".join(["---", *yaml, "---", "", *text, ""]))

@@ -328,12 +328,12 @@ class Run:
             self.record["history"] = {**self.before, self.folder: cost}
             self.finish() if finished else self._write()
 
-    def finish(self, weights=None):
-        """Mark the run as finished; a mixture gets its model card. weights: the weights' hash, where the caller knows
-        it, since large files take long to read."""
+    def finish(self, weights=None, notes=()):
+        """Mark the run as finished; a mixture gets its model card, with the `notes` on it. weights: the weights' hash,
+        where the caller knows it, since large files take long to read."""
         if read_config(self.folder)["num_local_experts"]:
             tokens = total_cost(self.record["history"])["tokens"]
-            write_card(self.folder, list(self.recipe["parents"]), tokens, list(self.recipe.get("mixture", ())))
+            write_card(self.folder, list(self.recipe["parents"]), tokens, list(self.recipe.get("mixture", ())), notes)
         self.record |= {"finished": True, "weights": weights or weights_hash(self.folder)}
         self._write()
 

@@ -61,10 +61,11 @@ def load_tokenizer(folder):
     )
 
 
-def tokenizer_hash(folder):
-    """The hash (hex) that identifies a folder's tokenizer: two folders with the same one share all ids."""
+def tokenizer_hash(folder, added=True):
+    """The hash (hex) that identifies a folder's tokenizer: two folders with the same one share all ids; without
+    `added`, all but those of tokens that were added to the vocabulary, such as a chat's."""
     if is_published(folder):
-        return json_hash(folder)
+        return json_hash(folder, added)
     return read_json(os.path.join(folder, "tiktoken.json"), REMEDY)["hash"]
 
 
@@ -168,11 +169,12 @@ def end_of_text(folder, vocab):
     raise UserError(f"{folder} does not say which token ends a text; give its {SETTINGS} an eos_token")
 
 
-def json_hash(folder):
+def json_hash(folder, added=True):
     """The hash that identifies a tokenizer.json: of all that decides ids, in whatever layout it was written."""
     found = read_json(os.path.join(folder, FILE), "copy it again")
     found = found if isinstance(found, dict) else {}
-    parts = {name: found.get(name) for name in ("added_tokens", "normalizer", "pre_tokenizer", "decoder")}
+    names = ("added_tokens",) * added + ("normalizer", "pre_tokenizer", "decoder")
+    parts = {name: found.get(name) for name in names}
     model = {name: value for name, value in (found.get("model") or {}).items() if value}
     merges = model.get("merges", [])  # "a b" or ["a", "b"]
     model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]

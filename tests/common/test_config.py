@@ -70,7 +70,7 @@ def test_a_wrong_file_names_its_line(text, line, words, tmp_path):
         (["--stepz=3"], "--stepz=3: unknown key 'stepz'; did you mean 'steps'?"),
         (["--steps=many"], "--steps=many: steps must be int, got 'many' (str)"),
         (["--steps=1.0"], "steps must be int"),
-        (["--overwrite"], "write --overwrite=VALUE"),
+        (["--steps"], "write --steps=VALUE"),
         (["--overwrite=yes"], "overwrite must be bool"),
         (["--mode=slow"], "one of 'fast', 'exact'"),
         (["--steps=1", "file.py"], "one config file comes first"),

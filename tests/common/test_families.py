@@ -138,6 +138,75 @@ def test_keys_that_are_missing_mean_what_they_mean_in_transformers(tmp_path):
     assert "sliding_window 4096" in message
 
 
+# a value that stands twice in config.json and is not the same: versions of transformers take one or the other
+TWICE = {
+    "llama": ({"rope_theta": 7.0}, "rope_theta is 7.0, rope_parameters.rope_theta is 10000.0"),
+    "llama3": (
+        {"rope_scaling": {**LLAMA3, "factor": 2.0}},
+        "rope_parameters.factor is 8.0, rope_scaling.factor is 2.0",
+    ),
+    "llama-linear": ({"rope_scaling": {"type": "default"}}, "rope_scaling.type is 'default'"),
+    "mixtral": ({"num_experts": 4}, "num_local_experts is 3, num_experts is 4"),
+    "qwen3-moe": ({"num_experts": 2, "num_local_experts": 4}, "num_local_experts is 4"),
+}
+
+
+@pytest.mark.parametrize("family", TWICE)
+def test_a_config_that_contradicts_itself_is_refused(family, tmp_path):
+    theirs = written_by_transformers(FAMILIES[family], tmp_path)
+    same = {"rope_scaling": theirs.config.rope_parameters, "rope_theta": theirs.config.rope_parameters["rope_theta"]}
+    rewrite_config(tmp_path, **same)
+    assert_equal_logits(tmp_path, theirs)
+    change, words = TWICE[family]
+    rewrite_config(tmp_path, **change)
+    with pytest.raises(UserError, match="contradicts itself") as caught:
+        Transformer.from_pretrained(str(tmp_path))
+    assert words in str(caught.value)
+
+
+def test_a_tied_head_that_is_another_is_refused(tmp_path):
+    """Transformers keeps the two apart and warns; a head that is the embeddings is read."""
+    theirs = written_by_transformers(FAMILIES["llama3"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_equal_logits(tmp_path, theirs)
+    tensors["lm_head.weight"][3, 3] += 0.1
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="tie_word_embeddings true, but lm_head") as caught:
+        Transformer.from_pretrained(str(tmp_path))
+    assert "set tie_word_embeddings to false" in str(caught.value)
+    rewrite_config(tmp_path, tie_word_embeddings=False)
+    assert_equal_logits(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-tied", "mixtral"])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_names_with_another_tools_prefix(family, prefix, tmp_path):
+    theirs = written_by_transformers(FAMILIES[family], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({prefix + name: one for name, one in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        ids = torch.arange(60).view(2, 30)
+        ours = Transformer.from_pretrained(str(tmp_path))
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-5
+
+
+def test_a_model_without_a_head_is_read_where_the_head_is_tied(tmp_path):
+    theirs = written_by_transformers(FAMILIES["qwen3-tied"], tmp_path)
+    theirs.model.save_pretrained(tmp_path)
+    assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
+    rewrite_config(tmp_path, architectures=["Qwen3ForCausalLM"])
+    assert_equal_logits(tmp_path, theirs)
+
+
+def test_stop_tokens_that_are_missing_are_those_of_transformers(tmp_path):
+    written_by_transformers(FAMILIES["llama"], tmp_path)
+    rewrite_config(tmp_path, eos_token_id=..., bos_token_id=...)
+    ours, theirs = ModelConfig.from_pretrained(str(tmp_path)), AutoConfig.from_pretrained(tmp_path)
+    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("family", "change", "words"),
     [
