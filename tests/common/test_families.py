@@ -143,7 +143,7 @@ TWICE = {
     "llama": ({"rope_theta": 7.0}, "rope_theta is 7.0, rope_parameters.rope_theta is 10000.0"),
     "llama3": (
         {"rope_scaling": {**LLAMA3, "factor": 2.0}},
-        "rope_parameters.factor is 8.0, rope_scaling.factor is 2.0",
+        "rope_scaling.factor is 2.0",
     ),
     "llama-linear": ({"rope_scaling": {"type": "default"}}, "rope_scaling.type is 'default'"),
     "mixtral": ({"num_experts": 4}, "num_local_experts is 3, num_experts is 4"),
