@@ -23,6 +23,7 @@ from common.errors import UserError, command
 from common.hf import group_of, local_folder, same_tokenizer
 from common.parallel import Processes
 from common.run import Run, parent_of
+from common.tokenizer import has_tokenizer
 from model import ModelConfig, Transformer
 
 FREEZABLE = ("embeddings", "head", "attention", "norms", "experts", "router")
@@ -273,8 +274,11 @@ def train(config, make_model):
         if run.finished:
             print(f"{config.out_dir} is finished ({config.max_steps} steps), nothing to do")
             return
+        tokenizer = corpus.folder
         if config.init_from:
             same_tokenizer([config.init_from, config.data_dir])  # ids of another tokenizer would be noise
+            if has_tokenizer(config.init_from):
+                tokenizer = config.init_from  # with its chat template
 
         # the model, on its device; under torchrun in pieces
         processes.device = device = pick_device(config.device, config.threads)
@@ -319,7 +323,7 @@ def train(config, make_model):
 
             # save, unless there is nothing yet to lose, and stop
             if (step % config.save_interval == 0 and step > 0 and not resumed) or last or stop:
-                run.save(step, model, optimizer, corpus.folder, cost, finished=last)
+                run.save(step, model, optimizer, tokenizer, cost, finished=last)
             if last or stop:
                 break
 

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import torch
-from helpers import error_line, must, read, run, weights
+from helpers import SHORT, error_line, must, read, run, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -74,6 +75,21 @@ def test_files_beside_the_weights_come_along(tmp_path):
         assert read(tmp_path / "mixed" / name) == read(f"{first}/{name}")
     must(mix(second, second, out_dir=tmp_path / "mixed", overwrite=True))
     assert read(tmp_path / "mixed" / "additional_chat_templates" / "tools.jinja") == b"tools of second"
+
+
+def test_training_keeps_them_too(tmp_path, data, seed):
+    chat = tmp_path / "chat"
+    shutil.copytree(seed, chat)
+    (chat / "run.json").unlink()
+    for name in ("chat_template.jinja", "generation_config.json"):
+        (chat / name).write_text(name)
+    must(
+        run(
+            "train.py", *SHORT, "--max_steps=1", f"--data_dir={data}", f"--init_from={chat}", f"--out_dir={tmp_path}/on"
+        )
+    )
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert read(tmp_path / "on" / name) == name.encode()
 
 
 # ---- relatives and strangers ----
