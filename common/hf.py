@@ -71,6 +71,15 @@ ONLY = (
     ("decoder_sparse_step", (1,)),
     ("mlp_only_layers", ([], None)),
 )
+KINDS = {  # of values that are not numbers above zero
+    "tie_word_embeddings": (bool,),
+    "num_experts_per_tok": (int,),
+    "router_aux_loss_coef": (float, int),
+    "router_z_loss_coef": (float, int),
+    "expert_names": (list,),
+    "bos_token_id": (int, type(None)),
+    "eos_token_id": (int, list, type(None)),
+}
 ROPE_SCALINGS = {  # rope_type: the numbers that it needs; model.py has a function of each name
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -142,6 +151,12 @@ def read_config(folder):
     for name in ("rope_theta", "rms_norm_eps"):
         if not is_positive(found.get(name, 1.0)):
             raise UserError(f"{path}: {name} must be a positive number, it is {found[name]!r}")
+    if kind not in MIXTURES:
+        found = {name: value for name, value in found.items() if name not in MIXTURE_KEYS[1:]}
+    for name, kinds in KINDS.items():
+        if name in found and type(found[name]) not in kinds:
+            wanted = " or ".join(one.__name__ for one in kinds)
+            raise UserError(f"{path}: {name} must be {wanted}, it is {found[name]!r}")
     found["expert_names"] = tuple(found.get("expert_names", map(str, range(found["num_local_experts"]))))
     return found
 
@@ -417,9 +432,33 @@ def read_index(folder):
         return [WEIGHTS], {}
     found = read_json(path, "copy the checkpoint again")
     index = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(index, dict):
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
         raise UserError(f"{path} lists no files (it has no weight_map); copy the checkpoint again")
     return sorted(set(index.values())), index
+
+
+def is_pointer(path):
+    """Whether a file is what git leaves of a large one that Git LFS has not fetched."""
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
+
+
+OTHER_WEIGHTS = {  # what a folder may hold instead, and what can be done about it
+    "adapter_model": "a LoRA adapter is there; merge it first: peft's merge_and_unload, then save_pretrained",
+    ".bin": "pickles are there, which are not read; transformers' from_pretrained and save_pretrained convert them",
+    ".pth": "pickles are there, which are not read; convert them to transformers' format",
+    ".gguf": "a GGUF file is there; transformers' from_pretrained(..., gguf_file=...) and save_pretrained convert it",
+    ".safetensors": f"other safetensors files are there; rename one to {WEIGHTS}, or bring back {INDEX} of several",
+}
+
+
+def instead_of_weights(folder):
+    """What to do about a folder without weights, from what it holds."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for part, remedy in OTHER_WEIGHTS.items():
+        if any(part in name for name in names):
+            return remedy
+    return "train it first, or name another checkpoint folder"
 
 
 @contextlib.contextmanager
@@ -430,8 +469,10 @@ def opened(path):
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; train it first, or name another checkpoint folder") from None
+        raise UserError(f"{path} is missing; {instead_of_weights(os.path.dirname(path))}") from None
     except (SafetensorError, OSError) as error:
+        if is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull") from None
         raise UserError(f"{path} is damaged or no safetensors file ({error}); train or copy it again") from None
 
 
@@ -469,6 +510,10 @@ class WeightFiles:
         self.places = {}  # {our name: (path, name on disk, slice)}
         stored, misfit = list_tensors(folder), f"{folder} does not fit its config.json: it"
         names = plain_names(stored)
+        if (
+            config.tie_word_embeddings and "lm_head.weight" in names
+        ):  # of two names of one tensor a file may hold either
+            names.setdefault("model.embed_tokens.weight", names["lm_head.weight"])
         used = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some store the tied head all the same
         for ours, shape in expected_tensors(config).items():
             found = [place for place in places(ours, shape, config) if place[0] in names]

@@ -180,6 +180,43 @@ def test_a_tied_head_that_is_another_is_refused(tmp_path):
     assert_equal_logits(tmp_path)
 
 
+def test_a_tied_head_may_be_the_name_under_which_the_embeddings_are_stored(tmp_path):
+    theirs = written_by_transformers(FAMILIES["llama3"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert_equal_logits(tmp_path, theirs)
+
+
+def test_keys_of_mixtures_mean_nothing_in_a_dense_model(tmp_path):
+    theirs = written_by_transformers(FAMILIES["llama"], tmp_path)
+    rewrite_config(tmp_path, expert_names=None, num_experts_per_tok="2")
+    assert_equal_logits(tmp_path, theirs)
+
+
+OTHERS = {
+    "pytorch_model.bin": "pickles are there",
+    "adapter_model.safetensors": "a LoRA adapter is there; merge it first",
+    "model.fp16.safetensors": "other safetensors files are there; rename one to model.safetensors",
+    "model-Q4_0.gguf": "a GGUF file is there",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_in_another_form_are_named_with_what_helps(name, tmp_path):
+    written_by_transformers(FAMILIES["llama"], tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(UserError, match=OTHERS[name]):
+        Transformer.from_pretrained(str(tmp_path))
+
+
+def test_a_pointer_that_git_lfs_left_is_named(tmp_path):
+    written_by_transformers(FAMILIES["llama"], tmp_path)
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="run git lfs pull"):
+        Transformer.from_pretrained(str(tmp_path))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3-tied", "mixtral"])
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "base_model.model."])
 def test_names_with_another_tools_prefix(family, prefix, tmp_path):
@@ -219,6 +256,11 @@ def test_stop_tokens_that_are_missing_are_those_of_transformers(tmp_path):
         ("mistral", {"sliding_window": 8}, "sliding_window 8"),
         ("llama3", {"rope_parameters": {**LLAMA3, "low_freq_factor": 9}}, "low_freq_factor below high_freq_factor"),
         ("llama", {"rope_parameters": "fast"}, "rope_parameters must be a table, it is 'fast'"),
+        ("mixtral", {"num_experts_per_tok": 2.0}, "num_experts_per_tok must be int, it is 2.0"),
+        ("mixtral", {"router_aux_loss_coef": None}, "router_aux_loss_coef must be float or int, it is None"),
+        ("qwen3-moe", {"expert_names": 3}, "expert_names must be list, it is 3"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be bool, it is 'false'"),
+        ("llama", {"eos_token_id": "</s>"}, "eos_token_id must be int or list or NoneType, it is '</s>'"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(family, change, words, tmp_path):
@@ -238,7 +280,7 @@ def test_quantised_weights_are_refused(tmp_path):
     assert "model.norm.weight is stored as I8" in message
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}'])
 def test_a_damaged_index_is_named(content, tmp_path):
     written_by_transformers(FAMILIES["llama"], tmp_path / "a", max_shard_size="15KB")
     (tmp_path / "a" / INDEX).write_text(content)
