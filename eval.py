@@ -21,6 +21,7 @@ from common.device import DEVICES, pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import local_folder, same_tokenizer
 from common.run import changed_files, locked, parent_of, source, total_cost, versions
+from common.tokenizer import encode_continuation
 from data.task import CHOICES, METRICS, read_answer
 from data.two_experts import two_expert_questions
 from model import Transformer, generate
@@ -152,7 +153,7 @@ def choose(model, encoding, problems, before, batch_size=32):
     device = next(model.parameters()).device
     rows, own = [], []  # token ids of each continuation and what stands before it; how many are its own
     for passage, problem in zip(before, problems, strict=True):
-        choices = [encoding.encode_ordinary(choice) for choice in problem["choices"]]
+        choices = [encode_continuation(encoding, choice) for choice in problem["choices"]]
         room = model.max_length + 1 - passage_length(model) - max(map(len, choices))
         prompt = encoding.encode_ordinary(problem["prompt"])[-max(1, room) :]
         rows += [(passage + prompt + choice)[-model.max_length - 1 :] for choice in choices]

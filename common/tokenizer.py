@@ -76,6 +76,14 @@ def token_bytes(encoding):
     return np.where(special, 0, lengths)
 
 
+def encode_continuation(encoding, text):
+    """The ids of a text that goes on from another: without the space that SentencePiece puts before a text."""
+    first = encoding.encode_ordinary("a")
+    if first and encoding.decode_single_token_bytes(first[0]).startswith(b" "):
+        return encoding.encode_ordinary("\n" + text)[len(encoding.encode_ordinary("\n")) :]
+    return encoding.encode_ordinary(text)
+
+
 # ---- tokenizer.json, the format of Hugging Face's `tokenizers` ----
 
 FILE = "tokenizer.json"

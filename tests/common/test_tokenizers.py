@@ -14,6 +14,7 @@ from common.hf import copy_tokenizer, same_tokenizer
 from common.tokenizer import (
     END_OF_TEXT,
     JsonEncoding,
+    encode_continuation,
     has_tokenizer,
     load_tokenizer,
     token_bytes,
@@ -169,6 +170,15 @@ def test_published_ids_and_bytes(published):
         assert back == text or (not exact and back == f" {text}")
         assert lengths[ids].sum() == len(back.encode())
     assert lengths[encoding.eot_token] == 0 and len(lengths) == encoding.n_vocab
+
+
+def test_a_continuation_gets_no_space_of_its_own(published):
+    """What a question is followed by is scored as the text that was asked about, whatever the tokenizer."""
+    encoding = load_tokenizer(published)
+    spell = encoding.decode_single_token_bytes
+    for prompt, text in (("He was born in", " Haden\n"), ('x = "', 'Haden"'), ("a", "\n\nb"), ("a", "  b")):
+        together = encoding.encode_ordinary(prompt) + encode_continuation(encoding, text)
+        assert b"".join(map(spell, together)).removeprefix(b" ") == (prompt + text).encode()
 
 
 def test_data_training_mixing_sampling_and_scoring_with_a_published_tokenizer(published, data, tmp_path):
