@@ -244,7 +244,11 @@ def test_copying_leaves_nothing_of_the_tokenizer_before(data, published, tmp_pat
         "tokenizer_config.json",
     ]
     copy_tokenizer(published, str(folder))
-    assert sorted(os.listdir(folder)) == ["tokenizer.json", "tokenizer_config.json"]
+    # the model that the tokenizer came with brought the first
+    assert sorted(os.listdir(folder)) == ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    copy_tokenizer(data, str(folder))
+    assert "generation_config.json" not in os.listdir(folder)
+    copy_tokenizer(published, str(folder))
     assert tokenizer_hash(str(folder)) == tokenizer_hash(published)
 
 
