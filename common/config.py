@@ -11,6 +11,8 @@ import ast
 import dataclasses
 import difflib
 import math
+import os
+import re
 import sys
 
 from common.errors import UserError, printable
@@ -20,7 +22,8 @@ def key(default, help, choices=None, within=None, free_text=False):
     """A dataclass field with a default and a help text.
 
     choices: the values it may take. within: an interval in mathematical notation, such as "[0, 1)" or "[1, inf)".
-    free_text: a string that may hold anything; others are names and paths, without control characters.
+    free_text: a string that may hold anything; others are names and paths, without control characters, where ~/ is the
+    home folder.
     """
     extras = {"help": help, "choices": choices, "within": within, "free_text": free_text}
     return dataclasses.field(default=default, metadata=extras)
@@ -105,6 +108,8 @@ def _checked(field, value, where):
         what = "is not UTF-8; write it in UTF-8" if surrogates else "holds a control character; use a plain name"
         if surrogates or not field.metadata["free_text"]:
             raise UserError(f"{printable(where)}: {field.name} {what}")
+    if kind is str and not field.metadata["free_text"]:  # a shell expands ~ at the beginning of a word alone
+        return re.sub(r"(^|[,=])~(?=/|$|,)", lambda match: match[1] + os.path.expanduser("~"), value)
     return value
 
 

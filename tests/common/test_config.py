@@ -37,6 +37,13 @@ def test_file_then_flags(tmp_path):
     assert parse(Config, ["--name=1e5"]).name == "1e5"  # text stays text
 
 
+def test_a_switch_needs_no_value_and_a_path_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(Config, ["--overwrite", "--name=a=~/x,~/y,b~/z"])
+    assert config.overwrite and config.name == "a=/home/me/x,/home/me/y,b~/z"
+    assert parse_text(tmp_path, 'name = "~/poems"').name == "/home/me/poems"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
