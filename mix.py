@@ -439,6 +439,7 @@ def print_plan(folders, plan):
 def main():
     config = parse(MixConfig)
     folders = [local_folder(name) for name in split_list(config.experts)]
+    config = dataclasses.replace(config, experts=",".join(folders))  # a slash at the end makes no other mixture
     check_options(config, folders)
     recipe = make_recipe(config, folders)
     if config.dry_run:

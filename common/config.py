@@ -15,7 +15,7 @@ import os
 import re
 import sys
 
-from common.errors import UserError, printable
+from common.errors import UserError, plain_path, printable
 
 
 def key(default, help, choices=None, within=None, free_text=False):
@@ -109,7 +109,8 @@ def _checked(field, value, where):
         if surrogates or not field.metadata["free_text"]:
             raise UserError(f"{printable(where)}: {field.name} {what}")
     if kind is str and not field.metadata["free_text"]:  # a shell expands ~ at the beginning of a word alone
-        return re.sub(r"(^|[,=])~(?=/|$|,)", lambda match: match[1] + os.path.expanduser("~"), value)
+        value = re.sub(r"(^|[,=])~(?=/|$|,)", lambda match: match[1] + os.path.expanduser("~"), value)
+        value = plain_path(value) if field.name.endswith("_dir") else value  # so that a slash makes no other run
     return value
 
 

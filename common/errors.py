@@ -61,6 +61,12 @@ def _end(error):
 # ---- files ----
 
 
+def plain_path(path):
+    """A path without what makes no difference: "./out/seed/" -> "out/seed"; from here where it is below."""
+    here = os.getcwd() + os.sep
+    return os.path.normpath(path.removeprefix(here)) if path else path
+
+
 def read_json(path, remedy):
     """Read a JSON file, or raise UserError with the remedy when it is missing or damaged."""
     try:

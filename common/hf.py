@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.errors import UserError, atomic_file, read_json, write_atomically, write_json
+from common.errors import UserError, atomic_file, plain_path, read_json, write_atomically, write_json
 from common.tokenizer import has_tokenizer, tokenizer_hash
 
 # ---- config.json ----
@@ -507,6 +507,7 @@ class WeightFiles:
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
+        self.dtype = None  # the narrowest that holds all tensors
         self.places = {}  # {our name: (path, name on disk, slice)}
         stored, misfit = list_tensors(folder), f"{folder} does not fit its config.json: it"
         names = plain_names(stored)
@@ -528,6 +529,8 @@ class WeightFiles:
                 raise UserError(f"{folder}: {name} is stored as {dtype}; model.py reads {kinds}")
             self.places[ours] = path, names[name], part
             used.add(name)
+            kind = next(one for one, text in SAFETENSORS_DTYPES.items() if text == dtype)
+            self.dtype = torch.promote_types(self.dtype or kind, kind)
         unknown = [name for name in names.keys() - used if not name.endswith("rotary_emb.inv_freq")]
         if unknown:
             raise UserError(f"{misfit} has an unknown tensor {min(unknown)}; use the folder as it was written")
@@ -536,10 +539,6 @@ class WeightFiles:
             if not self["lm_head.weight"].float().equal(self["model.embed_tokens.weight"].float()):
                 says = "config.json says tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight"
                 raise UserError(f"{folder}: {says}; transformers would use it: set tie_word_embeddings to false")
-
-    @property
-    def dtype(self):
-        return self["model.norm.weight"].dtype
 
     def __getitem__(self, name):
         path, stored, part = self.places[name]
@@ -609,7 +608,7 @@ DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer.model", "mer
 
 def local_folder(name):
     """The folder that `name` stands for: itself, or the download of hf:OWNER/NAME or hf:OWNER/NAME@REVISION."""
-    return download(name) if name.startswith("hf:") else name
+    return download(name) if name.startswith("hf:") else plain_path(name)
 
 
 def download(name):

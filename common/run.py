@@ -132,8 +132,13 @@ def parent_of(folder):
 
 
 def history_of(folders):
-    """The runs behind some checkpoints, {folder: cost}; a run behind several of them counts once."""
-    return {name: cost for folder in folders for name, cost in parent_of(folder)[1].items()}
+    """The runs behind some checkpoints, {folder: cost}. A run behind several of them counts once, two runs that were
+    made in folders of one name count twice."""
+    found = {}
+    for name, cost in [run for folder in folders for run in parent_of(folder)[1].items()]:
+        while found.setdefault(name, cost) != cost:
+            name += "'"
+    return found
 
 
 def total_cost(history):

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import torch
-from helpers import SHORT, error_line, must, read, run, weights
+from helpers import SHORT, TOKENS, error_line, must, read, run, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -170,3 +170,33 @@ def test_nothing_is_rounded_where_dtypes_differ(tmp_path):
     mixed, name = weights(tmp_path / "mixed"), "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     assert mixed[name].dtype == np.float32
     assert (mixed[name] == weights(full)["model.layers.0.mlp.gate_proj.weight"]).all()
+
+
+def test_one_tensor_in_a_narrow_dtype_rounds_no_other(tmp_path):
+    one = llama(tmp_path / "one")
+    tensors = load_file(f"{one}/model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
+    save_file(tensors, f"{one}/model.safetensors", {"format": "pt"})
+    must(mix(one, one, out_dir=tmp_path / "mixed"))
+    mixed = load_file(tmp_path / "mixed" / "model.safetensors")
+    assert mixed["model.embed_tokens.weight"].equal(tensors["model.embed_tokens.weight"])
+
+
+def test_another_spelling_of_a_path_is_the_same_mixture(tmp_path, monkeypatch):
+    one = llama(tmp_path / "one")
+    must(mix(one, one, out_dir=tmp_path / "mixed"))
+    monkeypatch.chdir(tmp_path)
+    must(mix("one/", f"./{os.path.basename(one)}", out_dir="mixed2/"))
+    assert "nothing to do" in must(mix(one, "one", out_dir="./mixed2")).out
+
+
+def test_two_runs_in_folders_of_one_name_cost_twice(tmp_path, experts):
+    """As when each was trained on its own machine, and moved: their run.json say the same folder."""
+    for name, folder in zip(("one", "two"), experts, strict=True):
+        shutil.copytree(folder, tmp_path / name)
+        record = json.loads(read(tmp_path / name / "run.json"))
+        record["history"]["run"] = record["history"].pop(folder)
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    must(mix(str(tmp_path / "one"), str(tmp_path / "two"), out_dir=tmp_path / "mixed"))
+    costs = json.loads(read(tmp_path / "mixed" / "run.json"))["history"].values()
+    assert sum(cost["tokens"] for cost in costs) == 3 * TOKENS
