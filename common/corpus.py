@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from common.tokenizer import load_tokenizer, token_bytes
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
 HELD_OUT_SHARE = 0.05  # of all text, for each split of HELD_OUT
+NAME = r"[\w-]+"  # of a domain
+DTYPES = ("uint16", "uint32")  # of token ids
+QUESTION = {"prompt", "answer", "choices"}  # what a row of a task has
 REMEDY = "prepare the domain again with --overwrite=True"
 
 
@@ -49,12 +53,22 @@ class Corpus:
     def __init__(self, folder, only="all"):
         self.folder = folder
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        names = [name for name in names if re.fullmatch(NAME, name)]  # "rain copy" and .ipynb_checkpoints are none
         self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
         if not self.domains:
             raise UserError(f"{folder} holds no data; prepare it first: python -m data.prepare --out_dir={folder}")
         if only != "all":
             self.domains = sorted(self.mixture(only))
-        self.metas = {name: read_json(os.path.join(folder, name, "meta.json"), REMEDY) for name in self.domains}
+        self.metas = {name: self.read_meta(name) for name in self.domains}
+
+    def read_meta(self, name):
+        """meta.json of a domain."""
+        path = os.path.join(self.folder, name, "meta.json")
+        meta = read_json(path, REMEDY)
+        whole = isinstance(meta, dict) and {"content_hash", "tokenizer_hash", *SPLITS} <= meta.keys()
+        if not whole or meta.get("dtype") not in DTYPES:
+            raise UserError(f"{path} is no meta.json of this project; {REMEDY}")
+        return meta
 
     @functools.cached_property
     def encoding(self):
@@ -97,6 +111,8 @@ class Corpus:
             tokens = np.memmap(path, dtype=np.dtype(self.metas[domain]["dtype"]), mode="r")
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
+        if len(tokens) != (count := self.metas[domain][split]["tokens"]):
+            raise UserError(f"{path} has {len(tokens)} tokens, meta.json beside it says {count}; copy the folder again")
         if len(tokens) <= length:
             raise UserError(
                 f"{path} has {len(tokens)} tokens, a sequence needs {length + 1}; add text or shorten --sequence_length"
@@ -140,9 +156,12 @@ class Corpus:
         path = os.path.join(self.folder, domain, f"task-{split}.jsonl")
         try:
             with open(path, encoding="utf-8") as file:
-                return [json.loads(line) for line in file][:count]
+                rows = [json.loads(line) for line in file]
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
+        if not rows or not all(isinstance(row, dict) and row.keys() >= QUESTION for row in rows):
+            raise UserError(f"{path} lacks questions, or a question lacks {', '.join(sorted(QUESTION))}; {REMEDY}")
+        return rows[:count]
 
 
 class Batches:

@@ -131,8 +131,7 @@ def read_config(folder):
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind not in list(DEFAULTS):
         raise UserError(f"{path}: model_type {kind!r} is none that model.py reads: {', '.join(DEFAULTS)}")
-    check_agrees(path, found)
-    found = {**DEFAULTS[kind], **found}
+    written, found = found, {**DEFAULTS[kind], **found}
     found["qk_norm"] = kind.startswith("qwen3") or bool(found.get("qk_norm"))
     if kind == "qwen3_moe":
         found["intermediate_size"] = found.get("moe_intermediate_size")
@@ -151,6 +150,7 @@ def read_config(folder):
     for name in ("rope_theta", "rms_norm_eps"):
         if not is_positive(found.get(name, 1.0)):
             raise UserError(f"{path}: {name} must be a positive number, it is {found[name]!r}")
+    check_agrees(path, written)
     if kind not in MIXTURES:
         found = {name: value for name, value in found.items() if name not in MIXTURE_KEYS[1:]}
     for name, kinds in KINDS.items():

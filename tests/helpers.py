@@ -192,6 +192,12 @@ def same_bits(a, b):
         assert read(os.path.join(a, name)) == read(os.path.join(b, name)), name
 
 
+def meta_of(size):
+    """What meta.json says of a domain whose splits have `size` tokens each."""
+    splits = {split: {"tokens": size} for split in ("train", "val", "test")}
+    return {"dtype": "uint16", "content_hash": "", "tokenizer_hash": "", **splits}
+
+
 def tokens_of(data, domain, split):
     """The tokens of a domain's split, read without the project's loader."""
     meta = read_json(os.path.join(data, domain, "meta.json"))

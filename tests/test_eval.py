@@ -14,6 +14,7 @@ from helpers import (
     TOKENS,
     error_line,
     finish_process,
+    meta_of,
     must,
     read,
     read_json,
@@ -230,7 +231,7 @@ def counting(tmp_path):
             folder = tmp_path / name
             folder.mkdir()
             np.arange(TEXTS[name], TEXTS[name] + size, dtype="uint16").tofile(folder / "test.bin")
-            (folder / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
+            (folder / "meta.json").write_text(json.dumps(meta_of(size)))
         return Corpus(str(tmp_path))
 
     return make

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHAPE, SHORT, TOKENS, must, read_json, read_log, run, same_bits, weights
+from helpers import ROOT, SHAPE, SHORT, TOKENS, meta_of, must, read_json, read_log, run, same_bits, weights
 from test_routing import random_model, shape
 
 from common.config import parse
@@ -59,7 +59,7 @@ def numbers(tmp_path):
         np.array(tokens, dtype="uint16").tofile(folder / "train.bin")
         np.array(tokens, dtype="uint16").tofile(folder / "val.bin")
         np.array(tokens[::-1], dtype="uint16").tofile(folder / "test.bin")
-        (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "test": {}}))
+        (folder / "meta.json").write_text(json.dumps(meta_of(len(tokens))))
     return Corpus(str(tmp_path))
 
 

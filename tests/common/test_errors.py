@@ -13,6 +13,7 @@ from helpers import ROOT, SHAPE, SHORT, error_line, must, read, read_json, run, 
 from safetensors.torch import load_file, save_file
 
 from common import errors
+from common.corpus import Corpus
 from model import ModelConfig, Transformer
 
 
@@ -132,7 +133,6 @@ def test_a_tensor_that_is_missing_or_unknown(copy, data, tmp_path):
     "change",
     [
         {"hidden_size": 48},
-        {"intermediate_size": 56},
         {"num_hidden_layers": 3},
         {"num_key_value_heads": 4},
         {"vocab_size": 328},
@@ -194,18 +194,56 @@ def test_a_sequence_longer_than_the_model(seed, data, tmp_path):
     assert "--sequence_length=256" in message and "128" in message
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+BROKEN_DATA = {  # the file: (what happens to it, what is said)
+    "train.bin": (cut, "train.bin has"),
+    "val.bin": (cut, "copy the folder again"),
+    "meta.json": (lambda path: path.write_text("{}"), "meta.json is no meta.json of this project"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_DATA)
+def test_a_data_folder_that_was_copied_in_part(name, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    change, words = BROKEN_DATA[name]
+    change(tmp_path / "data" / "rain" / name)
+    flags = *SHAPE, *SHORT, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run"
+    assert words in error_line(run("train.py", *flags))
+
+
+def test_a_task_that_lacks_its_questions(seed, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for content in ("", '{"prompt": "1 + 1?"}\n'):
+        (tmp_path / "data" / "math" / "task-test.jsonl").write_text(content)
+        flags = f"--model={seed}", f"--data_dir={tmp_path}/data", "--sequence_length=32", f"--out_dir={tmp_path}/report"
+        done = run("eval.py", *flags)
+        assert "lacks questions, or a question lacks answer, choices, prompt" in error_line(done)
+
+
+def test_a_copy_of_a_domain_is_no_domain(data, tmp_path):
+    for name in ("data", "data/rain copy", "data/.ipynb_checkpoints"):
+        shutil.copytree(f"{data}/rain" if "/" in name else data, tmp_path / name)
+    assert Corpus(str(tmp_path / "data")).domains == ["math", "rain"]
+
+
 def test_a_domain_with_too_few_tokens(data, seed, tmp_path):
     few = shutil.copytree(data, tmp_path / "data")
     for split in ("train", "val"):
         path = few / "rain" / f"{split}.bin"
         whole = read(path)
         path.write_bytes(whole[: 2 * 32])  # one token short of a window
+        meta = read_json(few / "rain" / "meta.json")
+        meta[split]["tokens"] = 32
+        (few / "rain" / "meta.json").write_text(json.dumps(meta))
         flags = *SHORT, f"--data_dir={few}", f"--init_from={seed}", f"--out_dir={tmp_path}/out"
         message = error_line(run("train.py", *flags))
         assert f"rain/{split}.bin has 32 tokens" in message and "shorten --sequence_length" in message
         path.write_bytes(b"")
         assert f"rain/{split}.bin" in error_line(run("train.py", *flags))
-        path.write_bytes(whole)
+        shutil.copytree(data, few, dirs_exist_ok=True)
 
 
 def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
@@ -214,7 +252,6 @@ def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
     for command, words in (
         ([*train, "--num_attention_heads=5"], "hidden_size must be"),
         ([*train, "--num_key_value_heads=3"], "multiple of num_key_value_heads"),
-        ([*train, "--intermediate_size=50"], "multiples of 8"),
         ([*train, "--batch_size=6"], "--batch_size=6 is no multiple of --micro_batch_size=4"),
         (finetune, "--init_from is empty"),
         ([*finetune, f"--init_from={seed}"], "is a dense model"),
