@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 
 import regex
+from tqdm import tqdm
 
 from common.errors import UserError, write_atomically, write_json
 from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, content_hash
@@ -20,6 +21,9 @@ from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, conte
 # around it; a word, with the one space, dot or underscore before it; a single digit, so that numbers
 # always look the same; a run of punctuation; any other space, leaving the last one to the next word.
 PATTERN = r"\s*\n\s*|[ ._]?\p{L}+|[0-9]| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s"
+LONG = 20  # characters: of pieces that are longer
+LONG_CHARACTERS = 60_000  # so many characters are counted in all,
+ENDLESS = 1000  # and pieces longer than this in parts
 
 
 def _merge(symbols, target):
@@ -31,6 +35,23 @@ def _merge(symbols, target):
         else:
             merged.append(symbol)
     return merged
+
+
+def countable(frequency):
+    """{piece: how often it occurs} without too many long ones. Each merge counts a piece anew as a whole, and text
+    without spaces, such as DNA, is nothing but long pieces that occur once."""
+    found, room = Counter(), LONG_CHARACTERS
+    for piece, count in frequency.items():
+        if len(piece) > LONG:
+            room -= len(piece)
+            if room + len(piece) <= 0:
+                continue
+        parts = [piece]
+        if len(piece) > ENDLESS:
+            parts = [piece[start : start + LONG] for start in range(0, min(len(piece), LONG_CHARACTERS), LONG)]
+        for part in parts:
+            found[part] += count
+    return found
 
 
 def train_bpe(texts, vocab_size):
@@ -46,6 +67,7 @@ def train_bpe(texts, vocab_size):
     frequency = Counter()
     for text in texts:
         frequency.update(regex.findall(PATTERN, text))
+    frequency = countable(frequency)
     words = [[bytes([byte]) for byte in word.encode()] for word in frequency]
     frequency = list(frequency.values())
 
@@ -66,6 +88,7 @@ def train_bpe(texts, vocab_size):
     heapq.heapify(heap)
 
     ranks = {bytes([byte]): byte for byte in range(256)}
+    bar = tqdm(total=vocab_size - 1 - len(ranks), desc="merges of the tokenizer", leave=False, disable=None)
     while len(ranks) < vocab_size - 1:
         if not heap:
             raise UserError(
@@ -75,6 +98,7 @@ def train_bpe(texts, vocab_size):
         if -count != counts[target] or not count:
             continue  # the count has changed since; a newer entry is in the heap
         ranks.setdefault(target, len(ranks))
+        bar.update()
         changed = set()
         for index in places.pop(target):
             changed.update(count_pairs(index, -1))
@@ -82,6 +106,7 @@ def train_bpe(texts, vocab_size):
             changed.update(count_pairs(index, +1))
         for pair in changed:
             heapq.heappush(heap, (-counts[pair], pair))
+    bar.close()
     return ranks
 
 

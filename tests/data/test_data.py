@@ -1,6 +1,7 @@
 """Data preparation: the tokenizer against a recount from scratch, the splits, the math, and every error line."""
 
 import ast
+import glob
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 import types
 from collections import Counter
 
@@ -98,6 +100,25 @@ def test_bpe_equals_a_recount():
     assert sorted(ranks.values()) == list(range(399))
     whole = train_bpe([text], 400)
     assert list(whole) == recounted_bpe(text, 400)
+
+
+def test_text_without_spaces_takes_no_longer():
+    """Lines of 50,000 letters, and short ones of a small alphabet, which once took minutes and hours: they take less
+    time than a megabyte of ordinary text, whose merges they leave alone but for a few."""
+    draw = random.Random(1)
+    paths = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), "*.py")))
+    ordinary = "".join(open(path, encoding="utf-8").read() for path in paths)[:1_000_000]  # noqa: SIM115
+    endless = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=50_000)) for _ in range(4)]
+    dna = "\n".join("".join(draw.choices("ACGT", k=70)) for _ in range(3_000))
+    times, ranks = [], []
+    for texts in ([ordinary], [ordinary, *endless, dna]):
+        start = time.process_time()
+        ranks.append(train_bpe(texts, 512))
+        times.append(time.process_time() - start)
+    assert times[1] < 2 * times[0], times
+    assert len(ranks[0].keys() & ranks[1].keys()) > 450
+    encoding = tiktoken.Encoding("test", pat_str=PATTERN, mergeable_ranks=ranks[1], special_tokens={END_OF_TEXT: 511})
+    assert encoding.decode(encoding.encode(endless[0])) == endless[0]
 
 
 def test_bpe_pieces_are_what_tiktoken_makes():
