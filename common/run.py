@@ -301,8 +301,10 @@ class Run:
             self.begin()
             return 0
         self.log, self.shards = state["log"], state["shards"]
+        from common.device import widest_float
+
         device = next(model.parameters()).device
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: value.to(device, widest_float(device)) for name, value in state["sums"].items()}
         self.started -= state["seconds"]
         if self.first:  # a line that was written after the state is not part of it
             write_atomically(os.path.join(self.folder, LOG), self.log)

@@ -20,11 +20,11 @@ import sys
 import threading
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import Corpus
+from common.device import gpu_count
 from common.errors import UserError, command
 from common.hf import local_folder
 from eval import EvalConfig
@@ -164,7 +164,7 @@ def follow(process, log, show, say):
 def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
     """Run jobs, each as soon as those it needs are done, `slots` at a time, the first in the list first. One thread
     each where several run; a job alone takes all cores. UserError when some failed, after the others have ended."""
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     slots = slots or (1 if launch else gpus or os.cpu_count() or 1)
     waiting, running, done, failed = list(jobs), {}, set(), {}
     names = {job.name for job in jobs}
