@@ -197,7 +197,7 @@ class Entry(NamedTuple):
 
 def checkpoint_entry(model):
     """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name."""
-    name, equals, folder = ("", "", model) if os.path.isdir(model) else model.rpartition("=")  # a path may have a =
+    name, equals, folder = ("", "", model) if os.path.isdir(model) else model.partition("=")  # a path may have a =
     name = name if equals else model.removeprefix("hf:")
     folder = local_folder(folder)
     identity, history = parent_of(folder)
@@ -296,6 +296,9 @@ def evaluate(config, corpus, entries):
         raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
     device = pick_device(config.device, config.threads)
     path = os.path.join(config.out_dir, "results.json")
+    with locked(config.out_dir, wait=True):  # a place where nothing can be written is told now, not after hours
+        if not os.access(config.out_dir, os.W_OK):
+            raise UserError(f"{config.out_dir} is read-only; choose another --out_dir")
     keep = not config.overwrite  # until the first new row replaces what is there
     rows = {row["name"]: row for row in results_so_far(path, corpus, config, keep)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
