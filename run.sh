@@ -34,7 +34,7 @@ size=${1:-cpu} task=${2:-}
 domains=${DOMAINS:-code math wiki}
 config=config/$size
 random_seed=${SEED:-1}
-published="" generalist="" mixture="" unread="" rivals=True report=True
+published="" generalist="" mixture="" unread="" rivals="" report=True
 names_of() { printf '%s\n' "${@%%=*}" | paste -sd, -; }
 case $task in
     "" | quick | chain | ablate | compare | regime) ;;
@@ -72,7 +72,7 @@ esac
 # seed, branches, mixture and finetuning; dense training and upcycling beside them; scores and the report
 "$python" -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
     --generalist="$generalist" --mixture="$mixture" --unread="${unread:+$(names_of $unread)}" --tokens="${TOKENS:-0}" \
-    --rivals=$rivals --report=$report
+    ${rivals:+--rivals=$rivals} --report=$report
 if [ "$task" = ablate ]; then
     "$python" -m study.ablate "${settings[@]}" --out_dir="$out"
     "$python" -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \
