@@ -25,6 +25,7 @@ from common.tokenizer import encode_continuation
 from data.task import CHOICES, METRICS, read_answer
 from data.two_experts import two_expert_questions
 from model import Transformer, generate
+from sample import end_tokens, unknown_ids
 from train import validation_scores
 
 GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
@@ -43,7 +44,7 @@ class ReadingConfig:
     split: str = key("test", "held-out text and problems to read: val for searching, test for reporting", HELD_OUT)
     sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(128, "windows per domain", within="[1, inf)")
-    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
+    device: str = key("auto", "where to compute; auto is cuda or mps where there is one", DEVICES)
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
@@ -100,13 +101,15 @@ def written_answers(model, encoding, problems, marker, max_new_tokens):
     room = model.max_length - new_tokens
     if room < 1:
         raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
-    stop = {encoding.eot_token} if marker else {encoding.eot_token, *line_ends}
+    ends = end_tokens(encoding, model.config.eos_token_id)
+    stop = ends if marker else ends | line_ends
+    unknown = unknown_ids(encoding, model.config.vocab_size)
     prompts = [encoding.encode_ordinary(problem["prompt"])[-room:] for problem in problems]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(prompts), GENERATED_ROWS):
         chosen = by_length[start : start + GENERATED_ROWS]
-        texts = map(encoding.decode, generate(model, [prompts[i] for i in chosen], new_tokens, stop))
+        texts = map(encoding.decode, generate(model, [prompts[i] for i in chosen], new_tokens, stop, unknown=unknown))
         for i, text in zip(chosen, texts, strict=True):
             answers[i] = read_answer(text, marker)
     return answers
@@ -195,7 +198,7 @@ class Entry(NamedTuple):
 
 def checkpoint_entry(model):
     """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name."""
-    name, equals, folder = ("", "", model) if os.path.isdir(model) else model.rpartition("=")  # a path may have a =
+    name, equals, folder = ("", "", model) if os.path.isdir(model) else model.partition("=")  # a path may have a =
     name = name if equals else model.removeprefix("hf:")
     folder = local_folder(folder)
     identity, history = parent_of(folder)
@@ -279,14 +282,12 @@ def results_so_far(path, corpus, config, keep):
 
 
 def check_fits(entry, model, corpus, config):
-    """Raise UserError unless the model takes the windows and knows the tokens."""
+    """Raise UserError unless the model takes the windows and knows the tokens that occur."""
     if config.sequence_length > model.max_length:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than {entry.name} takes: {model.max_length}"
         )
-    if corpus.encoding.n_vocab > model.config.vocab_size:
-        has = f"{model.config.vocab_size} entries, the tokenizer of {corpus.folder} {corpus.encoding.n_vocab}"
-        raise UserError(f"{entry.name} knows {has}; evaluate it on data in its own vocabulary")
+    corpus.check_vocabulary(entry.name, model.config.vocab_size)
 
 
 def evaluate(config, corpus, entries):
@@ -296,6 +297,9 @@ def evaluate(config, corpus, entries):
         raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
     device = pick_device(config.device, config.threads)
     path = os.path.join(config.out_dir, "results.json")
+    with locked(config.out_dir, wait=True):  # a place where nothing can be written is told now, not after hours
+        if not os.access(config.out_dir, os.W_OK):
+            raise UserError(f"{config.out_dir} is read-only; choose another --out_dir")
     keep = not config.overwrite  # until the first new row replaces what is there
     rows = {row["name"]: row for row in results_so_far(path, corpus, config, keep)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]

@@ -341,6 +341,17 @@ def router_z_loss(logits):
 
 # ---- the mixture of experts: N feed-forward networks in the place of one ----
 
+LOOP_ON = ("mps",)  # kinds of device where experts take turns
+
+
+def grouped_mm(x, weights, ends):
+    """Multiply each expert's rows by its own matrix. x: (R, I), sorted by expert; weights: (E, I, O); ends: (E,) int32,
+    expert e owns rows ends[e - 1] to ends[e]. Returns (R, O)."""
+    if x.device.type not in LOOP_ON:
+        return F.grouped_mm(x, weights, offs=ends)
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([rows @ weight for rows, weight in zip(x.split(sizes), weights, strict=True)])
+
 
 class Experts(nn.Module):
     """E feed-forward networks, stacked: w1 is `gate_proj`, w3 `up_proj`, w2 `down_proj` (Mixtral's names)."""
@@ -353,13 +364,12 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(E, F_, D))
 
     def forward(self, x, ends):
-        """x: (R, D), sorted by expert. ends: (E,) int32; expert e owns rows ends[e - 1] to ends[e], and grouped_mm
-        multiplies each such block by its own matrix. Returns (R, D)."""
+        """x: (R, D), sorted by expert. ends: (E,) int32, where each expert's rows end. Returns (R, D)."""
         w1 = self.w1.to(x.dtype).transpose(1, 2)  # (E, D, F)
         w2 = self.w2.to(x.dtype).transpose(1, 2)  # (E, F, D)
         w3 = self.w3.to(x.dtype).transpose(1, 2)  # (E, D, F)
-        h = F.silu(F.grouped_mm(x, w1, offs=ends)) * F.grouped_mm(x, w3, offs=ends)  # (R, F)
-        return F.grouped_mm(h, w2, offs=ends)  # (R, D)
+        h = F.silu(grouped_mm(x, w1, ends)) * grouped_mm(x, w3, ends)  # (R, F)
+        return grouped_mm(h, w2, ends)  # (R, D)
 
 
 class MoE(nn.Module):
@@ -604,11 +614,12 @@ class LayerCache:
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, generator=None):
+def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, generator=None, unknown=()):
     """Continue each prompt (a list of token ids) until one of the ids in `stop`; return the new ids, a list per prompt.
 
     All sequences advance together, one position per step, from the end of the shortest prompt; a longer prompt's own
     tokens take precedence over sampled ones, so no padding is needed. temperature 0 is greedy; top_k 0 is no limit.
+    unknown: a list of ids that are never chosen, such as rows that the model has and the tokenizer has not.
     model: anything with `new_cache` and the forward pass of Transformer.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -617,9 +628,12 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, 
     cache = model.new_cache(len(prompts), total)
     sequences = [list(prompt) for prompt in prompts]
     done = [False] * len(prompts)
+    barred = torch.tensor(unknown, dtype=torch.long, device=device)
     ids = torch.tensor([prompt[: min(lengths)] for prompt in prompts], device=device)  # (B, T)
     for position in range(min(lengths), total):
         logits = model(ids, cache=cache).logits[:, -1].float()  # (B, V)
+        if unknown:
+            logits[:, barred] = -math.inf
         if temperature > 0:
             logits = logits / temperature
             if top_k:

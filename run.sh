@@ -34,13 +34,14 @@ size=${1:-cpu} task=${2:-}
 domains=${DOMAINS:-code math wiki}
 config=config/$size
 random_seed=${SEED:-1}
-published="" generalist="" mixture="" unread="" rivals=()
+published="" generalist="" mixture="" unread="" rivals="" report=True
 names_of() { printf '%s\n' "${@%%=*}" | paste -sd, -; }
 case $task in
     "" | quick | chain | ablate | compare | regime) ;;
     *) echo "error: '$task' is no task; choose quick, chain, ablate, compare or regime" >&2; exit 2 ;;
 esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
+[ -n "${domains// /}" ] || { echo "error: DOMAINS is blank; name some, or leave it out" >&2; exit 2; }
 if [ -e "$config/published.sh" ]; then source "$config/published.sh"; fi  # sets the first four, and $domains
 all=$(names_of $domains)  # these domains and no others that the data folder may hold
 out=out/$size
@@ -51,30 +52,29 @@ source setup.sh
 # data: text, tokenizer, token files
 if [ -n "$published" ]; then
     for domain in $domains $unread; do
-        $python -m data.public "$config/data.py" ${TOKENS:+--tokens="$TOKENS"} ${DATA:+--out_dir="$DATA"} \
+        "$python" -m data.public "$config/data.py" ${TOKENS:+--tokens="$TOKENS"} ${DATA:+--out_dir="$DATA"} \
             --source="${domain#*=}" --domain="${domain%%=*}" --tokenizer="$published"
     done
 else
-    $python -m data.prepare "$config/data.py" --domains="${domains// /,}" ${DATA:+--out_dir="$DATA"}
+    "$python" -m data.prepare "$config/data.py" --domains="${domains// /,}" ${DATA:+--out_dir="$DATA"}
 fi
 
 settings=(--size="$size" --domains="$all" --data_dir="${DATA:-}" --flags="${FLAGS:-}" --launch="${LAUNCH:-}" --jobs="${JOBS:-0}")
 settings+=(--seed_flags="${SEED_FLAGS:-}" --expert_flags="${EXPERT_FLAGS:-}" --finetune_flags="${FINETUNE_FLAGS:-}")
 case $task in
-    compare) exec $python -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" \
+    compare) exec "$python" -m study.compare "${settings[@]}" --out_dir="${OUT:-out/$size}" \
         ${SEEDS:+--seeds="$(echo $SEEDS | tr ' ' ,)"} ;;
-    regime) exec $python -m study.regime "${settings[@]}" --out_dir="${OUT:-out/$size}" ;;
-    quick) rivals=(--rivals=False) ;;
+    regime) exec "$python" -m study.regime "${settings[@]}" --out_dir="${OUT:-out/$size}" ;;
+    quick) rivals=False ;;
+    chain) report=False ;;
 esac
 
 # seed, branches, mixture and finetuning; dense training and upcycling beside them; scores and the report
-report=True
-[ "$task" != chain ] || report=False
-$python -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
+"$python" -m study.chain "${settings[@]}" --seed="$random_seed" --out_dir="$out" --published="$published" \
     --generalist="$generalist" --mixture="$mixture" --unread="${unread:+$(names_of $unread)}" --tokens="${TOKENS:-0}" \
-    "${rivals[@]}" --report=$report
+    ${rivals:+--rivals=$rivals} --report=$report
 if [ "$task" = ablate ]; then
-    $python -m study.ablate "${settings[@]}" --out_dir="$out"
-    $python -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \
+    "$python" -m study.ablate "${settings[@]}" --out_dir="$out"
+    "$python" -m study.route --model="$out/ablate/top-2-seed1,$out/ablate/balancing-seed1" --domains="$all" \
         --data_dir="${DATA:-out/$size/data}" --out_dir="$out/report/balancing"
 fi

@@ -4,14 +4,14 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source setup.sh
 if [ $# -gt 0 ]; then
-    exec $python -m pytest "$@"
+    exec "$python" -m pytest "$@"
 fi
 # all of them: two halves side by side, since a test takes one core
 printed=$(mktemp)
 trap 'rm -f "$printed"' EXIT
-$python -m pytest tests/common tests/study > "$printed" 2>&1 & other=$!
+"$python" -m pytest tests/common tests/study > "$printed" 2>&1 & other=$!
 failed=0
-$python -m pytest tests/data tests/test_*.py || failed=1
+"$python" -m pytest tests/data tests/test_*.py || failed=1
 wait $other || failed=1
 cat "$printed"
 exit $failed

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import Batches, Corpus
-from common.device import COMPILE, DEVICES, DTYPES, catch_signals, compiled, pick_device, pick_dtype, send
+from common.device import COMPILE, DEVICES, DTYPES, catch_signals, compiled, pick_device, pick_dtype, send, widest_float
 from common.errors import UserError, command
 from common.hf import group_of, local_folder, same_tokenizer
 from common.parallel import Processes
@@ -66,7 +66,7 @@ class TrainConfig:
     eval_windows: int = key(16, "validation windows per domain in those evaluations", within="[1, inf)")
     save_interval: int = key(200, "steps between two checkpoints", within="[1, inf)")
     # the machine
-    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
+    device: str = key("auto", "where to compute; auto is cuda or mps where there is one", DEVICES)
     dtype: str = key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPES)
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
     compile: str = key("auto", "torch.compile; auto is on CUDA, a CPU needs a C++ compiler and minutes", COMPILE)
@@ -159,11 +159,11 @@ def window_bits(model, inputs, targets, tokens=4096):
     used = None
     for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
         output = model(send(x, device), send(y, device))
-        nats.append(output.losses.double().sum(dim=1))
+        nats.append(output.losses.to(widest_float(device)).sum(dim=1))
         if output.gates is not None:
             count = (output.gates > 0).sum(dim=(1, 2))  # (L, E)
             used = count if used is None else used + count
-    return torch.cat(nats).cpu() / math.log(2), used
+    return torch.cat(nats).cpu().double() / math.log(2), used
 
 
 def bits_per_byte(model, inputs, targets, token_bytes):
@@ -201,12 +201,7 @@ def check_sizes(config, corpus, model, processes):
             f"--sequence_length={config.sequence_length} is longer than the model's "
             f"max_position_embeddings={model.max_length}; shorten it"
         )
-    entries = corpus.encoding.n_vocab
-    if entries > model.config.vocab_size:
-        raise UserError(
-            f"{corpus.folder} has a tokenizer of {entries} entries, the model's vocab_size is only "
-            f"{model.config.vocab_size}; prepare the data with the model's tokenizer"
-        )
+    corpus.check_vocabulary("the model", model.config.vocab_size)
     share, rest = divmod(config.batch_size, processes.world)
     if rest or share % min(share, config.micro_batch_size):
         raise UserError(
@@ -240,7 +235,8 @@ def train_step(config, step, model, optimizer, batches, processes):
     """
     parts = processes.micro_batches(config.batch_size, config.micro_batch_size)
     number = torch.full((), step, device=processes.device)
-    metrics = {}  # float64: sums over many steps stay exact
+    metrics = {}
+    precise = widest_float(processes.device)  # sums over many steps stay exact
     for start, stop in parts:
         if processes.world > 1:  # average gradients between processes on the last micro-batch only
             model.set_requires_all_reduce(stop == parts[-1][1])
@@ -251,8 +247,8 @@ def train_step(config, step, model, optimizer, batches, processes):
         # each micro-batch counts alike, so that the gradient is that of the whole batch's mean
         ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
-            metrics[name] = metrics.get(name, 0) + value.detach().double() / len(parts)
-    metrics["grad_norm"] = processes.clip_gradients(model, config.max_grad_norm).double()
+            metrics[name] = metrics.get(name, 0) + value.detach().to(precise) / len(parts)
+    metrics["grad_norm"] = processes.clip_gradients(model, config.max_grad_norm).to(precise)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step) * group["scale"]
     optimizer.step()
@@ -329,7 +325,7 @@ def train(config, make_model):
 
             # step
             metrics = train_step(config, step, compiled_model, optimizer, batches, processes)
-            metrics["stop"] = torch.full((), float(sum(signals)), dtype=torch.float64, device=device)
+            metrics["stop"] = torch.full_like(metrics["loss"], float(sum(signals)))
             metrics = processes.mean(metrics)  # with the signal: every process leaves at the same step
             summary = [metrics["loss"], metrics["grad_norm"], metrics.pop("stop")]
             loss, norm, stop = torch.stack(summary).tolist()  # the only place where the host waits for the device

@@ -104,6 +104,17 @@ class Corpus:
             raise UserError(f"--domain={text}: weights must be positive numbers, such as code:3,math:1")
         return {name: weight / total for name, weight in weights.items()}
 
+    def check_vocabulary(self, name, vocab_size):
+        """Raise UserError unless a model of so many ids knows all that occur in these domains. A tokenizer may have
+        more entries: a token that was added to it and that no text needs."""
+        if self.encoding.n_vocab <= vocab_size:
+            return
+        for domain in self.domains:
+            highest = max(int(self.tokens(domain, split, 0).max()) for split in SPLITS)
+            if highest >= vocab_size:
+                text = f"{domain} in {self.folder} holds token {highest}"
+                raise UserError(f"{text}, {name} has {vocab_size} entries; prepare the text with the model's tokenizer")
+
     def tokens(self, domain, split, length):
         """The token ids of one domain's split as a memory map, checked to hold at least one window of `length`."""
         path = os.path.join(self.folder, domain, f"{split}.bin")

@@ -8,23 +8,31 @@ import torch.distributed as dist
 
 from common.errors import UserError
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "bfloat16")
 COMPILE = ("auto", "on", "off")
 
 
 def pick_device(name, threads=0):
-    """The torch device for a config's `device`: under torchrun each process gets its own GPU."""
+    """The torch device for a config's `device`: under torchrun each process gets its own GPU. auto: cuda, or mps (a
+    Mac's GPU, for one process), or cpu."""
     if threads:
         torch.set_num_threads(threads)
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    has_mps = torch.backends.mps.is_available() and alone
+    if name == "mps" and not has_mps:
+        why = "torch finds no GPU of a Mac" if alone else "torchrun's processes cannot share a Mac's GPU"
+        raise UserError(f"--device=mps, but {why}; use --device=cpu or --device=auto")
     if name == "cuda" and not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
         raise UserError(
             f"--device=cuda, but torch finds no CUDA GPU: this torch {built}; install one that fits the driver, or use "
             "--device=cpu or --device=auto"
         )
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name != "cuda":
+        return torch.device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
@@ -33,14 +41,22 @@ def pick_device(name, threads=0):
 def pick_dtype(name, device, config):
     """The activations' dtype for a config's `dtype`.
 
-    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for models wide enough to gain: 1.2 times at width 128.
+    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for models wide enough to gain: 1.2 times at width 128. Nobody
+    has measured MPS, which gets float32.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "mps":
+        return torch.float32
     wide = config.hidden_size >= 128
     return torch.bfloat16 if wide and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def widest_float(device):
+    """The dtype of sums over many numbers: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def place(model, device, dtype):
@@ -50,10 +66,29 @@ def place(model, device, dtype):
 
 
 def compiled(model, choice, device):
-    """The model for training steps: as torch.compile makes it where `choice` says so ("auto": on CUDA), or itself."""
+    """The model for training steps: as torch.compile makes it where `choice` says so ("auto": on CUDA), or itself.
+    Where torch.compile lacks a tool, "on" is a UserError and "auto" says that the model stays as it is."""
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return model
+    if why := compiler_error(device):
+        needs = "a C compiler and triton" if device.type == "cuda" else "g++, or clang++ on a Mac,"
+        failed = f"torch.compile does not work here ({why}); it needs {needs} and Python's headers"
+        if choice == "on":
+            raise UserError(f"{failed}; install them or use --compile=off")
+        print(f"{failed}; training without it")
+        return model
     return compile_model(model)
+
+
+def compiler_error(device):
+    """Why torch.compile fails on a device, in a line; "" where it works. One small function is compiled to see: what it
+    needs of a machine depends on the versions of torch, triton and Python. The real model starts the sooner for it."""
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # torch has dozens of kinds
+        error = getattr(error, "inner_exception", error)
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 def compile_model(model):
@@ -79,6 +114,11 @@ def compiled_in_training(forward):
 def send(tensor, device):
     """Copy a CPU tensor to the device; to a GPU asynchronously, from pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def gpu_count():
+    """How many GPUs there are to run jobs on: CUDA's, or the one of a Mac."""
+    return torch.cuda.device_count() or int(torch.backends.mps.is_available())
 
 
 def catch_signals():

@@ -1,6 +1,7 @@
 """Mistakes that the user can mend, reported in one line without a traceback; and files written whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -31,8 +32,12 @@ def _is_out_of_memory(error):
 
 def command(main):
     """Run a script's main function; a mistake that the user can mend becomes one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # of a stream that is no terminal and no file
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is written out, as \xe9
     try:
         main()
+        sys.stdout.flush()  # a full disk shows here, and not when Python has ended
     except (Exception, KeyboardInterrupt) as error:
         _end(error)
 
@@ -59,6 +64,8 @@ def _end(error):
 
 
 # ---- files ----
+
+NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # more space is no help
 
 
 def plain_path(path):
@@ -93,7 +100,9 @@ def atomic_file(path):
             os.remove(temporary)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         kept = "the previous one is intact" if os.path.exists(path) else "nothing was written"
-        raise UserError(f"{path} could not be written ({reason}); {kept}; free some space and run again") from None
+        elsewhere = getattr(error, "errno", None) in NOT_HERE
+        remedy = "choose another place" if elsewhere else "free some space and run again"
+        raise UserError(f"{path} could not be written ({reason}); {kept}; {remedy}") from None
 
 
 def write_atomically(path, data):

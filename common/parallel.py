@@ -36,7 +36,7 @@ class Processes:
 
     def __enter__(self):
         if not self.first:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
         return self
 
     def __exit__(self, kind, error, trace):

@@ -177,8 +177,11 @@ def read_log(folder):
 
 def _open_and_lock(folder, wait):
     """A descriptor of a folder that holds its lock; see `locked`."""
-    os.makedirs(folder, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:  # a file, a link to nowhere, another user's
+        raise UserError(f"{folder or 'a folder without a name'}: {error.strerror}; choose another --out_dir") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -260,13 +263,22 @@ class Run:
             return fresh, False
         record["recipe"].pop("code", None)  # of runs made when a change of source was refused
         if difference := _difference(record["recipe"], self.recipe):
-            remedy = "use --overwrite=True or another --out_dir"
-            raise UserError(f"{self.folder} holds another run ({difference}); {remedy}")
+            raise UserError(f"{self.folder} holds another run ({difference}); {self._remedy(record)}")
         if record["finished"] and not _is_intact(self.folder, record):
             print(f"{self.folder}: {WEIGHTS} is missing or damaged; making it again")
             record["finished"] = False
         self._note_source(record)
         return record, True
+
+    def _remedy(self, record):
+        """What to do about a folder that holds another run than this one."""
+        if "init_from" not in record["recipe"].get("config", {}):
+            return "use --overwrite=True or another --out_dir"
+        if record["finished"]:
+            keep = f"--init_from={self.folder} with another --out_dir trains its weights further"
+        else:
+            keep = "the settings it began with finish it"
+        return f"{keep}, --overwrite=True discards it"
 
     def _note_source(self, record):
         """Say which files have changed since a run was made; what it goes on with is a new leg of it."""
@@ -306,8 +318,10 @@ class Run:
             self.begin()
             return 0
         self.log, self.shards = state["log"], state["shards"]
+        from common.device import widest_float
+
         device = next(model.parameters()).device
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.sums = {name: value.to(device, widest_float(device)) for name, value in state["sums"].items()}
         self.started -= state["seconds"]
         if self.first:  # a line that was written after the state is not part of it
             write_atomically(os.path.join(self.folder, LOG), self.log)

@@ -5,14 +5,15 @@ python exercises/grade.py FOLDER [number of one exercise]
 
 import ast
 import glob
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as xml
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TIME_LIMIT = 300  # seconds, against a loop without an end
+SECONDS = 60  # for an exercise, against a loop without an end
 
 
 def tests_in(path):
@@ -28,45 +29,56 @@ def title(path):
     return number.lstrip("0"), name.replace("_", " ")
 
 
-def run_tests(folder, paths, verbose):
-    """{(file, test): None when it passes, else why not}, from a pytest of its own that imports from `folder` alone."""
+def run_pytest(folder, names, verbose):
+    """(what conftest.py has recorded, how it ended) of one pytest that imports from `folder` alone."""
+    command = [sys.executable, "-m", "pytest", *(os.path.join(HERE, "tests", name) for name in names)]
+    command += ["-c", os.devnull, "--rootdir", HERE, "--import-mode=append", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "-q", "--tb=short"]
+    options = {} if verbose else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with tempfile.TemporaryDirectory() as scratch:
-        report = os.path.join(scratch, "report.xml")
-        command = [sys.executable, "-m", "pytest", *paths, f"--junit-xml={report}", "-c", os.devnull]
-        command += ["--rootdir", HERE, "--import-mode=append", "-p", "no:cacheprovider", "-q", "--tb=short"]
+        path = os.path.join(scratch, "record.jsonl")
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        options = {"capture_output": not verbose, "text": True, "timeout": TIME_LIMIT}
-        try:
-            done = subprocess.run(command, cwd=folder, env=environment, **options)
-        except subprocess.TimeoutExpired:
-            remedy = "grade one exercise by itself"
-            raise SystemExit(f"error: the tests took longer than {TIME_LIMIT} seconds; {remedy}") from None
-        if not os.path.exists(report):
-            raise SystemExit(f"error: pytest did not run: {done.stderr or done.stdout}")
-        found = {}
-        for case in xml.parse(report).iter("testcase"):
-            bad = [child for child in case if child.tag in ("failure", "error")]
-            reason = (bad[0].get("message") or "it failed").splitlines()[0] if bad else None
-            found[case.get("classname").rsplit(".", 1)[-1], case.get("name")] = reason
-        return found
+        environment |= {"GRADE_RECORD": path, "GRADE_SECONDS": str(SECONDS)}
+        code = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, **options).returncode
+        lines = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file]
+    return lines, f"no end within {SECONDS} seconds" if code == -signal.SIGALRM else f"pytest ended with code {code}"
+
+
+def run_tests(folder, tests, verbose):
+    """{(file, test): None when it passes, else why not}. tests: {file: its tests}. Where code ends pytest, or hangs,
+    the tests of its file that did not run fail; the other files get a pytest without it."""
+    found, left = {}, list(tests)
+    while left:
+        lines, end = run_pytest(folder, left, verbose)
+        found |= {(line["file"], line["test"]): line["why"] for line in lines if "test" in line}
+        if lines and "finished" in lines[-1]:
+            break
+        begun = [line["begin"] for line in lines if "begin" in line]
+        for name in begun[-1:] or left:  # all of them, if pytest itself cannot start
+            found = {(name, test): end for test in tests[name]} | found
+        left = [name for name in left if not {(name, test) for test in tests[name]} <= found.keys()]
+    return found
 
 
 def main(folder, only=None):
     paths = sorted(glob.glob(os.path.join(HERE, "tests", "test_*.py")))
-    paths = [path for path in paths if only in (None, title(path)[0])]
-    if not paths:
+    tests = {os.path.basename(path): tests_in(path) for path in paths if only in (None, title(path)[0])}
+    if not tests:
         raise SystemExit(f"error: there is no exercise {only}")
-    results = run_tests(os.path.abspath(folder), paths, verbose=only is not None)
-    points = total = 0
-    for path in paths:
-        tests, module = tests_in(path), os.path.basename(path).removesuffix(".py")
-        reasons = [results.get((module, test), "the file could not be imported") for test in tests]
-        passed = reasons.count(None)
-        points, total = points + passed, total + len(tests)
-        number, name = title(path)
-        why = next((f"   {reason[:70]}" for reason in reasons if reason), "")
-        print(f"{number:>2}  {name:16s} {passed} of {len(tests)}{why}")
-    print(f"points: {points} of {total}")
+    if not os.path.isdir(folder):
+        raise SystemExit(f"error: there is no folder {folder}; make it first: python -m exercises.strip {folder}")
+    results = run_tests(os.path.abspath(folder), tests, verbose=only is not None)
+    points = 0
+    for file, names in tests.items():
+        reasons = [results.get((file, test), "the file could not be imported") for test in names]
+        points += reasons.count(None)
+        number, name = title(file)
+        why = ascii(next((reason for reason in reasons if reason), ""))[1:-1]
+        print(f"{number:>2}  {name:16s} {reasons.count(None)} of {len(names)}   {why[:70]}".rstrip())
+    print(f"points: {points} of {sum(map(len, tests.values()))}")
 
 
 if __name__ == "__main__":

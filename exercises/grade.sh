@@ -15,8 +15,8 @@ if [ "${1:-}" = --solution ]; then
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     folder=$scratch/solution
-    $python -m exercises.strip --solution "$folder" > /dev/null
+    "$python" -m exercises.strip --solution "$folder" > /dev/null
 elif [ ! -e "$folder" ]; then
-    $python -m exercises.strip "$folder"
+    "$python" -m exercises.strip "$folder"
 fi
-$python exercises/grade.py "$folder" "$@"
+"$python" exercises/grade.py "$folder" "$@"

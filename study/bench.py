@@ -59,7 +59,7 @@ class BenchConfig:
     nanomoe: str = key("", "a checkout of nanoMoE; empty leaves it out")
     clock: str = key("wall", "wall, or cpu: the processor's time for this process; use one thread", ("wall", "cpu"))
     compile: str = key("off", "whether to measure what torch.compile makes of the models, too", ("on", "off"))
-    device: str = key("auto", "where to compute; auto is cuda where there is one", DEVICES)
+    device: str = key("auto", "where to compute; auto is cuda or mps where there is one", DEVICES)
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
     def __post_init__(self):
@@ -203,7 +203,7 @@ def in_turns(config, device, found, function, *arguments):
     """{name: [seconds]} of function(subject, *arguments) for each of {name: subject}, in turns, of which the first two
     warm up. What a GPU still has to do is waited for."""
     clock = time.perf_counter if config.clock == "wall" else time.process_time
-    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    finish = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = {name: [] for name in found}
     for _ in range(2 + config.turns):
         for name, subject in found.items():

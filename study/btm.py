@@ -30,7 +30,7 @@ from common.errors import UserError, command
 from common.hf import same_tokenizer
 from common.run import hash_of, history_of, mixtures_of, parent_of
 from eval import Entry, EvalConfig, evaluate, read_domains
-from model import Output, Transformer
+from model import ModelConfig, Output, Transformer
 from train import validation_scores
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of its weights that an ensemble may give back to the prior at each token
@@ -322,6 +322,10 @@ def main():
     # what weighs experts has not seen unread text either
     read = Corpus(config.data_dir, ",".join(read_domains(corpus, config)))
     same_tokenizer([config.data_dir, *folders])
+    sizes = {folder: ModelConfig.from_pretrained(folder).vocab_size for folder in folders}
+    if len(set(sizes.values())) > 1:
+        raise UserError(f"--experts have vocabularies of different sizes ({sizes}), which no ensemble can average")
+    corpus.check_vocabulary(folders[0], sizes[folders[0]])
     device = pick_device(config.device, config.threads)
     readings = {}
     ids = [parent_of(folder)[0] for folder in folders]

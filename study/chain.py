@@ -20,11 +20,11 @@ import sys
 import threading
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import Corpus
+from common.device import gpu_count
 from common.errors import UserError, command
 from common.hf import local_folder
 from eval import EvalConfig
@@ -57,6 +57,13 @@ class StudyConfig:
     def __post_init__(self):
         self.configs = self.configs or os.path.join("config", self.size)
         self.out_dir = self.out_dir or os.path.join("out", self.size)
+        if split_list(self.out_dir) != [self.out_dir]:
+            raise UserError(f"--out_dir={self.out_dir}: lists name folders in it; use no comma, no space at an end")
+        for name, value in dataclasses.asdict(self).items():
+            try:
+                shlex.split(value if name.endswith(("flags", "launch")) else "")
+            except ValueError as error:
+                raise UserError(f"--{name}={value}: {str(error).lower()}; write it as in a shell") from None
 
     def stage(self, name):
         """The config file of a stage: "finetune" -> config/cpu/finetune.py."""
@@ -136,8 +143,8 @@ class Screen:
 
 
 def terminal_width():
-    """The width of the terminal."""
-    return os.get_terminal_size(sys.stderr.fileno()).columns - 1
+    """The width of the terminal, less one; some say that they have none."""
+    return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
 
 
 def follow(process, log, show, say):
@@ -164,7 +171,7 @@ def follow(process, log, show, say):
 def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
     """Run jobs, each as soon as those it needs are done, `slots` at a time, the first in the list first. One thread
     each where several run; a job alone takes all cores. UserError when some failed, after the others have ended."""
-    gpus = torch.cuda.device_count()
+    gpus = gpu_count()
     slots = slots or (1 if launch else gpus or os.cpu_count() or 1)
     waiting, running, done, failed = list(jobs), {}, set(), {}
     names = {job.name for job in jobs}
@@ -255,6 +262,8 @@ class Chain:
         self.domains = split_list(config.domains)
         self.generalist = config.generalist if config.generalist in self.domains else ""
         self.branched = [domain for domain in self.domains if domain != self.generalist]
+        if not self.branched:
+            raise UserError(f"--domains={config.domains}: no domain is left for a branch; name one more")
         self.sizes = sizes_for(config, len(self.branched)) if config.tokens else {}
         self.seed_folder = local_folder(config.published) if config.published else config.path("seed")
         self.data = config.data_dir or self.settings("seed" if not config.published else "finetune").data_dir

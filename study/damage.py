@@ -117,6 +117,7 @@ def main():
             raise UserError(f"{folder} is no dense model of the shape of {folders[0]}; name branches of one seed")
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
+    corpus.check_vocabulary(folders[0], models[0].vocab_size)
     found = replace_groups(config, corpus, folders)
     os.makedirs(config.out_dir, exist_ok=True)
     ids = {folder: parent_of(folder)[0] for folder in folders}

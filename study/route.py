@@ -113,6 +113,7 @@ def read_routing(config, corpus, folders, ids):
     for folder, identity in zip(folders, ids, strict=True):
         model = place(Transformer.from_pretrained(folder), device, config.dtype)
         name = os.path.basename(os.path.normpath(folder))
+        corpus.check_vocabulary(name, model.config.vocab_size)
         if config.sequence_length > model.max_length:
             length = f"--sequence_length={config.sequence_length}"
             raise UserError(f"{length} is longer than {name} takes: {model.max_length}")

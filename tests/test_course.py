@@ -16,6 +16,7 @@ import model
 from common.config import parse
 from data.prepare import DataConfig
 from eval import EvalConfig
+from exercises import grade as grade_file
 from exercises.solution.routers import rows
 from exercises.strip import EXERCISES, OWN, copied_files, definitions, make_copy, open_answers, strip
 from finetune import FinetuneConfig
@@ -176,6 +177,41 @@ def test_a_copy_that_cannot_be_imported_still_has_a_grade(tmp_path):
     make_copy(tmp_path / "copy", solution=True)
     (tmp_path / "copy" / "mix.py").write_text("def mix(:\n")
     assert grade(tmp_path / "copy", 4)[-1].startswith("points: 0 of ")
+
+
+WRONG = [  # (file, function, what it does instead)
+    ("study/btm.py", "expert_profiles", "return torch.zeros(2**36)"),  # more memory than there is
+    ("exercises/compute.py", "training_flops", "import os; os._exit(0)"),
+    ("exercises/routers.py", "sigmoid", "while True: pass"),
+    ("exercises/muon.py", "split_parameters", "while True: print('lost in a loop', 'é' * 10**6)"),
+]
+
+
+def test_code_that_hangs_or_ends_the_process_costs_its_own_exercise_alone(tmp_path, monkeypatch, capsys):
+    """A loop without an end, one that prints, an exit, memory without bounds, and an exit where a file is imported."""
+    make_copy(tmp_path / "copy", solution=True)
+    for path, name, body in WRONG:
+        text = read(tmp_path / "copy" / path).decode()
+        lines = text.splitlines(keepends=True)
+        lines.insert(definitions(text)[name].body[0].lineno - 1, f"    {body}\n")
+        (tmp_path / "copy" / path).write_text("".join(lines))
+    with open(tmp_path / "copy" / "mix.py", "a") as file:
+        file.write("raise SystemExit(0)\n")
+    monkeypatch.setattr(grade_file, "SECONDS", 8)
+    grade_file.main(str(tmp_path / "copy"))
+    *rows, last = capsys.readouterr().out.splitlines()
+    scores = {int(row.split()[0]): tuple(map(int, re.search(r"(\d+) of (\d+)", row).groups())) for row in rows}
+    assert {number for number, (points, possible) in scores.items() if points == possible} == {1, 2, 3, 6, 10, 12}
+    assert len(scores) == 12 and scores[11][0] > 0
+    assert "no end within 8 seconds" in rows[8] and "pytest ended with code 0" in rows[7]
+    assert last == f"points: {sum(points for points, _ in scores.values())} of {sum(of for _, of in scores.values())}"
+
+
+def test_a_copy_in_which_nothing_starts_has_a_grade(tmp_path, total):
+    """A file of the student's takes the place of one that Python needs."""
+    make_copy(tmp_path / "copy")
+    (tmp_path / "copy" / "signal.py").write_text("raise SystemExit(1)\n")
+    assert grade(tmp_path / "copy")[-1] == f"points: 0 of {total}"
 
 
 @pytest.mark.parametrize(("router", "k"), [("sigmoid", 2), ("expert-choice", 3)])

@@ -170,7 +170,7 @@ def test_val_and_test_are_scored_apart(results, rows, seed, data, tmp_path, monk
     """Other windows, other problems, other baselines, and not in one results.json; training looks at val."""
     asked, encoding = [], load_tokenizer(data)
 
-    def answer(model, prompts, max_new_tokens, stop):
+    def answer(model, prompts, max_new_tokens, stop, unknown):
         asked.extend(encoding.decode(prompt) for prompt in prompts)
         return [[]] * len(prompts)
 
@@ -404,9 +404,9 @@ def test_accuracy_counts_exact_answers(seed, data, tmp_path, monkeypatch):
     texts = ["6 + 6 = 12\n#### 12", "#### 121", "It is a dozen.\n#### 12\n\nQuestion: what", "12"]
     asked = []
 
-    def answer(model, prompts, max_new_tokens, stop):
+    def answer(model, prompts, max_new_tokens, stop, unknown):
         asked.extend(encoding.decode(prompt) for prompt in prompts)
-        assert max_new_tokens == 8 and stop == {encoding.eot_token}
+        assert max_new_tokens == 8 and stop == {encoding.eot_token} and unknown == []
         return [encoding.encode_ordinary(text) for text in texts]
 
     monkeypatch.setattr(model_file, "generate", answer)

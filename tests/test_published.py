@@ -48,7 +48,7 @@ def texts(tmp_path_factory):
 def recorded(command, tmp_path, **environment):
     """What a shell command would run: (script, arguments) of each line, from a `python` that only writes them down."""
     record = tmp_path / "python"
-    script = 'for word; do printf "%s " "$word"; done >> "$0.lines"\necho >> "$0.lines"\n'
+    script = '[ "$1" != -c ] || exit 0\nfor word; do printf "%s " "$word"; done >> "$0.lines"\necho >> "$0.lines"\n'
     record.write_text(f"#!/bin/sh\n{script}")
     record.chmod(0o755)
     environment |= {"PYTHON": str(record), "PATH": f"{tmp_path}:{os.environ['PATH']}"}

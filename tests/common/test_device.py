@@ -13,16 +13,19 @@ import signal
 
 import pytest
 import torch
-from helpers import SHORT, read_log
+from helpers import SHAPE, SHORT, error_line, must, read_log, run, run_process
 from test_routing import shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import model as model_file
 import train
+from common import device as device_file
 from common.config import parse
-from common.device import compiled, send
+from common.device import compiled, gpu_count, pick_device, pick_dtype, send, widest_float
+from common.errors import UserError
 from common.parallel import Processes
 from finetune import FinetuneConfig
-from model import ROUTERS, Transformer
+from model import ROUTERS, Experts, Transformer, generate
 from train import train_step
 
 GPU = torch.device("meta")
@@ -169,6 +172,7 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch):
 def test_what_is_compiled(choice, device, wanted, monkeypatch):
     """The whole model, but the layers of a mixture in float32, whose experts torch.compile does not take."""
     calls = []
+    monkeypatch.setattr(device_file, "compiler_error", lambda device: "")
     monkeypatch.setattr(torch, "compile", lambda part: calls.append(part) or part)
     for experts in (0, 4):
         for dtype in (torch.float32, torch.bfloat16):
@@ -190,6 +194,7 @@ def test_a_mixture_in_float32_is_compiled_around_its_experts(monkeypatch):
         graphs.append(graph)
         return graph
 
+    monkeypatch.setattr(device_file, "compiler_error", lambda device: "")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count))
     torch.manual_seed(1)
     plain = Transformer(shape(num_local_experts=4, num_hidden_layers=3))
@@ -207,3 +212,115 @@ def test_a_mixture_in_float32_is_compiled_around_its_experts(monkeypatch):
     assert 2 <= len(graphs) <= 4
     for ours, theirs in zip(quick.parameters(), plain.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-4 * theirs.grad.norm()
+
+
+def test_a_compiler_that_is_not_there_is_one_line(data, tmp_path):
+    """With --compile=on, where a process finds no g++; the run it leaves goes on with --compile=off."""
+    flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run"
+    hook = f"import os; os.environ['PATH'] = {str(tmp_path)!r}; os.environ.pop('CXX', None)"
+    message = error_line(run_process("train.py", *flags, "--compile=on", hook=hook))
+    assert "No working C++ compiler" in message and "install them or use --compile=off" in message
+    assert len(message) < 300
+    must(run("train.py", *flags, "--compile=off"))
+
+
+def test_where_nobody_asked_a_run_goes_on_uncompiled(monkeypatch, capsys):
+    monkeypatch.setattr(device_file, "compiler_error", lambda device: "TritonMissing: no triton")
+    model = Transformer(shape())
+    assert compiled(model, "auto", torch.device("cuda")) is model
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "TritonMissing" in said and "training without it" in said
+    with pytest.raises(UserError, match=r"no triton.*use --compile=off"):
+        compiled(model, "on", torch.device("cuda"))
+
+
+# ---- a Mac's GPU, which is not there either: no float64, no grouped_mm ----
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "world", "wanted"),
+    [(1, 1, 1, "cuda:0"), (0, 1, 1, "mps"), (0, 0, 1, "cpu"), (0, 1, 2, "cpu"), (1, 0, 2, "cuda:0")],
+)
+def test_auto_takes_cuda_then_mps_then_the_cpu(cuda, mps, world, wanted, monkeypatch):
+    """torchrun's processes cannot share a Mac's GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert str(pick_device("auto")) == wanted
+    assert gpu_count() == max(cuda, mps)
+    assert pick_device("cpu").type == "cpu"
+    if mps and world == 1:
+        assert pick_device("mps").type == "mps"
+    else:
+        with pytest.raises(UserError, match=r"--device=mps, but .*; use --device=cpu"):
+            pick_device("mps")
+
+
+def test_mps_computes_in_float32():
+    mps = torch.device("mps")
+    assert pick_dtype("auto", mps, shape(hidden_size=512)) == torch.float32
+    assert pick_dtype("bfloat16", mps, shape()) == torch.bfloat16
+    assert widest_float(mps) == torch.float32 and widest_float(torch.device("cpu")) == torch.float64
+
+
+class NoFloat64(Waits):
+    """A device as in Waits that has no float64, as a Mac's GPU; or a CPU that has none."""
+
+    def __init__(self, kind="meta"):
+        super().__init__()
+        self.kind = kind
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        for tensor in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(tensor, torch.Tensor) and (tensor.device.type, tensor.dtype) == (self.kind, torch.float64):
+                raise TypeError(f"{func} makes float64, which MPS does not have")
+        return found
+
+
+@pytest.fixture
+def like_mps(monkeypatch):
+    """The device without numbers counts as a Mac's GPU."""
+    monkeypatch.setattr(train, "widest_float", lambda device: torch.float32 if device.type == "meta" else torch.float64)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_and_evaluation_need_no_float64_on_the_device(name, like_mps):
+    model, optimizer = on_gpu(shape(**SHAPES[name]))
+    ids = torch.zeros(3, 32, dtype=torch.long)
+    with NoFloat64():
+        step_on_gpu(model, optimizer)
+        scores = train.validation_scores(model, {"math": (ids, ids)}, torch.ones(80, dtype=torch.long))
+    with NoFloat64("cpu"):
+        generate(Transformer(shape(**SHAPES[name])), [[1, 2], [3]], 4, {5}, 1.0, 3, unknown=[7])
+    assert scores["bits"] == {"math": [0.0] * 3}  # numbers are there again on the host
+
+
+def test_float64_is_noticed():
+    model, optimizer = on_gpu(shape())
+    with NoFloat64(), pytest.raises(TypeError, match="MPS"):
+        step_on_gpu(model, optimizer)
+
+
+def test_experts_in_turn_are_what_grouped_mm_is(monkeypatch):
+    """Outputs and gradients, in both precisions, also of an expert without a row."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(3)
+        experts = Experts(shape(num_local_experts=4))
+        for weight in experts.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        x = torch.randn(20, shape().hidden_size)
+        ends = torch.tensor([7, 7, 19, 20], dtype=torch.int32)
+        found = []
+        for kinds in ((), ("cpu",)):
+            monkeypatch.setattr(model_file, "LOOP_ON", kinds)
+            own = x.clone().to(dtype).requires_grad_()
+            experts.zero_grad()
+            y = experts(own, ends)
+            (y.float() * torch.arange(20.0)[:, None]).sum().backward()
+            found.append([y, own.grad, *(weight.grad.clone() for weight in experts.parameters())])
+        for loop, grouped in zip(*found, strict=True):
+            torch.testing.assert_close(loop, grouped)
+        assert all(weight.grad[1].eq(0).all() for weight in experts.parameters())

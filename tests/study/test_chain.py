@@ -178,7 +178,7 @@ def test_every_job_reads_the_data_that_a_study_is_given(elsewhere, chain_configs
 @pytest.mark.parametrize("given", ["", "some/where"])
 def test_run_sh_hands_data_to_all_that_it_starts(given, task, size, tmp_path):
     """What prepares the text writes there, and every study reads there."""
-    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/said\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >> {tmp_path}/said\n')
     (tmp_path / "python").chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "PYTHON": str(tmp_path / "python"), **({"DATA": given} if given else {})}
     subprocess.run(["bash", "run.sh", size, *([task] if task else [])], cwd=ROOT, env=environment, check=True)
