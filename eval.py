@@ -198,8 +198,9 @@ class Entry(NamedTuple):
 
 def checkpoint_entry(model):
     """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name."""
-    name, equals, folder = ("", "", model) if os.path.isdir(model) else model.partition("=")  # a path may have a =
-    name = name if equals else model.removeprefix("hf:")
+    name, equals, folder = model.partition("=")
+    if os.path.isdir(model) or not equals:  # a path may have a =
+        name, folder = model.removeprefix("hf:"), model
     folder = local_folder(folder)
     identity, history = parent_of(folder)
     name = os.path.basename(os.path.normpath(name))

@@ -635,7 +635,7 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, 
         if unknown:
             logits[:, barred] = -math.inf
         if temperature > 0:
-            logits = logits / temperature
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature is too low
             if top_k:
                 smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits[logits < smallest] = -math.inf
