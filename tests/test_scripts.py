@@ -43,7 +43,7 @@ LATER_THAN_3_2 = {
 }
 OF_GNU = {
     "commands": r"\b(nproc|realpath|timeout|tac|shuf|numfmt|getopt|free|md5sum|sha256sum|setsid|stdbuf)\b",
-    "options": r"\b(readlink -f|sed -(i|r)|grep -\w*P|stat -c|date -d|sort -V|cp -\w*[at]|mktemp -p|xargs -r|find -printf)",
+    "options": r"\b(readlink -f|sed -(i|r)|grep -\w*P|stat -c|date -d|sort -V|cp -\w*[at]|mktemp -p|xargs -r)",
     "long options": r"\b(sed|grep|cut|sort|head|tail|cp|rm|mkdir|paste|tr|cmp|wc|ls|cat) [^|;]*--[a-z]",
     "escapes": r"\becho -[en]",
     "of Linux": r"/proc/",
@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(shell, words, more, message, tmp_path):
 
 # ---- .venv ----
 
-# a python3 that says what it is asked: its version; whether it has venv; `-m venv .venv` makes a Python of the same kind
+# a python3 that knows its version and whether it has venv, and whose `-m venv .venv` makes another one
 STAND_IN = """#!/bin/sh
 echo "{name} $*" >> "{log}"
 case "$*" in
@@ -143,15 +143,18 @@ case "$*" in
     *version_info*) {new} ;;
     *ensurepip*) {venv} ;;
     *_base_executable*) echo "$(command -v {name})" ;;
-    "-m venv .venv") mkdir -p .venv/bin; echo "$PWD/.venv" > .venv/bin/activate; cp "{folder}/{name}" .venv/bin/python ;;
+    "-m venv .venv")
+        mkdir -p .venv/bin
+        echo "$PWD/.venv" > .venv/bin/activate
+        cp "{folder}/{name}" .venv/bin/python
+        ;;
 esac
 """
 
 
 @pytest.fixture
 def machine(tmp_path):
-    """Function(name, version, venv) that puts a Python on the PATH; and function() that runs setup.sh there, in a folder
-    of its own. Both are in one namespace, with the folder."""
+    """A PATH with no Python until one is added, and a folder in which setup.sh can run."""
     bin = tmp_path / "bin"
     bin.mkdir()
     for tool in ("sh", "bash", "cmp", "cp", "rm", "grep", "head", "cat", "mkdir"):
