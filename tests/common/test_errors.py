@@ -1,6 +1,7 @@
 """Every mistake a user can make gives one line that names the thing and the remedy, and exit code 2."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -458,3 +459,81 @@ def test_out_of_memory_names_the_knobs(error, capsys):
     said = capsys.readouterr().err
     assert leave.value.code == 2 and said.count("\n") == 1 and "Traceback" not in said
     assert all(knob in said for knob in ("--micro_batch_size", "--checkpoint_activations=True"))
+
+
+# ---- places and terminals ----
+
+EVAL = "--sequence_length=32", "--max_new_tokens=8", "--eval_windows=2", "--task_problems=2"
+
+
+def test_places_where_nothing_can_be_made(seed, mixed, data, tmp_path):
+    """A file, a link to nowhere, no name; and nothing there is changed."""
+    (tmp_path / "file").write_text("mine")
+    os.symlink(tmp_path / "nothing", tmp_path / "link")
+    for place in (tmp_path / "file", tmp_path / "link", tmp_path / "file" / "inside", ""):
+        for command in (
+            ("train.py", *SHAPE, *SHORT, f"--data_dir={data}"),
+            ("mix.py", f"--experts={seed},{seed}"),
+            ("eval.py", f"--model={seed}", f"--data_dir={data}", *EVAL),
+        ):
+            message = error_line(run(*command, f"--out_dir={place}"))
+            assert message.endswith("choose another --out_dir") and str(place) in message
+    message = error_line(
+        run("study/tokens.py", f"--model={mixed}", "--device=cpu", f"--page={tmp_path}/nowhere/page.html")
+    )
+    assert message.endswith("(No such file or directory); nothing was written; choose another place")
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nothing").exists()
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(seed, data, tmp_path, monkeypatch):
+    """(A superuser may write anywhere, so the answer of the system is put in.)"""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr("common.corpus.Corpus.windows", None)  # scoring would fail
+    message = error_line(run("eval.py", f"--model={seed}", f"--data_dir={data}", *EVAL, f"--out_dir={tmp_path}/report"))
+    assert message == f"error: {tmp_path}/report is read-only; choose another --out_dir"
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_the_remedy_is_space_only_where_space_is_lacking(number, tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    remedy = "free some space and run again" if number == errno.ENOSPC else "choose another place"
+    with pytest.raises(errors.UserError, match=f"{os.strerror(number)}.; nothing was written; {remedy}"):
+        errors.write_atomically(tmp_path / "file", "text")
+    assert os.listdir(tmp_path) == []
+
+
+def child(*words, **environment):
+    """A script in a process of its own, without HOME, user or temporary folder."""
+    without = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
+    environment = {**without, "TMPDIR": "/nowhere", **environment}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True)
+
+
+def test_what_a_terminal_cannot_show_is_written_out(seed):
+    """PYTHONIOENCODING=ascii, as on some servers."""
+    flags = f"--model={seed}", "--device=cpu", "--temperature=0", "--max_new_tokens=3", "--prompt=Größe 漢字 🙂"
+    expected = must(run("sample.py", *flags)).out
+    done = child("sample.py", *flags, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    assert done.stdout == expected.encode("ascii", "backslashreplace")
+
+
+def test_a_full_disk_behind_stdout_is_one_line(seed):
+    with open("/dev/full", "wb") as full:
+        words = [sys.executable, "sample.py", f"--model={seed}", "--device=cpu", "--max_new_tokens=3"]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+def test_names_of_every_kind_train_mix_and_score(data, tmp_path):
+    """A space, quotes, =, brackets and letters of other alphabets in a path."""
+    place = tmp_path / "a 'b\" [c]=é 漢"
+    must(run("train.py", *SHAPE, *SHORT, "--max_steps=1", f"--data_dir={data}", f"--out_dir={place}/seed"))
+    must(run("mix.py", f"--experts={place}/seed,{place}/seed", f"--out_dir={place}/mixed"))
+    flags = f"--model=row={place}/seed,{place}/mixed", f"--data_dir={data}", *EVAL
+    must(run("eval.py", *flags, f"--out_dir={place}/report"))
+    assert [row["name"] for row in read_json(place / "report" / "results.json")["rows"]] == ["row", "mixed"]

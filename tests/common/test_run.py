@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -114,6 +115,31 @@ def test_another_config_is_refused(flags, data, tmp_path):
     (tmp_path / "photos" / "cat.jpg").write_text("a cat")
     message = error_line(run("train.py", *flags, "--overwrite=True", f"--out_dir={tmp_path}/photos"))
     assert "not of a run" in message and os.listdir(tmp_path / "photos") == ["cat.jpg"]
+
+
+def test_a_finished_run_can_be_trained_further(flags, data, mixed, tmp_path):
+    """More steps are another run; what the refusal offers first keeps the weights, from which the new run starts."""
+    for script, given in (("train.py", flags), ("finetune.py", [*flags[len(SHAPE) :], f"--init_from={mixed}"])):
+        folder, longer = tmp_path / script, tmp_path / f"longer-{script}"
+        command = [script, *given, "--max_steps=4"]
+        must(run(*command, f"--out_dir={folder}"))
+        before = read(folder / "model.safetensors")
+        message = error_line(run(*command, f"--out_dir={folder}", "--max_steps=8"))
+        assert "config.max_steps 4 -> 8" in message
+        offered = re.search(r"; (--init_from=\S+) with another --out_dir .*, --overwrite=True discards", message)[1]
+        must(run(*command, "--max_steps=8", offered, f"--out_dir={longer}"))
+        assert read(folder / "model.safetensors") == before
+        assert read_log(longer)[0]["bpb"] == read_log(folder)[-1]["bpb"]
+        assert read_json(longer / "run.json")["history"].keys() >= {str(folder), str(longer)}
+
+
+def test_an_unfinished_run_is_finished_with_its_own_settings(flags, data, tmp_path):
+    command = ["train.py", *flags, f"--out_dir={tmp_path}/run"]
+    run_process(*command, hook=SIGNAL_AT_STEP.format(step=3, signal=int(signal.SIGTERM)))
+    message = error_line(run(*command, "--max_steps=40"))
+    assert "config.max_steps 12 -> 40" in message and "--init_from" not in message
+    assert message.endswith("the settings it began with finish it, --overwrite=True discards it")
+    must(run(*command))
 
 
 def test_other_data_is_another_run(flags, data, tmp_path):

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, error_line, run
 
 from common.config import parse
 from common.errors import UserError
@@ -17,7 +17,7 @@ from finetune import FinetuneConfig
 from mix import MixConfig
 from study import ablate, compare, regime
 from study.btm import EnsembleConfig
-from study.chain import Chain, ChainConfig, Job, chain_of, follow, pipeline, run_jobs
+from study.chain import Chain, ChainConfig, Job, chain_of, follow, pipeline, run_jobs, terminal_width
 from study.route import RouteConfig
 from train import TrainConfig
 
@@ -192,3 +192,23 @@ def test_run_sh_hands_data_to_all_that_it_starts(given, task, size, tmp_path):
         else:
             usual = f"out/{size}/data" if name == "study.route" else ""  # a chain finds it in its stages' configs
             assert f"--data_dir={given or usual}" in flags
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--out_dir=a,b", "use no comma"),
+        ("--flags=--dtype='float32", "no closing quotation; write it as in a shell"),
+        ("--domains=", "no domain is left for a branch"),
+    ],
+)
+def test_settings_that_no_chain_can_use(flag, words):
+    message = error_line(run("study/chain.py", "--size=smoke", flag))
+    assert flag.split("=")[0] in message and words in message
+
+
+@pytest.mark.parametrize(("columns", "width"), [(0, 79), (1, 0), (20, 19)])
+def test_terminals_of_every_width(columns, width, monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda number: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    assert terminal_width() == width
