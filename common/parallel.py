@@ -20,6 +20,25 @@ import torch.distributed as dist
 from common.errors import UserError
 
 
+LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+
+
+def place_in_launch():
+    """(the number of this process, how many there are), as torchrun's variables say; (0, 1) without them. UserError where
+    they are there in part, as a cluster's own scripts leave them."""
+    given = {name: os.environ[name] for name in LAUNCH if os.environ.get(name)}
+    try:
+        rank, world = (int(given.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    except ValueError:
+        rank, world = -1, 1
+    missing = [name for name in LAUNCH if name not in given]
+    if not 0 <= rank < world or (world > 1 and missing):
+        found = " ".join(f"{name}={value}" for name, value in given.items())
+        lacks = f" without {', '.join(missing)}" if missing else ""
+        raise UserError(f"{found}{lacks} is no launch of processes; start with torchrun, or unset these")
+    return rank, world
+
+
 class Processes:
     """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU).
 
@@ -27,8 +46,7 @@ class Processes:
     """
 
     def __init__(self, device=None):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = place_in_launch()
         self.first = self.rank == 0
         self.device = device
         if self.world > 1:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    SHAPE,
     SHORT,
     SIGNAL_AT_STEP,
     error_line,
@@ -23,7 +24,7 @@ from helpers import (
 )
 
 from common.device import compiled
-from common.parallel import Processes
+from common.parallel import Processes, place_in_launch
 from common.run import SHARDS
 from model import ROUTERS, ModelConfig, Transformer
 
@@ -410,3 +411,22 @@ def test_a_dense_model_has_no_experts_to_divide(seed, data, tmp_path):
 
 if __name__ == "__main__":
     check_gradients()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "abc"}, {"RANK": "-1"}],
+)
+def test_half_a_launch_is_said(variables, data, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    message = error_line(run("train.py", *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run"))
+    assert "start with torchrun, or unset these" in message and all(f"{n}={v}" in message for n, v in variables.items())
+
+
+def test_empty_variables_are_no_launch(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    assert place_in_launch() == (0, 1)
