@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, read_json
-from common.tokenizer import load_tokenizer, token_bytes
+from common.tokenizer import load_tokenizer, token_bytes, tokenizer_hash
 
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
@@ -53,6 +53,11 @@ class Corpus:
     def __init__(self, folder, only="all"):
         self.folder = folder
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        for name in names:
+            if os.path.isdir(os.path.join(folder, name)) and not os.access(
+                os.path.join(folder, name), os.R_OK | os.X_OK
+            ):
+                raise UserError(f"{os.path.join(folder, name)} may not be read; change its permissions or move it away")
         names = [name for name in names if re.fullmatch(NAME, name)]  # "rain copy" and .ipynb_checkpoints are none
         self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
         if not self.domains:
@@ -74,6 +79,11 @@ class Corpus:
     def encoding(self):
         """The tiktoken.Encoding. Large ones take a second to load, and who asks for hashes alone needs none."""
         return load_tokenizer(self.folder)
+
+    @functools.cached_property
+    def tokenizer_hash(self):
+        """What identifies the folder's tokenizer."""
+        return tokenizer_hash(self.folder)
 
     @functools.cached_property
     def token_bytes(self):
@@ -122,6 +132,9 @@ class Corpus:
             tokens = np.memmap(path, dtype=np.dtype(self.metas[domain]["dtype"]), mode="r")
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
+        if self.metas[domain]["tokenizer_hash"] != self.tokenizer_hash:
+            folder = os.path.join(self.folder, domain)
+            raise UserError(f"{folder} was prepared with another tokenizer than {self.folder} has; {REMEDY}")
         if len(tokens) != (count := self.metas[domain][split]["tokens"]):
             raise UserError(f"{path} has {len(tokens)} tokens, meta.json beside it says {count}; copy the folder again")
         if len(tokens) <= length:

@@ -81,7 +81,7 @@ def read_json(path, remedy):
             return json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError) as error:  # an OSError, such as a file of another user, has another remedy
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
 
 

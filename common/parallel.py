@@ -19,13 +19,12 @@ import torch.distributed as dist
 
 from common.errors import UserError
 
-
 LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 def place_in_launch():
-    """(the number of this process, how many there are), as torchrun's variables say; (0, 1) without them. UserError where
-    they are there in part, as a cluster's own scripts leave them."""
+    """(the number of this process, how many there are), as torchrun's variables say; (0, 1) without them. UserError
+    where they are there in part, as a cluster's own scripts leave them."""
     given = {name: os.environ[name] for name in LAUNCH if os.environ.get(name)}
     try:
         rank, world = (int(given.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))

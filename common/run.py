@@ -184,10 +184,13 @@ def _open_and_lock(folder, wait):
         raise UserError(f"{folder or 'a folder without a name'}: {error.strerror}; choose another --out_dir") from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    except OSError as error:
         os.close(descriptor)
-        remedy = "let it finish, or choose another --out_dir"
-        raise UserError(f"another process is writing into {folder}; {remedy}") from None
+        if isinstance(error, BlockingIOError):
+            remedy = "let it finish, or choose another --out_dir"
+            raise UserError(f"another process is writing into {folder}; {remedy}") from None
+        # some network drives; without a lock two runs could write into one folder
+        raise UserError(f"{folder} cannot be locked ({error.strerror}); choose an --out_dir on another drive") from None
     return descriptor
 
 

@@ -4,6 +4,8 @@ import math
 import os
 import statistics
 
+os.environ["MPLBACKEND"] = "agg"  # files, no windows; a notebook has set another, which matplotlib may lack here
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
@@ -11,7 +13,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from common.run import read_log
 from study.tables import BASE, WORDS, bases_of, difference, kind
 
-plt.switch_backend("agg")  # files, no windows
 plt.rcParams["figure.constrained_layout.use"] = True
 
 # Okabe and Ito's colours, told apart by colour-blind readers; line styles and markers tell them apart in grey

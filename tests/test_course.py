@@ -348,3 +348,10 @@ def test_the_measured_predictions_are_the_committed_ones():
     for size, scores in crossing.items():
         assert answers[f"{size}_ahead"] == ("btx" if max(scores["btx"]) < min(scores["dense"]) else "dense")
     assert {name: answers[name] for name in words} == words
+
+
+def test_what_a_copy_lacks_is_not_taken_from_the_solved_source(tmp_path, total):
+    make_copy(str(tmp_path / "copy"))
+    os.remove(tmp_path / "copy" / "model.py")
+    lines = grade(tmp_path / "copy")
+    assert "lacks model.py" in lines[0] and lines[-1] == f"points: 0 of {total}"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -537,3 +538,31 @@ def test_names_of_every_kind_train_mix_and_score(data, tmp_path):
     flags = f"--model=row={place}/seed,{place}/mixed", f"--data_dir={data}", *EVAL
     must(run("eval.py", *flags, f"--out_dir={place}/report"))
     assert [row["name"] for row in read_json(place / "report" / "results.json")["rows"]] == ["row", "mixed"]
+
+
+def test_a_domain_of_another_tokenizer_is_refused(data, other_data, tmp_path):
+    """A folder that was prepared elsewhere and copied here: its ids mean other text."""
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copytree(f"{other_data}/noise", tmp_path / "data" / "noise")
+    done = run("train.py", *SHAPE, *SHORT, f"--data_dir={tmp_path}/data", f"--out_dir={tmp_path}/run")
+    assert "noise was prepared with another tokenizer" in error_line(done)
+
+
+def test_a_drive_that_cannot_lock_is_named(data, tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    done = run("train.py", *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run")
+    assert f"{tmp_path}/run cannot be locked (No locks available); choose an --out_dir" in error_line(done)
+
+
+def test_a_file_of_another_user_is_not_to_be_deleted(seed, tmp_path, monkeypatch):
+    def denied(path, *arguments, **options):
+        if str(path).endswith("run.json"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(errors, "open", denied, raising=False)
+    with pytest.raises(PermissionError):
+        errors.read_json(f"{seed}/run.json", "delete the folder")
