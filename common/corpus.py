@@ -53,12 +53,10 @@ class Corpus:
     def __init__(self, folder, only="all"):
         self.folder = folder
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        for name in names:
-            if os.path.isdir(os.path.join(folder, name)) and not os.access(
-                os.path.join(folder, name), os.R_OK | os.X_OK
-            ):
-                raise UserError(f"{os.path.join(folder, name)} may not be read; change its permissions or move it away")
         names = [name for name in names if re.fullmatch(NAME, name)]  # "rain copy" and .ipynb_checkpoints are none
+        for path in [os.path.join(folder, name) for name in names]:
+            if os.path.isdir(path) and not os.access(path, os.R_OK | os.X_OK):
+                raise UserError(f"{path} may not be read; change its permissions or move it away")
         self.domains = [name for name in names if os.path.exists(os.path.join(folder, name, "meta.json"))]
         if not self.domains:
             raise UserError(f"{folder} holds no data; prepare it first: python -m data.prepare --out_dir={folder}")
