@@ -203,7 +203,7 @@ def checkpoint_entry(model):
         name, folder = model.removeprefix("hf:"), model
     folder = local_folder(folder)
     identity, history = parent_of(folder)
-    name = os.path.basename(os.path.normpath(name))
+    name = os.path.basename(os.path.abspath(name))
     return Entry(name, identity, history, lambda: Transformer.from_pretrained(folder)), folder
 
 

@@ -39,7 +39,11 @@ def load_mixture(config, corpus):
     routing = {name: getattr(config, name) for name in ROUTING}
     if config.num_experts_per_tok:
         routing["num_experts_per_tok"] = config.num_experts_per_tok
-    return Transformer.from_pretrained(config.init_from, **routing)
+    model = Transformer.from_pretrained(config.init_from, **routing)
+    if config.router == "topk" and model.config.num_experts_per_tok == 1:
+        print("one expert a token has gate 1 with --router=topk, so routers learn from the balancing loss alone;")
+        print("--router=switch has a gate that learns, and so has --num_experts_per_tok=2")
+    return model
 
 
 def main():

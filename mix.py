@@ -344,7 +344,7 @@ def mixed_config(config, dense, folders):
     split, size = len(folders) if config.blend else config.split, dense.intermediate_size
     if size % split:
         raise UserError(f"{split} chunks do not divide the experts' intermediate_size {size}")
-    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) < len(names):
         names = [f"{name}.{copy}" for copy, name in enumerate(names)]
     if config.blend:
@@ -462,7 +462,8 @@ def main():
         tensors = mix(plan.experts, shapes, routers, config)
         weights = write_weights(config.out_dir, plan.result, tensors, plan.dtype)
         write_config(config.out_dir, plan.result, plan.dtype)
-        copy_tokenizer(local_folder(config.config_from) or folders[0], config.out_dir)
+        first = next(filter(has_tokenizer, folders), folders[0])
+        copy_tokenizer(local_folder(config.config_from) or first, config.out_dir)
         run.finish(weights, plan.notes)
     print_counts(shapes)
     print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")

@@ -281,6 +281,9 @@ def train(config, make_model):
         model = make_model(config, corpus)
         freeze(model, config.freeze)
         check_sizes(config, corpus, model, processes)
+        if config.warmup_steps >= config.max_steps:
+            highest = learning_rate(config, config.max_steps - 1)
+            print(f"a warm-up of {config.warmup_steps} steps outlasts the run: its learning rate ends at {highest:.2g}")
         model.compute_dtype = pick_dtype(config.dtype, device, model.config)
         model.recompute = config.checkpoint_activations
         if processes.world > 1:

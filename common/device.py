@@ -122,9 +122,15 @@ def gpu_count():
 
 
 def catch_signals():
-    """A list to which SIGTERM and Ctrl-C append their numbers from here on, to be looked at between two steps, so that
-    no step is cut in half."""
+    """A list to which SIGTERM, Ctrl-C and a closed terminal append their numbers from here on, to be looked at between
+    two steps, so that no step is cut in half."""
     caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stopping_signals():
         signal.signal(number, lambda number, frame: caught.append(number))
     return caught
+
+
+def stopping_signals():
+    """The numbers of the signals that ask a process to end; a closed terminal's unless nohup has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignored)

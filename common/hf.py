@@ -127,7 +127,7 @@ def read_config(folder):
     """config.json of our own or of a Hugging Face checkpoint, with the keys of ModelConfig and defaults filled in.
     UserError for what model.py does not compute."""
     path = os.path.join(folder, "config.json")
-    found = read_json(path, "name a checkpoint folder, such as one that train.py wrote")
+    found = read_json(path, "name a checkpoint folder, or a model of the Hugging Face Hub as hf:OWNER/NAME")
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind not in list(DEFAULTS):
         raise UserError(f"{path}: model_type {kind!r} is none that model.py reads: {', '.join(DEFAULTS)}")
@@ -398,9 +398,12 @@ def remove(path):
 
 def same_tokenizer(folders, added=True):
     """Raise UserError unless all of these folders that hold a tokenizer hold the same one; without `added`, tokens that
-    were added to its vocabulary may differ."""
+    were added to its vocabulary may differ. Of folders without one that is said."""
     hashes = {folder: tokenizer_hash(folder, added) for folder in folders if has_tokenizer(folder)}
     first = next(iter(hashes), None)
+    for folder in folders:
+        if hashes and folder not in hashes:
+            print(f"{folder} has no tokenizer.json, so nobody can tell whether its ids mean what they mean in {first}")
     for folder, found in hashes.items():
         if found != hashes[first]:
             raise UserError(f"{folder} has another tokenizer than {first}; use checkpoints of one data folder")
@@ -507,6 +510,8 @@ class WeightFiles:
 
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
+        if os.path.exists(os.path.join(folder, "adapter_config.json")):  # transformers would add it to the weights
+            raise UserError(f"{folder} holds a LoRA adapter, too; merge it first: peft's merge_and_unload")
         self.dtype = None  # the narrowest that holds all tensors
         self.places = {}  # {our name: (path, name on disk, slice)}
         stored, misfit = list_tensors(folder), f"{folder} does not fit its config.json: it"
@@ -640,7 +645,7 @@ CARD = "README.md"
 
 def model_name(folder):
     """What to call a checkpoint: OWNER/NAME of a download from the Hub, else the folder's own name."""
-    folder = os.path.normpath(folder)
+    folder = os.path.abspath(folder)
     downloaded = folder.partition(DOWNLOADS + os.sep)[2]
     return downloaded.partition("@")[0] or os.path.basename(folder)
 

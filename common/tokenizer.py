@@ -135,7 +135,7 @@ class JsonEncoding:
         return np.array(self.encode_ordinary(text), np.uint32)
 
     def is_special_token(self, token):
-        return token in self.added and self.added[token].special
+        return token == self.eot_token or (token in self.added and self.added[token].special)
 
     def decode_single_token_bytes(self, token):
         return self.pieces.get(token, b"")  # some vocabularies have gaps

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.device import gpu_count
+from common.device import gpu_count, stopping_signals
 from common.errors import UserError, command
 from common.hf import local_folder
 from eval import EvalConfig
@@ -203,7 +203,7 @@ def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
             changed.notify()
 
     os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.signal(number, stop) for number in stopping_signals()}
     try:
         with changed:
             while running or (waiting and not stopped):

@@ -78,7 +78,10 @@ class Result(NamedTuple):
 def run(script, *arguments):
     """Run a script of the repository inside this process (importing torch anew would take a second each time)."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    argv, handlers = (
+        sys.argv,
+        {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)},
+    )
     sys.argv = [script, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -488,7 +488,7 @@ def test_places_where_nothing_can_be_made(seed, mixed, data, tmp_path):
 
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(seed, data, tmp_path, monkeypatch):
     """(A superuser may write anywhere, so the answer of the system is put in.)"""
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr("common.corpus.Corpus.windows", None)  # scoring would fail
     message = error_line(run("eval.py", f"--model={seed}", f"--data_dir={data}", *EVAL, f"--out_dir={tmp_path}/report"))
     assert message == f"error: {tmp_path}/report is read-only; choose another --out_dir"

@@ -307,3 +307,10 @@ def test_a_mixture_of_seeds_is_what_transformers_reads(family, kind, tmp_path):
         assert (
             Transformer.from_pretrained(str(tmp_path / "copies"))(ids).logits - theirs(ids).logits
         ).abs().max() <= 1e-5
+
+
+def test_an_adapter_that_transformers_would_add_is_refused(tmp_path):
+    written_by_transformers(FAMILIES["llama"], tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a LoRA adapter, too; merge it first"):
+        Transformer.from_pretrained(str(tmp_path))

@@ -297,3 +297,9 @@ def test_names():
     assert model_name("out/hf/some.one/a-seed@v1") == "some.one/a-seed"
     assert model_name("/data/out/hf/some.one/a-seed/") == "some.one/a-seed"
     assert model_name("out/cpu/expert-code/") == "expert-code"
+
+
+@pytest.mark.parametrize("name", ["nobody/a-model", "https://huggingface.co/nobody/a-model"])
+def test_an_address_of_the_hub_without_its_sign(name, data, tmp_path):
+    done = run("train.py", *SHORT, f"--data_dir={data}", f"--init_from={name}", f"--out_dir={tmp_path}/run")
+    assert "a model of the Hugging Face Hub as hf:OWNER/NAME" in error_line(done)

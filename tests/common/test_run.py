@@ -73,7 +73,7 @@ def test_killed_at_many_points_ends_with_the_same_bits(flags, seed, tmp_path):
     assert "nothing to do" in must(run(*command)).out
 
 
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 7), ("SIGINT", 3)])
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 7), ("SIGINT", 3), ("SIGHUP", 3)])
 def test_a_signal_saves_and_the_rest_is_the_same(name, step, btx, mixed, data, tmp_path):
     folder, number = tmp_path / "run", getattr(signal, name)
     command = ["finetune.py", *SHORT, f"--data_dir={data}", f"--init_from={mixed}", f"--out_dir={folder}"]
