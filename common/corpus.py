@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from common.tokenizer import load_tokenizer, token_bytes
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
 HELD_OUT_SHARE = 0.05  # of all text, for each split of HELD_OUT
+RESERVED = ("all", "avg")  # every domain, and the mean of their scores
 REMEDY = "prepare the domain again with --overwrite=True"
 
 
@@ -33,6 +35,14 @@ def split_of(key):
     file that gives one domain its test text cannot give another its training text, whenever either was prepared."""
     number = int(_fraction(f"split {key}") / HELD_OUT_SHARE)
     return HELD_OUT[number] if number < len(HELD_OUT) else "train"
+
+
+def check_name(name, option):
+    """Raise UserError unless a domain can have this name, given by an option."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"{option}: {name!r} cannot name a folder; use letters, digits, - and _")
+    if name in RESERVED:
+        raise UserError(f"{option}: {name!r} has a meaning of its own where domains are named; use another name")
 
 
 def in_hash_order(keys, seed):
