@@ -63,6 +63,12 @@ def list_files(path, kinds):
     return {}, sorted(found)
 
 
+def not_read(others):
+    """A line on files of other kinds, none where there are none."""
+    if others:
+        yield f"not read, being of other kinds: {', '.join(others[:3])}{', ...' * (len(others) > 3)} ({len(others):,})"
+
+
 # ---- one file ----
 
 
@@ -315,6 +321,10 @@ class TextFiles:
             return Rendered(self.render(chat))
         except Exception as error:  # of the template
             raise UserError(f"{where}: the chat template refuses this chat ({error}); {REMEDY}") from None
+
+    def origin(self):
+        """How many rows of each file have become text."""
+        return {"rows": {name: read["rows"] for name, read in self.state["files"].items()}}
 
     def remarks(self):
         """What a reader of the text should know, a line each."""

@@ -6,7 +6,7 @@ from functools import partial
 
 from common.corpus import HELD_OUT_SHARE, SPLITS, in_hash_order
 from common.errors import UserError
-from data.files import TextFiles, kind_of, list_files, opened, pieces
+from data.files import TextFiles, kind_of, list_files, not_read, opened, pieces
 
 KINDS = ((".txt", ".md", ".py", ".jsonl"), (".json",), (".parquet",))  # the first that a folder has are read
 MIN_HELD_OUT_BYTES = 4000  # of a split: some windows of a small model's context
@@ -54,9 +54,7 @@ def read_own(path, **options):
     documents = distinct(documents)
     if not documents:
         raise UserError(f"{path} has no readable text; its files are empty")
-    remarks = list(stream.remarks())
-    if others:
-        remarks.append(f"{len(others):,} files are of other kinds and were not read ({others[0]})")
+    remarks = [*stream.remarks(), *not_read(others)]
     if copies := read - len(documents):
         remarks.append(f"{copies:,} of {read:,} documents repeat another one and were left out")
     if len(documents) < len(SPLITS):
