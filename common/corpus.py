@@ -24,6 +24,7 @@ HELD_OUT_SHARE = 0.05  # of all text, for each split of HELD_OUT
 NAME = r"[\w-]+"  # of a domain
 DTYPES = ("uint16", "uint32")  # of token ids
 QUESTION = {"prompt", "answer", "choices"}  # what a row of a task has
+RESERVED = ("all", "avg")  # every domain, and the mean of their scores
 REMEDY = "prepare the domain again with --overwrite=True"
 
 
@@ -37,6 +38,14 @@ def split_of(key):
     file that gives one domain its test text cannot give another its training text, whenever either was prepared."""
     number = int(_fraction(f"split {key}") / HELD_OUT_SHARE)
     return HELD_OUT[number] if number < len(HELD_OUT) else "train"
+
+
+def check_name(name, option):
+    """Raise UserError unless a domain can have this name, given by an option."""
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{option}: {name!r} cannot name a folder; use letters, digits, - and _")
+    if name in RESERVED:
+        raise UserError(f"{option}: {name!r} has a meaning of its own where domains are named; use another name")
 
 
 def in_hash_order(keys, seed):

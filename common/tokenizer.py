@@ -8,6 +8,7 @@ format. Ours hold both, which give the same ids.
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -84,6 +85,24 @@ def encode_continuation(encoding, text):
     return encoding.encode_ordinary(text)
 
 
+def encode(encoding, text, special=False):
+    """The ids of a text, an array. special: whether special tokens are meant as such where the text spells them."""
+    try:
+        return encoding.encode_to_numpy(text, allowed_special="all" if special else set(), disallowed_special=())
+    except ValueError:  # a million spaces in a row are too much for tiktoken's regular expressions, not for Python's
+        parts = text.split(END_OF_TEXT) if special else [text]
+        ids = [[*encoding._encode_only_native_bpe(part), encoding.eot_token] for part in parts]
+        return np.array(list(itertools.chain(*ids))[:-1], np.uint32)
+
+
+def spelled_bytes(encoding):
+    """(V,): how many bytes of text each id spells, special tokens their names, <unk> none."""
+    unknown = getattr(encoding, "unknown", None)
+    return np.array(
+        [len(encoding.decode_single_token_bytes(id)) * (id != unknown) for id in range(encoding.n_vocab)], np.int64
+    )
+
+
 # ---- tokenizer.json, the format of Hugging Face's `tokenizers` ----
 
 FILE = "tokenizer.json"
@@ -122,6 +141,7 @@ class JsonEncoding:
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # "<s>" in a text is three characters
         vocab, spell = self.tokenizer.get_vocab(with_added_tokens=True), speller(path)
+        self.unknown = unknown_token(path, vocab)  # what stands for text that has no piece; None where there is none
         self.n_vocab = max(vocab.values(), default=-1) + 1
         self.eot_token = end_of_text(folder, vocab)
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -131,11 +151,14 @@ class JsonEncoding:
     def encode_ordinary(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_to_numpy(self, text, disallowed_special=()):
-        return np.array(self.encode_ordinary(text), np.uint32)
+    def encode_to_numpy(self, text, allowed_special=(), disallowed_special=()):
+        self.tokenizer.encode_special_tokens = allowed_special != "all"
+        ids = np.array(self.encode_ordinary(text), np.uint32)
+        self.tokenizer.encode_special_tokens = True
+        return ids
 
     def is_special_token(self, token):
-        return token == self.eot_token or (token in self.added and self.added[token].special)
+        return token in (self.eot_token, self.unknown) or (token in self.added and self.added[token].special)
 
     def decode_single_token_bytes(self, token):
         return self.pieces.get(token, b"")  # some vocabularies have gaps
@@ -162,6 +185,12 @@ def speller(path):
         return piece.replace(space, " ").encode()
 
     return spell
+
+
+def unknown_token(path, vocab):
+    """The id that stands for text without a piece, None where there is none."""
+    model = read_json(path, "copy it again").get("model") or {}
+    return vocab.get(model.get("unk_token"), model.get("unk_id"))
 
 
 def end_of_text(folder, vocab):

@@ -8,6 +8,7 @@ import numpy as np
 
 LENGTH = 13
 MOST = 0.2  # of a document's n-grams that may stand in the training text
+IN_TRAIN = "stand in great part in the training text, too, and were taken out"
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost modulo 2^64
 PIECE = 2**22  # tokens hashed at a time
 
@@ -31,14 +32,14 @@ def seen_in(train, held_out):
     return seen[places]
 
 
-def without_copies(train, tokens, end):
+def without_copies(train, tokens, lengths):
     """(the tokens of the documents that stay, (documents,) bools: which do).
 
-    train, tokens: (S,) token ids, each document closed by the token `end`. A document shorter than 13 tokens stays.
+    train, tokens: (S,) token ids. lengths: (documents,), of each document of `tokens`. One that is shorter than 13
+    tokens and the token that closes it stays.
     """
-    last = tokens == end  # (S,)
-    document = np.cumsum(last) - last  # (S,): the number of each token's document
-    count = int(last.sum())
+    count = len(lengths)
+    document = np.repeat(np.arange(count), lengths)  # (S,): the number of each token's document
     whole = document[: 1 - LENGTH] == document[LENGTH - 1 :]  # n-grams that cross no end
     of = document[: 1 - LENGTH][whole]
     seen = seen_in(train, hashes(tokens)[whole])

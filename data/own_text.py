@@ -1,93 +1,67 @@
-"""A domain of one's own: a file or a folder of .txt, .md, .py or .jsonl files."""
+"""A domain of one's own: a file or a folder of text, in any of the forms that data/files.py reads."""
 
 import hashlib
-import json
 import os
 from functools import partial
 
 from common.corpus import HELD_OUT_SHARE, SPLITS, in_hash_order
 from common.errors import UserError
+from data.files import TextFiles, kind_of, list_files, not_read, opened, pieces
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+KINDS = ((".txt", ".md", ".py", ".jsonl"), (".json",), (".parquet",))  # the first that a folder has are read
 MIN_HELD_OUT_BYTES = 4000  # of a split: some windows of a small model's context
-PIECE_BYTES = 4000  # longer files are cut at blank lines, so that one long file can be split too
 FEW_PIECES = 8  # as many where there are fewer documents than splits
 
 
-def _list_files(path):
-    """The files at `path`: {path relative to the folder: full path}."""
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; a domain of your own is NAME=FOLDER or NAME=FILE")
-    found = {os.path.basename(path): path} if os.path.isfile(path) else {}
-    for folder, subfolders, names in os.walk(path):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            full = os.path.join(folder, name)
-            found[os.path.relpath(full, path).replace(os.sep, "/")] = full
-    found = {key: full for key, full in found.items() if full.endswith(SUFFIXES)}
-    if not found:
-        raise UserError(f"{path} has no readable text; put {', '.join(SUFFIXES)} files there")
-    return found
-
-
-def _jsonl_documents(text, key, path):
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            document = None
-        if not isinstance(document, str):
-            raise UserError(f'{path}:{number}: expected a JSON object with a string under "text"')
-        yield f"{key}:{number}", document
-
-
-def _pieces(text, piece_bytes=PIECE_BYTES):
-    """Cut a long text at blank lines into pieces of about piece_bytes."""
-    piece = []
-    size = 0
-    for paragraph in text.split("\n\n"):
-        piece.append(paragraph)
-        size += len(paragraph.encode()) + 2
-        if size >= piece_bytes:
-            yield "\n\n".join(piece)
-            piece = []
-            size = 0
-    if piece:
-        yield "\n\n".join(piece)
-
-
-def read_own(path):
-    """Read all documents at `path`: {key: text}, and the hash (hex) of what the files hold.
-
-    Raises UserError when the path is missing, holds no such files, or a file is not UTF-8.
-    """
-    path = os.path.expanduser(path)
-    documents = {}
+def hash_of(files):
+    """The hash (hex) of what files hold: {name: path}."""
     digest = hashlib.sha256()
-    for key, full in _list_files(path).items():
-        try:
-            with open(full, encoding="utf-8") as file:
-                text = file.read()
-        except UnicodeDecodeError:
-            raise UserError(f"{full} is not UTF-8 text; convert it or move it away") from None
-        digest.update(f"{key}\0{text}\0".encode())
-        if full.endswith(".jsonl"):
-            documents.update(_jsonl_documents(text, key, full))
-        elif full.endswith(".py"):
-            documents[key] = text
-        else:
-            documents.update((f"{key}#{number}", piece) for number, piece in enumerate(_pieces(text)))
-    documents = {key: text for key, text in documents.items() if text.strip()}
+    for name, path in files.items():
+        digest.update(f"{name}\0".encode())
+        with open(path, "rb") if kind_of(path) == ".parquet" else opened(path) as file:
+            while part := file.read(2**20):
+                digest.update(part if isinstance(part, bytes) else part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def distinct(documents):
+    """{key: text} without texts that are blank or there already."""
+    first = {}
+    for key, text in documents.items():
+        if text.strip():
+            first.setdefault(text.strip(), key)
+    return {key: documents[key] for key in first.values()}
+
+
+def read_own(path, **options):
+    """Read all documents at `path`: {key: text}, the hash (hex) of what the files hold, and remarks, a line each.
+
+    options: of TextFiles. Raises UserError when the path is missing, holds no text, or cannot be read.
+    """
+    if not os.path.exists(os.path.expanduser(path)):
+        raise UserError(f"{path} does not exist; a domain of your own is NAME=FOLDER or NAME=FILE")
+    files, others = list_files(path, KINDS)
+    if not files:
+        known = ", ".join(suffix for kind in KINDS for suffix in kind)
+        raise UserError(f"{path} has no readable text; put {known} files there, or these gzipped")
+    documents = {}
+    stream = TextFiles(files, **options)
+    for name, row, texts, _ in stream:
+        key = {".py": name, ".txt": f"{name}#{row - 1}", ".md": f"{name}#{row - 1}"}.get(kind_of(name), f"{name}:{row}")
+        documents |= {key if part == 0 else f"{key}/{part}": text for part, text in enumerate(texts)}
+    read = sum(bool(text.strip()) for text in documents.values())
+    documents = distinct(documents)
     if not documents:
         raise UserError(f"{path} has no readable text; its files are empty")
+    remarks = [*stream.remarks(), *not_read(others)]
+    if copies := read - len(documents):
+        remarks.append(f"{copies:,} of {read:,} documents repeat another one and were left out")
     if len(documents) < len(SPLITS):
         piece_bytes = sum(len(text.encode()) for text in documents.values()) // FEW_PIECES
-        cut = {key: _pieces(text, piece_bytes) for key, text in documents.items()}
-        pieces = [(f"{key}.{n}", piece) for key, parts in cut.items() for n, piece in enumerate(parts)]
-        documents = {key: piece for key, piece in pieces if piece.strip()}
-    return documents, digest.hexdigest()
+        cut = {key: pieces(text, piece_bytes) for key, text in documents.items()}
+        documents = distinct({f"{key}.{n}": piece for key, parts in cut.items() for n, piece in enumerate(parts)})
+    return documents, hash_of(files), remarks
 
 
 def own_documents(documents, seed):

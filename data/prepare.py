@@ -11,22 +11,22 @@ command again continues, or does nothing.
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse, split_list
-from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS
+from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_name
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer, local_folder
-from common.tokenizer import has_tokenizer, load_tokenizer, tokenizer_hash
+from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, spelled_bytes, tokenizer_hash
 from data.bpe import save_tokenizer
 from data.code_task import code_task
 from data.encyclopedia import wiki_documents, wiki_task
+from data.files import document_ids, losses
 from data.math_problems import math_documents, math_task
-from data.overlap import without_copies
+from data.overlap import IN_TRAIN, without_copies
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, cpp_documents, english_documents, python_sources
 
@@ -51,6 +51,8 @@ class DataConfig:
     domains: str = key("code,math,wiki", f"comma list of built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH")
     tokenizer: str = key("bpe", "bpe trains a small one here; else that of a checkpoint, a folder or hf:OWNER/NAME")
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[257, 1000000]")
+    column: str = key("", "of your own JSON lines: where the text is; empty is text, content or messages (chats)")
+    special_tokens: bool = key(False, "your own text has special tokens, such as <|im_start|>, that are meant as such")
     max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
     seed: int = key(0, "decides which documents are taken, and what is generated")
     overwrite: bool = key(False, "prepare again what is there already")
@@ -72,18 +74,21 @@ class Domain:
     recipe: dict  # what decides the content; a finished domain with the same recipe is not made again
     sources: dict  # the versions of what the texts are made from
     documents: object  # iterator of (split, read); read() is the text, None for a document to skip
+    remarks: list  # what the user should know, a line each
     texts: dict = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
 def domain_of(entry, config):
     """The Domain of one entry of `domains`: a built-in name or NAME=PATH."""
     name, equals, path = entry.strip().partition("=")
-    if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f"--domains: {name!r} cannot name a folder; use letters, digits, - and _")
+    check_name(name, "--domains")
     recipe = {"domain": name, "max_bytes": config.max_bytes, "seed": config.seed}
-    sources = python_sources()
+    sources, remarks = python_sources(), []
     if equals:
-        texts, recipe["files"] = read_own(path)
+        recipe |= {key: value for key in ("column", "special_tokens") if (value := getattr(config, key))}
+        folder = "" if config.tokenizer == "bpe" else config.tokenizer
+        options = {"column": config.column, "folder": folder, "markers": end_markers(config, folder)}
+        texts, recipe["files"], remarks = read_own(path, **options)
         documents, sources = own_documents(texts, config.seed), {"files": path}
     elif name in BUILT_IN:
         documents = BUILT_IN[name][0](config.seed)
@@ -92,7 +97,15 @@ def domain_of(entry, config):
         raise UserError(f"--domains: unknown domain {name!r}; {known}")
     if name in GENERATED and not equals and not config.max_bytes:
         raise UserError(f"--max_bytes=0: generated text ({name}) has no end; give a number of bytes")
-    return Domain(name, os.path.join(config.out_dir, name), recipe, sources, documents)
+    return Domain(name, os.path.join(config.out_dir, name), recipe, sources, documents, remarks)
+
+
+def end_markers(config, folder):
+    """What ends a document within text: the usual marker, and the one of the tokenizer in a folder, if any."""
+    if config.special_tokens:
+        return ()  # they become tokens
+    own = load_tokenizer(folder) if folder else None
+    return {END_OF_TEXT, own.decode([own.eot_token])} if own else {END_OF_TEXT}
 
 
 def is_finished(folder, recipe, config):
@@ -149,31 +162,40 @@ def token_dtype(encoding):
 
 
 def write_domain(domain, encoding, config):
-    """Tokenize a domain and write its folder; meta.json comes last. Of files that we choose, held-out ones that are
-    mostly copies of training text are left out."""
+    """Tokenize a domain and write its folder; meta.json comes last. Of files that people wrote, held-out ones that are
+    mostly copies of training text are left out; of one's own, only while others remain."""
     os.makedirs(domain.folder, exist_ok=True)
-    dtype = token_dtype(encoding)
-    end = np.array([encoding.eot_token], dtype)
+    dtype, spelled = token_dtype(encoding), spelled_bytes(encoding)
+    is_own = "files" in domain.recipe
     digest = hashlib.sha256()
     counts = {}
     for split, texts in domain.texts.items():  # train comes first
-        parts = []
-        for text in tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None):
-            parts += [encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype), end]
-        tokens = np.concatenate(parts)
-        copies = 0
+        bar = tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None)
+        found = [document_ids(encoding, text, is_own and config.special_tokens, spelled) for text in bar]
+        tokens = np.concatenate([ids.astype(dtype) for ids, _ in found])
+        stays = np.ones(len(texts), bool)
         if split == "train":
             train = tokens
-        elif domain.name in BUILT_IN and domain.name not in GENERATED and "files" not in domain.recipe:
-            tokens, stays = without_copies(train, tokens, encoding.eot_token)
-            copies = len(texts) - int(stays.sum())
-            texts[:] = [text for text, stay in zip(texts, stays, strict=True) if stay]
-            if not texts:
+        elif is_own or (domain.name in BUILT_IN and domain.name not in GENERATED):
+            others, stays = without_copies(train, tokens, [len(ids) for ids, _ in found])
+            if not is_own and not stays.any():
                 raise UserError(f"domain {domain.name!r}: all of {split} is copies of train; raise --max_bytes")
+            if stays.any():
+                tokens = others
+            else:
+                domain.remarks.append(f"all of {split} stands in the training text, too; its scores mean little")
+                stays[:] = True
+        copies = len(texts) - int(stays.sum())
+        texts[:] = [text for text, stay in zip(texts, stays, strict=True) if stay]
         digest.update(b"\0".join([split.encode(), *(text.encode() for text in texts), b""]))
         size = sum(len(text.encode()) for text in texts)
         counts[split] = {"documents": len(texts), "copies": copies, "tokens": len(tokens), "bytes": size}
+        if lost := sum(lost for (_, lost), stay in zip(found, stays, strict=True) if stay):
+            counts[split]["lost"] = lost
         write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
+    if copies := sum(count["copies"] for count in counts.values()):
+        domain.remarks.append(f"{copies:,} held-out documents {IN_TRAIN}")
+    domain.remarks += losses(counts.values())
     meta = {
         "recipe": domain.recipe,
         **counts,
@@ -182,7 +204,7 @@ def write_domain(domain, encoding, config):
         "tokenizer_hash": tokenizer_hash(config.out_dir),
         "sources": domain.sources,
     }
-    make_task = None if "files" in domain.recipe else BUILT_IN[domain.name][1]
+    make_task = None if is_own else BUILT_IN[domain.name][1]
     if make_task:
         tasks = {split: make_task(domain.texts, split, config.seed) for split in HELD_OUT}
         if all(tasks.values()):
@@ -262,6 +284,8 @@ def main():
     encoding = load_tokenizer(config.out_dir)
     for domain in missing:
         write_domain(domain, encoding, config)
+        for remark in domain.remarks:
+            print(f"{domain.folder}: {remark}")
     remedy = "prepare it again with --overwrite=True"
     print_table({domain.name: read_json(os.path.join(domain.folder, "meta.json"), remedy) for domain in domains})
 

@@ -3,17 +3,18 @@
     python -m data.public --source=fineweb-edu --tokens=2e9 --out_dir=out/web/data --tokenizer=hf:OWNER/NAME
     python -m data.public --source=~/parquet --domain=mine --out_dir=out/web/data
 
-writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepare.py does. Needs the package datasets
-(requirements-extra.txt). Text is never in memory as a whole: tokens are appended to files as documents come, and a run
-that was stopped goes on from its last note of where it stood. A document's text alone decides its split, so the same
-text from another source, or twice in this one, is never both learned from and scored on. Local files may have a column
-`group` (a project, a section): then all documents of a group are in one split. Held-out documents that the training
-text holds in great part are taken out and counted (data/overlap.py).
+writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepare.py does. Public data sets and parquet
+need the package datasets (requirements-extra.txt). Text is never in memory as a whole, but for a file of plain text:
+tokens are appended to files as documents come, and a run that was stopped, or met a file that it cannot read, goes on
+from its last note of where it stood. A document's text alone decides its split, so the same text from another source,
+or twice in this one, is never both learned from and scored on. Local files may have a column `group` (a project, a
+section): then all documents of a group are in one split. Held-out documents that the training text holds in great part
+are taken out and counted (data/overlap.py).
 """
 
 import atexit
+import contextlib
 import dataclasses
-import glob
 import hashlib
 import os
 import time
@@ -24,13 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common.config import key, parse
-from common.corpus import HELD_OUT, SPLITS, split_of
+from common.corpus import HELD_OUT, SPLITS, check_name, split_of
 from common.errors import UserError, atomic_file, command, read_json, write_json
 from common.hf import copy_tokenizer, local_folder
 from common.run import locked
-from common.tokenizer import has_tokenizer, load_tokenizer, token_bytes, tokenizer_hash
-from data.overlap import LENGTH, MOST, without_copies
-from data.prepare import MAX_HELD_OUT_BYTES, is_finished, print_table, token_dtype
+from common.tokenizer import has_tokenizer, load_tokenizer, spelled_bytes, token_bytes, tokenizer_hash
+from data.files import TextFiles, document_ids, kind_of, list_files, losses, not_read
+from data.overlap import IN_TRAIN, LENGTH, MOST, without_copies
+from data.prepare import MAX_HELD_OUT_BYTES, end_markers, is_finished, print_table, token_dtype
 
 LOOK_EVERY = 512  # documents from one look at whether there are enough tokens to the next
 NOTE_EVERY = 20 * LOOK_EVERY  # from one note to the next; a stopped run repeats no more
@@ -54,72 +56,101 @@ SOURCES = {
     "wikipedia": Source("wikimedia/wikipedia", "20231101.en", "CC BY-SA 3.0 and GFDL", "text"),
     "code": Source("codeparrot/codeparrot-clean", None, "of each repository, in its column `license`", "content"),
 }
-FORMATS = {".parquet": "parquet", ".jsonl": "json"}
+KINDS = ((".parquet",), (".jsonl",), (".json",), (".txt", ".md", ".py"))  # the first that a folder has are read
 
 
 @dataclasses.dataclass
 class PublicConfig:
     """Stream a public data set, or local parquet and JSON lines, into a domain."""
 
-    source: str = key("fineweb-edu", f"one of {', '.join(SOURCES)}; or a file or folder of .parquet or .jsonl")
+    source: str = key("fineweb-edu", f"one of {', '.join(SOURCES)}; or a file or folder of .parquet, .jsonl or text")
     domain: str = key("", "the domain's name; empty is the source's")
-    column: str = key("text", "of local files: the column that holds the text")
+    column: str = key("", "of local files: where the text is; empty is text, content or messages (chats)")
     group: str = key("group", "of local files: the column, if there is one, whose equal values share a split")
+    special_tokens: bool = key(False, "the text has special tokens, such as <|im_start|>, that are meant as such")
     tokens: float = key(1e8, "training tokens to stop after, when held-out text is enough", within="[1, inf)")
     out_dir: str = key("out/public/data", "the data folder")
     tokenizer: str = key("", "a checkpoint or data folder, or hf:OWNER/NAME; empty is what out_dir has")
     overwrite: bool = key(False, "prepare again what is there already")
 
 
+class Hub:
+    """A public data set as a stream like TextFiles."""
+
+    def __init__(self, name):
+        try:
+            from datasets import disable_progress_bars, load_dataset
+        except ImportError:
+            raise UserError("data.public needs the package datasets; pip install -r requirements-extra.txt") from None
+        disable_progress_bars()
+        # pyarrow reads on for a moment after nobody asks any more: Python then hangs or aborts if its end is sooner
+        atexit.unregister(time.sleep)
+        atexit.register(time.sleep, 0.5)
+        source = SOURCES[name]
+        self.name, self.column = name, source.column
+        with self.reading():
+            self.stream = load_dataset(source.id, source.config, split="train", streaming=True)
+            self.stream = self.stream.select_columns([source.column])
+            next(iter(self.stream))
+
+    @contextlib.contextmanager
+    def reading(self):
+        try:
+            yield
+        except Exception as error:  # of a dozen packages behind datasets, a class each
+            reason = (str(error).strip().splitlines() or [""])[0]
+            remedy = "check the network and repeat the command, or name local files"
+            raise UserError(
+                f"--source={self.name} cannot be read ({type(error).__name__}: {reason}); {remedy}"
+            ) from None
+
+    def __iter__(self):
+        rows = iter(self.stream)
+        while True:
+            with self.reading():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield self.name, None, [row[self.column]], None
+
+    def state_dict(self):
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state):
+        self.stream.load_state_dict(state)
+
+    def origin(self):
+        return {"datasets": version("datasets")}
+
+    def remarks(self):
+        return ()
+
+
 def open_stream(config):
-    """(an iterable of {column: text}, what the recipe says about the source, its columns among it)."""
-    try:
-        from datasets import disable_progress_bars, load_dataset
-    except ImportError:
-        raise UserError("data.public needs the package datasets; pip install -r requirements-extra.txt") from None
-    disable_progress_bars()
-    # pyarrow reads on for a moment after nobody asks any more: Python then hangs or aborts at its end if that is sooner
-    atexit.unregister(time.sleep)
-    atexit.register(time.sleep, 0.5)
+    """(a stream of (where, row, texts, group), what the recipe says about the source)."""
     if config.source in SOURCES:
-        source = SOURCES[config.source]
-        about = source._asdict()
-        options = {"path": source.id, "name": source.config}
-    else:
-        files = list_files(config.source)
-        about = {"files": [[os.path.basename(name), os.path.getsize(name)] for name in files], "column": config.column}
-        options = {"path": FORMATS[os.path.splitext(files[0])[1]], "data_files": files}
-    column = about["column"]
-    try:
-        stream = load_dataset(split="train", streaming=True, **options)
-        columns = [column]
-        if "files" in about and config.group in next(iter(stream)):
-            columns.append(config.group)
-            about["group"] = config.group
-        if options["path"] == "parquet":  # reading all columns takes several times as long
-            stream = load_dataset(split="train", streaming=True, columns=columns, **options)
-        stream = stream.select_columns(columns)
-        next(iter(stream))
-    except StopIteration:
-        raise UserError(f"--source={config.source} holds no documents; choose another") from None
-    except Exception as error:  # of a dozen packages behind datasets, a class each
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"--source={config.source} cannot be read ({type(error).__name__}: {reason}); check the network, or name "
-            f"local files that have a column {column!r}"
-        ) from None
-    return stream, about
+        return Hub(config.source), SOURCES[config.source]._asdict()
+    files, others = list_files(config.source, KINDS)
+    if not files:
+        known = f"{', '.join(SOURCES)}) nor files of {', '.join(suffix for kind in KINDS for suffix in kind)}"
+        raise UserError(f"--source={config.source} is neither a known data set ({known}")
+    for remark in not_read(others):
+        print(f"{config.source}: {remark}")
+    folder = local_folder(config.tokenizer) or config.out_dir
+    options = {"markers": end_markers(config, folder), "folder": folder}
+    first = TextFiles(files, config.column, config.group).columns()
+    if not first:
+        raise UserError(f"--source={config.source} holds no documents; choose another")
+    about = {"files": [[name, os.path.getsize(path)] for name, path in files.items()]}
+    about |= {name: value for name, value in zip(("column", "group"), first, strict=True) if value}
+    return TextFiles(files, *first, **options), about
 
 
-def list_files(path):
-    """The .parquet files or else the .jsonl files at a path, sorted."""
-    path = os.path.expanduser(path)
-    for suffix in FORMATS:
-        found = [path] if path.endswith(suffix) else sorted(glob.glob(os.path.join(glob.escape(path), "*" + suffix)))
-        if found and all(map(os.path.isfile, found)):
-            return found
-    known = ", ".join(SOURCES)
-    raise UserError(f"--source={path} is neither a known data set ({known}) nor .parquet or .jsonl files")
+def domain_name(source):
+    """ "text/law.jsonl.gz" -> "law"."""
+    name = os.path.basename(os.path.normpath(source))
+    known = any(kind_of(name) in kind for kind in KINDS)
+    return os.path.splitext(name[:-3] if name.lower().endswith(".gz") else name)[0] if known else name
 
 
 def use_tokenizer(config):
@@ -139,7 +170,9 @@ def use_tokenizer(config):
 class TokenFiles:
     """The .bin files of a domain, which grow on disk, and a note of how far they have come.
 
-    The note, progress.json, holds {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash}}.
+    The note, progress.json, holds {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash,
+    "lost" bytes, and of held-out text the "lengths" of documents}}. The recipe is without the files: which of them must
+    be as they were, the state knows.
     What is in the files beyond it was written after it and is cut off. Held-out text is in val.raw and test.raw until
     the end, when what training text holds, too, is left out of val.bin and test.bin. Note and raw files go when
     meta.json says that all is there.
@@ -150,6 +183,10 @@ class TokenFiles:
         self.dtype = np.dtype(dtype)
         self.progress = os.path.join(folder, PROGRESS)
         empty = {split: {"documents": 0, "tokens": 0, "bytes": 0, "hash": ""} for split in SPLITS}
+        for split in HELD_OUT:
+            empty[split]["lengths"] = []
+        source = {name: value for name, value in recipe["source"].items() if name != "files"}
+        recipe = {**recipe, "source": source}
         self.note = {"recipe": recipe, "state": None, "splits": empty}
         if os.path.exists(self.progress):
             self.note = read_json(self.progress, f"delete {folder} to begin anew")
@@ -168,13 +205,17 @@ class TokenFiles:
         file.truncate(size)
         return file
 
-    def add(self, split, text, tokens):
-        """Append a document: its text, and its token ids as an array."""
+    def add(self, split, text, tokens, lost):
+        """Append a document: its text, its token ids as an array, and how many bytes these lack."""
         self.files[split].write(tokens.astype(self.dtype).tobytes())
         counts = self.note["splits"][split]
         counts["documents"] += 1
         counts["tokens"] += len(tokens)
         counts["bytes"] += len(text.encode())
+        if split in HELD_OUT:
+            counts["lengths"].append(len(tokens))
+        if lost:
+            counts["lost"] = counts.get("lost", 0) + lost
         counts["hash"] = hashlib.sha256(f"{counts['hash']} {text}".encode()).hexdigest()
 
     def flush(self):
@@ -198,7 +239,7 @@ class TokenFiles:
         for split in HELD_OUT if splits["train"]["documents"] else ():
             train = np.memmap(os.path.join(self.folder, FILES["train"]), self.dtype, mode="r")
             tokens = np.fromfile(os.path.join(self.folder, FILES[split]), self.dtype)
-            tokens, stays = without_copies(train, tokens, encoding.eot_token)
+            tokens, stays = without_copies(train, tokens, splits[split].pop("lengths"))
             counts = {"copies": int((~stays).sum()), "documents": int(stays.sum()), "tokens": len(tokens)}
             splits[split] |= {**counts, "bytes": int(sizes[tokens].sum())}
             with atomic_file(os.path.join(self.folder, f"{split}.bin")) as file:
@@ -220,28 +261,26 @@ def clean_up(folder):
             os.remove(os.path.join(folder, name))
 
 
-def write_domain(config, stream, column, encoding, files):
+def write_domain(config, stream, encoding, files):
     """Read and tokenize the source until there are enough tokens or there is no more text."""
     splits = files.note["splits"]
     if files.note["state"]:
         stream.load_state_dict(files.note["state"])
+    spelled = spelled_bytes(encoding)
     options = {"initial": splits["train"]["tokens"], "unit": "token", "unit_scale": True}
     with tqdm(desc=files.folder, total=int(config.tokens), **options) as bar:
-        documents = 0
-        for row in stream:
-            text = row[column]
-            if not isinstance(text, str) or not text.strip():
-                continue
-            split = split_of(row.get(config.group) or text)
-            if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
-                # an array where encode_ordinary makes a list, which takes a quarter longer
-                ids = encoding.encode_to_numpy(text, disallowed_special=())
-                files.add(split, text, np.append(ids, encoding.eot_token))
-                bar.update(splits["train"]["tokens"] - bar.n)
-            documents += 1
-            if documents % LOOK_EVERY == 0 and enough(splits, config.tokens):
+        rows = 0
+        for _, _, texts, group in stream:
+            texts = [text for text in texts if isinstance(text, str) and text.strip()]
+            for text in texts:
+                split = split_of(group or text)
+                if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
+                    files.add(split, text, *document_ids(encoding, text, config.special_tokens, spelled))
+                    bar.update(splits["train"]["tokens"] - bar.n)
+            rows += bool(texts)
+            if texts and rows % LOOK_EVERY == 0 and enough(splits, config.tokens):
                 break
-            if documents % NOTE_EVERY == 0:
+            if texts and rows % NOTE_EVERY == 0:
                 files.save(stream.state_dict())
 
 
@@ -254,7 +293,8 @@ def enough(splits, tokens):
 
 def main():
     config = parse(PublicConfig)
-    name = config.domain or os.path.splitext(os.path.basename(os.path.normpath(config.source)))[0]
+    name = config.domain or domain_name(config.source)
+    check_name(name, "--domain")
     folder = os.path.join(config.out_dir, name)
     encoding = use_tokenizer(config)
     stream, source = open_stream(config)
@@ -266,6 +306,8 @@ def main():
         "tokenizer": tokenizer_hash(config.out_dir),
         "copies": [LENGTH, MOST],  # what counts as one: data/overlap.py
     }
+    if config.special_tokens:
+        recipe["special_tokens"] = True
     meta = os.path.join(folder, "meta.json")
     with locked(folder):
         if not config.overwrite and os.path.exists(meta):  # more text than asked for will do
@@ -278,12 +320,20 @@ def main():
                 return
             os.remove(meta)
         files = TokenFiles(folder, recipe, token_dtype(encoding))
-        write_domain(config, stream, source["column"], encoding, files)
-        about = {"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": {"datasets": version("datasets")}}
+        try:
+            write_domain(config, stream, encoding, files)
+        except UserError:
+            if isinstance(stream, TextFiles):  # it knows where it stands, and what came before is kept
+                files.save(stream.state_dict())
+            raise
+        about = {"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": stream.origin()}
         found = files.finish({**about, "dtype": token_dtype(encoding)}, encoding)
     print_table({name: found})
+    remarks = [*stream.remarks(), *losses([found[split] for split in SPLITS])]
     if copies := sum(found[split]["copies"] for split in HELD_OUT):
-        print(f"{folder}: {copies} held-out documents stand in the training text, too, and were taken out")
+        remarks.append(f"{copies:,} held-out documents {IN_TRAIN}")
+    for remark in remarks:
+        print(f"{folder}: {remark}")
 
 
 if __name__ == "__main__":

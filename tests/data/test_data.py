@@ -593,7 +593,7 @@ def test_held_out_files_that_are_copies_are_left_out(smoke, tmp_path):
     config = DataConfig(out_dir=smoke)
     for held_out, stays in (([second, reverse], True), ([second, third], False)):
         texts = {"train": [first], "val": list(held_out), "test": [reverse]}
-        domain = Domain("english", str(tmp_path / f"english-{stays}"), {}, {}, iter(()), texts)
+        domain = Domain("english", str(tmp_path / f"english-{stays}"), {}, {}, iter(()), [], texts)
         if not stays:
             with pytest.raises(UserError, match="all of val is copies of train"):
                 write_domain(domain, load_tokenizer(smoke), config)

@@ -38,8 +38,9 @@ def test_documents_that_stay_are_those_of_the_definition(piece, monkeypatch):
             document[document == END] = 1
             documents.append([*document.tolist(), END])
     tokens = np.array([*itertools.chain(*documents)])
+    lengths = [*map(len, documents)]
     expected = slowly(train.tolist(), documents)
-    found, stays = without_copies(train.astype(np.uint16), tokens.astype(np.uint16), END)
+    found, stays = without_copies(train.astype(np.uint16), tokens.astype(np.uint16), lengths)
     assert found.tolist() == [*itertools.chain(*expected)] and 5 < stays.sum() < len(documents) - 5
     assert [document for document, stay in zip(documents, stays, strict=True) if stay] == expected
 
@@ -48,5 +49,5 @@ def test_a_gram_across_two_documents_is_none():
     """Training text holds the end of one document with the beginning of the next: neither goes."""
     first, second = list(range(1, 11)), list(range(11, 21))
     tokens = np.array([*first, END, *second, END])
-    found, stays = without_copies(np.array([*first, END, *second]), tokens, END)
+    found, stays = without_copies(np.array([*first, END, *second]), tokens, [11, 11])
     assert found.tolist() == tokens.tolist() and stays.tolist() == [True, True]

@@ -171,7 +171,10 @@ def test_json_lines_give_the_same(prepare, texts, tmp_path):
     ("flags", "words"),
     [
         (["--source=nowhere"], "--source=nowhere is neither a known data set (fineweb-edu, "),
-        (["--column=body"], "name local files that have a column 'body'"),
+        (
+            ["--column=body"],
+            "0.parquet:1: there is no \"body\" among 'text', 'url'; name the column with",
+        ),
         (["--source=wikipedia"], "--source=wikipedia cannot be read"),
         (["--tokenizer=nowhere"], "nowhere has no tokenizer; give --tokenizer=FOLDER"),
         (["--tokens=0"], "tokens must lie in [1, inf)"),
@@ -191,6 +194,7 @@ def test_no_tokenizer_or_another_one(prepare, data, tmp_path):
     assert "already has another tokenizer" in error_line(prepare("--domain=web", f"--tokenizer={tmp_path}/other"))
 
 
-def test_without_the_package(prepare, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install -r requirements-extra.txt" in error_line(prepare())
+@pytest.mark.parametrize(("package", "flags"), [("datasets", ["--source=wikipedia"]), ("pyarrow.parquet", [])])
+def test_without_the_package(package, flags, prepare, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install -r requirements-extra.txt" in error_line(prepare(*flags))

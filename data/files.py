@@ -1,0 +1,334 @@
+"""Files of text as people have them: plain text, JSON lines and parquet, gzipped or not, and chats among them.
+
+TextFiles reads them one after another. What it cannot read is one line that names the file, the row and the remedy; a
+state says how far it has come, so that it goes on there when the file is mended.
+"""
+
+import codecs
+import contextlib
+import functools
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections import Counter
+
+import numpy as np
+
+from common.errors import UserError, read_json
+from common.tokenizer import SETTINGS, encode
+
+PLAIN = (".txt", ".md", ".py")
+COLUMNS = ("text", "content", "messages")  # where others keep their text
+PIECE_BYTES = 4000  # longer plain text is cut at blank lines, so that one long file can be split too
+REMEDY = "mend or remove the file, and the same command continues"
+PUT_BACK = "put it back, or delete the domain's folder to begin anew"
+
+
+def kind_of(path):
+    """The suffix that says how to read a file: "b.JSONL.gz" -> ".jsonl"."""
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]
+
+
+def list_files(path, kinds):
+    """The files at a path, in order, of the first of some kinds (tuples of suffixes) that is there:
+    {path relative to the folder: full path}, and the names of the others. Links are followed, each folder once."""
+
+    def cannot_list(error):
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); change that or move it away")
+
+    path = os.path.expanduser(path)
+    found = {os.path.basename(path): path} if os.path.isfile(path) else {}
+    visited = set()
+    for folder, subfolders, names in os.walk(
+        path, onerror=cannot_list if os.path.isdir(path) else None, followlinks=True
+    ):
+        if os.path.realpath(folder) in visited:
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            full = os.path.join(folder, name)
+            found[os.path.relpath(full, path).replace(os.sep, "/")] = full
+    for kind in kinds:
+        if chosen := {name: full for name, full in found.items() if kind_of(full) in kind}:
+            for full in chosen.values():
+                if not os.path.isfile(full):
+                    raise UserError(f"{full} is no file, or a link that leads to none; mend or remove it")
+            return chosen, sorted(found.keys() - chosen)
+    return {}, sorted(found)
+
+
+def not_read(others):
+    """A line on files of other kinds, none where there are none."""
+    if others:
+        yield f"not read, being of other kinds: {', '.join(others[:3])}{', ...' * (len(others) > 3)} ({len(others):,})"
+
+
+# ---- one file ----
+
+
+@contextlib.contextmanager
+def opened(path, newline=None):
+    """A file to read as text: UTF-8, or UTF-16 where a byte order mark says so."""
+    with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+        is_utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        yield io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", newline=newline)
+
+
+def pieces(text, piece_bytes=PIECE_BYTES):
+    """Cut a long text at blank lines into pieces of about piece_bytes."""
+    piece = []
+    size = 0
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        size += len(paragraph.encode()) + 2
+        if size >= piece_bytes:
+            yield "\n\n".join(piece)
+            piece = []
+            size = 0
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def json_rows(path):
+    """(number, row) of a file of JSON lines; a .json file may hold one list or object instead."""
+    with opened(path, "\n") as file:  # a string may hold other characters that end lines elsewhere
+        lines = file
+        if kind_of(path) == ".json":
+            text = file.read()
+            try:
+                found = json.loads(text)
+                lines = [json.dumps(row) for row in (found if isinstance(found, list) else [found])]
+            except ValueError:
+                lines = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    reason = getattr(error, "msg", error)
+                    raise UserError(f"{path}:{number}: expected a JSON object, found {reason}; {REMEDY}") from None
+                yield number, row
+
+
+def parquet_rows(path, columns, group):
+    """(number, row) of a parquet file. columns: those that may have the text, a set; all are read if none is there."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path} needs the package datasets; pip install -r requirements-extra.txt") from None
+    with ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        wanted = names if columns.isdisjoint(names) else [name for name in names if name in {*columns, group}]
+        batches = file.iter_batches(1024, columns=wanted)
+        yield from enumerate(itertools.chain.from_iterable(batch.to_pylist() for batch in batches), 1)
+
+
+def plain_text(path):
+    with opened(path) as file:
+        text = file.read()
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(
+            f"{path}:{line}: a NUL byte, so this is no text, or UTF-16 unmarked; convert it or move it away"
+        )
+    return text
+
+
+# ---- chats ----
+
+
+class Rendered(str):
+    """A text made by a chat template: its special tokens are meant as such, and none ends the document."""
+
+
+def document_ids(encoding, text, special, spelled):
+    """(the ids of a document, closed by the token that ends texts; how many bytes of it the tokenizer has no ids for).
+
+    special: whether all text spells special tokens, not chats alone. spelled: spelled_bytes(encoding).
+    """
+    ids = encode(encoding, text, special or isinstance(text, Rendered))
+    lost = max(0, len(text.encode()) - int(spelled[ids].sum()))
+    return ids if len(ids) and ids[-1] == encoding.eot_token else np.append(ids, encoding.eot_token), lost
+
+
+def losses(counts):
+    """A line on text that the tokenizer has no ids for, from the counts of some splits; none where nothing is lost."""
+    if lost := sum(count.get("lost", 0) for count in counts):
+        share = lost / sum(count["bytes"] for count in counts)
+        why = "the tokenizer lacks their characters or changes them"
+        yield f"{lost:,} bytes of text ({share:.2%}) have no token: {why}; scores are of the rest"
+
+
+def is_chat(value):
+    """Whether a row's value is a list of {"role": string, "content": string}."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+
+
+def chatml(messages):
+    return "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+
+
+def chat_renderer(folder):
+    """(a function from a chat to text, how it does that in words): with the chat template of a tokenizer's folder, or
+    else in the ChatML form."""
+    path = os.path.join(folder, SETTINGS)
+    settings = read_json(path, "copy it again") if os.path.exists(path) else {}
+    if not (settings.get("chat_template") or os.path.exists(os.path.join(folder, "chat_template.jinja"))):
+        return chatml, "in the ChatML form, for the tokenizer has no chat template"
+    try:
+        from transformers import PreTrainedTokenizerFast
+    except ImportError:
+        return chatml, "in the ChatML form, for the tokenizer's chat template needs the package transformers"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return functools.partial(tokenizer.apply_chat_template, tokenize=False), "with the tokenizer's chat template"
+
+
+# ---- all files ----
+
+
+class TextFiles:
+    """The documents of files as a stream that can stop and go on: (a file's name, row, its texts, its group).
+
+    files: {name: path}. column: where rows have their text; empty is the first of COLUMNS that the first row has.
+    group: a column that rows may have. markers: strings that end documents in text. folder: that of the tokenizer,
+    whose chat template renders chats.
+
+    state_dict() is {"files": {name: {"rows" read, their "hash", and "bytes" of a file that was read whole}}, "broken":
+    the file that could not be read on, "markers", "chats": how many there were}. After load_state_dict the stream goes
+    on from there: rows that were read must be the same, and only the broken file may be gone.
+    """
+
+    def __init__(self, files, column="", group="", markers=(), folder=""):
+        self.files, self.column, self.group, self.folder = files, column, group, folder
+        self.cut = re.compile(rf"\n?(?:{'|'.join(map(re.escape, markers))})\n?") if markers else None
+        self.decided = False
+        self.render, self.way = None, ""  # set when the first chat comes
+        self.met = Counter()  # markers and chats in the row that is being read
+        self.load_state_dict({"files": {}, "broken": None, "markers": 0, "chats": 0})
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+    def columns(self):
+        """(column, group) of the rows of the first file, "" for what they do not have; None where there is no row."""
+        for _ in self.rows(next(iter(self.files.values()))):
+            self.met.clear()
+            return self.column, self.group
+
+    def __iter__(self):
+        known = self.state["files"]
+        for name in known.keys() - self.files.keys() - {self.state["broken"]}:
+            raise UserError(f"{name} was read and is gone; {PUT_BACK}")
+        for name, path in self.files.items():
+            read = known.setdefault(name, {"rows": 0, "hash": ""})
+            if "bytes" not in read:
+                try:
+                    yield from self.unread(name, read)
+                except UserError:
+                    self.state["broken"] = name
+                    raise
+                read["bytes"] = os.path.getsize(path)
+            elif read["bytes"] != os.path.getsize(path):
+                raise UserError(f"{path} has changed since it was read; {PUT_BACK}")
+
+    def unread(self, name, read):
+        """The rows of a file after those that were read already, which must still be the same."""
+        path, again, done = self.files[name], "", read["rows"]
+        changed = UserError(f"{path}: its first {done} rows have changed since they were read; {PUT_BACK}")
+        for number, texts, group in self.rows(path):
+            met, self.met = self.met, Counter()
+            is_new = number > done
+            if is_new and again != read["hash"]:
+                raise changed
+            again = hashlib.sha256("\0".join([again, *texts]).encode()).hexdigest()
+            if is_new:
+                read |= {"rows": number, "hash": again}
+                self.state |= {key: self.state[key] + count for key, count in met.items()}
+                yield name, number, texts, group
+        if again != read["hash"]:
+            raise changed
+
+    def rows(self, path):
+        """(row, its texts, its group) of a file. UserError for whatever is wrong with it."""
+        number, kind = 0, kind_of(path)
+        try:
+            if kind in PLAIN:
+                text = plain_text(path)
+                parts = [text] if kind == ".py" else itertools.chain.from_iterable(map(pieces, self.parts(text)))
+                yield from ((number, [part], None) for number, part in enumerate(parts, 1))
+                return
+            columns = {self.column} if self.column else {*COLUMNS}
+            for number, row in json_rows(path) if kind != ".parquet" else parquet_rows(path, columns, self.group):
+                yield number, self.texts(row, f"{path}:{number}"), row.get(self.group)
+        except UserError:
+            raise
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text beyond row {number}; convert it or move it away") from None
+        except Exception as error:  # of the disk, gzip and pyarrow, a class each
+            reason = (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path} cannot be read beyond row {number} ({reason}); {REMEDY}") from None
+
+    def texts(self, row, where):
+        """The documents of a row of JSON lines or parquet. The first row decides about the columns."""
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{where}: expected a JSON object with a string under "{self.column or COLUMNS[0]}"; {REMEDY}'
+            )
+        if not self.decided:
+            self.decided = True
+            self.column = self.column or next((name for name in COLUMNS if name in row), COLUMNS[0])
+            self.group = self.group if self.group in row else ""
+        if self.column not in row:
+            remedy = f"name the column with --column=NAME, or {REMEDY}"
+            raise UserError(f'{where}: there is no "{self.column}" among {", ".join(map(repr, row))}; {remedy}')
+        value = row[self.column]
+        if value is None or value in ("", []):
+            return []
+        if is_chat(value):
+            return [self.rendered(value, where)]
+        try:
+            value.encode()
+        except (AttributeError, UnicodeEncodeError):
+            kind = "half a surrogate pair" if isinstance(value, str) else type(value).__name__
+            raise UserError(
+                f'{where}: expected a string or a chat under "{self.column}", found {kind}; {REMEDY}'
+            ) from None
+        return self.parts(value)
+
+    def parts(self, text):
+        """A text, cut at the markers that end documents."""
+        parts = self.cut.split(text) if self.cut else [text]
+        self.met["markers"] += len(parts) - 1
+        return [part for part in parts if part.strip()]
+
+    def rendered(self, chat, where):
+        if not self.render:
+            self.render, self.way = chat_renderer(self.folder)
+        self.met["chats"] += 1
+        try:
+            return Rendered(self.render(chat))
+        except Exception as error:  # of the template
+            raise UserError(f"{where}: the chat template refuses this chat ({error}); {REMEDY}") from None
+
+    def origin(self):
+        """How many rows of each file have become text."""
+        return {"rows": {name: read["rows"] for name, read in self.state["files"].items()}}
+
+    def remarks(self):
+        """What a reader of the text should know, a line each."""
+        if markers := self.state["markers"]:
+            yield f"{markers:,} end-of-document markers in the text end documents there"
+        if chats := self.state["chats"]:
+            yield f"{chats:,} chats were written {self.way or chat_renderer(self.folder)[1]}"
