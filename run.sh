@@ -28,6 +28,7 @@
 #   JOBS=1                          how many stages run side by side; as many as there are GPUs, or cores
 #   LAUNCH="torchrun --nproc_per_node=8"    what starts train.py and finetune.py, one after the other
 #   PYTHON=python3                  an environment of your own instead of .venv
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
 cd "$(dirname "$0")"
 size=${1:-cpu} task=${2:-}

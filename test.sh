@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Runs the tests, at most 4 minutes on 2 CPU cores; arguments go to pytest: bash test.sh -k mix
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
 cd "$(dirname "$0")"
 source setup.sh

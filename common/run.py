@@ -113,7 +113,9 @@ def read_run(folder):
     if not os.path.exists(path):
         return None
     record = read_json(path, "delete the folder and run again")
-    if not isinstance(record, dict) or not {"id", "recipe", "step", "finished", "history"} <= record.keys():
+    needed = {"id": str, "recipe": dict, "step": int, "finished": bool, "history": dict}
+    well_formed = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in needed.items())
+    if not well_formed or not all(isinstance(cost, dict) for cost in record["history"].values()):
         raise UserError(f"{path} is no run.json of this project; delete the folder and run again")
     return record
 

@@ -5,6 +5,7 @@
 #   bash exercises/grade.sh 3            exercise 3 of it alone, with what pytest says
 #   bash exercises/grade.sh --solution   for staff: the answers to what the tests do not ask, then a fresh copy with the
 #                                        solution filled in
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source setup.sh

@@ -264,3 +264,12 @@ def test_scripts_have_their_line_ends_in_every_checkout(tmp_path):
     assert b"\r\n" in read(tmp_path / "without" / "run.sh")  # the test can fail
     for script in SCRIPTS:
         assert b"\r" not in read(tmp_path / "with" / script), script
+
+
+@pytest.mark.skipif(not shutil.which("dash"), reason="bash alone is here")
+@pytest.mark.parametrize("script", ["run.sh", "test.sh", "exercises/grade.sh"])
+def test_a_script_that_is_started_with_sh_goes_on_with_bash(script):
+    """dash is the sh of Debian and Ubuntu."""
+    command = ["dash", os.path.join(ROOT, script), "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": "no-such-python"})
+    assert "Illegal option" not in done.stderr and done.stderr.count("\n") == 1 and "error: " in done.stderr

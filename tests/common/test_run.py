@@ -611,3 +611,11 @@ def test_a_run_json_of_another_form(flags, copy, seed):
     for text in ("[]", '{"id": 1}', "{", "nul"):
         (copy / "run.json").write_text(text)
         assert "run.json" in error_line(run("train.py", *flags, f"--out_dir={copy}"))
+
+
+@pytest.mark.parametrize("change", [{"history": {"seed": 3}}, {"recipe": []}, {"step": "12"}])
+def test_a_run_json_of_another_form_is_named(change, seed, data, tmp_path):
+    copy = shutil.copytree(seed, tmp_path / "copy")
+    (copy / "run.json").write_text(json.dumps({**read_json(copy / "run.json"), **change}))
+    done = run("train.py", *SHORT, f"--data_dir={data}", f"--init_from={copy}", f"--out_dir={tmp_path}/run")
+    assert "run.json is no run.json of this project" in error_line(done)
