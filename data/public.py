@@ -3,7 +3,7 @@
     python -m data.public --source=fineweb-edu --tokens=2e9 --out_dir=out/web/data --tokenizer=hf:OWNER/NAME
     python -m data.public --source=~/parquet --domain=mine --out_dir=out/web/data
 
-writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepare.py does. A public data set, and parquet,
+writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepare.py does. Public data sets and parquet
 need the package datasets (requirements-extra.txt). Text is never in memory as a whole (a plain text file is): tokens
 are appended to files as documents come, and a run that was stopped, or met a file that it cannot read, goes on from its
 last note of where it stood. A document's text alone decides its split, so the same text from another source, or twice
