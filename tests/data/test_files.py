@@ -193,7 +193,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("script", [prepare, public])
 def test_json_lines_in_every_form_are_the_same_text(script, form, data, tmp_path):
-    texts = [f"{text}\u2028next\x85line\x0c and é" for text in some_texts(300)]
+    texts = [f"{text}\u2028\x85\x0cé" for text in some_texts(300, words=100)]
     name, write = FORMS[form]
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / name).write_bytes(write(texts))
@@ -206,7 +206,7 @@ def test_json_lines_in_every_form_are_the_same_text(script, form, data, tmp_path
 
 @pytest.mark.parametrize("script", [prepare, public])
 def test_plain_text_in_every_form(script, data, tmp_path):
-    texts = some_texts(400)
+    texts = some_texts(400, words=150)
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "A.TXT").write_bytes(codecs.BOM_UTF8 + "\r\n\r\n".join(texts[:100]).encode())
