@@ -38,14 +38,13 @@ def list_files(path, kinds):
     {path relative to the folder: full path}, and the names of the others. Links are followed, each folder once."""
 
     def cannot_list(error):
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); change that or move it away")
+        if os.path.isdir(error.filename):
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); change that or move it away")
 
     path = os.path.expanduser(path)
     found = {os.path.basename(path): path} if os.path.isfile(path) else {}
     visited = set()
-    for folder, subfolders, names in os.walk(
-        path, onerror=cannot_list if os.path.isdir(path) else None, followlinks=True
-    ):
+    for folder, subfolders, names in os.walk(path, onerror=cannot_list, followlinks=True):
         if os.path.realpath(folder) in visited:
             subfolders.clear()
             continue

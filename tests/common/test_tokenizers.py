@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers import SHAPE, SHORT, error_line, must, read, read_json, run, tokens_of
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
 
 from common.hf import copy_tokenizer, same_tokenizer
 from common.tokenizer import (
     END_OF_TEXT,
     JsonEncoding,
+    encode,
     encode_continuation,
     has_tokenizer,
     load_tokenizer,
@@ -76,6 +77,41 @@ def test_our_tokenizer_json_read_as_a_published_one(ours, seed, tmp_path):
     text = END_OF_TEXT.join(TEXTS.values())
     assert again.encode_ordinary(text) == ours.encode_ordinary(text)  # the special token is text here, as it is there
     assert again.decode(ours.encode_ordinary(text)) == text
+
+
+RUNS = {
+    "letters": "".join(random.Random(1).choices("abcdefgABCDEFG", k=200_000)),
+    "one letter": "a" * 200_000,
+    "spaces": "a" + " " * 1_200_000 + "b",
+    "blank lines": " \n" * 100_000,
+    "dashes": "-" * 200_000,
+    "characters": "".join(map(chr, random.Random(1).choices(range(0x4E00, 0x5E00), k=50_000))),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_text_without_spaces_is_encoded_as_tokenizers_does(run, ours, data):
+    """And a million spaces, which are too many for tiktoken's regular expressions."""
+    text, theirs = RUNS[run], tokenizers.Tokenizer.from_file(os.path.join(data, "tokenizer.json"))
+    assert encode(ours, text).tolist() == theirs.encode(text).ids
+    marked = f"{END_OF_TEXT}x{END_OF_TEXT}{text}"
+    assert encode(ours, marked, special=True).tolist() == theirs.encode(marked).ids
+
+
+def test_padding_and_batches(seed):
+    """What padding=True and pipeline(batch_size=2) want of our folders: a batch's texts go on as each does alone."""
+    tokenizer, texts = AutoTokenizer.from_pretrained(seed), ["The rain", "Question: Tom has 3 apples and", "The"]
+    batch = tokenizer(texts, padding=True)
+    width = max(map(len, batch["input_ids"]))
+    for text, ids, mask in zip(texts, batch["input_ids"], batch["attention_mask"], strict=True):
+        own = tokenizer(text)["input_ids"]
+        assert ids == [tokenizer.eos_token_id] * (width - len(own)) + own
+        assert mask == [0] * (width - len(own)) + [1] * len(own)
+    generate = pipeline("text-generation", seed, dtype=torch.float32)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    together = generate(texts, batch_size=2, **options)
+    assert together == [generate(text, **options) for text in texts]
+    assert [len(generate.tokenizer(text)["input_ids"]) for text in texts] != [width] * 3
 
 
 def test_merges_are_what_byte_pair_encoding_does():

@@ -1,12 +1,12 @@
 """Data preparation: the tokenizer against a recount from scratch, the splits, the math, and every error line."""
 
 import ast
-import glob
 import itertools
 import json
 import os
 import random
 import re
+import string
 import subprocess
 import sys
 import time
@@ -23,7 +23,7 @@ from common.corpus import HELD_OUT, SPLITS, split_of
 from common.errors import UserError
 from common.tokenizer import END_OF_TEXT, load_tokenizer, token_bytes, tokenizer_hash
 from data import python_text
-from data.bpe import PATTERN, train_bpe
+from data.bpe import PATTERN, count_words, train_bpe
 from data.math_problems import TEMPLATES, make_problem, math_documents, math_task
 from data.own_text import own_documents
 from data.prepare import DataConfig, Domain, main, token_dtype, write_domain
@@ -103,22 +103,32 @@ def test_bpe_equals_a_recount():
 
 
 def test_text_without_spaces_takes_no_longer():
-    """Lines of 50,000 letters, and short ones of a small alphabet, which once took minutes and hours: they take less
-    time than a megabyte of ordinary text, whose merges they leave alone but for a few."""
-    draw = random.Random(1)
-    paths = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), "*.py")))
-    ordinary = "".join(open(path, encoding="utf-8").read() for path in paths)[:1_000_000]  # noqa: SIM115
-    endless = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=50_000)) for _ in range(4)]
-    dna = "\n".join("".join(draw.choices("ACGT", k=70)) for _ in range(3_000))
-    times, ranks = [], []
-    for texts in ([ordinary], [ordinary, *endless, dna]):
+    """Lines of 50,000 letters, characters, marks and spaces among ordinary text, and alone; processor time."""
+
+    def seconds(texts):
         start = time.process_time()
-        ranks.append(train_bpe(texts, 512))
-        times.append(time.process_time() - start)
-    assert times[1] < 2 * times[0], times
-    assert len(ranks[0].keys() & ranks[1].keys()) > 450
-    encoding = tiktoken.Encoding("test", pat_str=PATTERN, mergeable_ranks=ranks[1], special_tokens={END_OF_TEXT: 511})
-    assert encoding.decode(encoding.encode(endless[0])) == endless[0]
+        assert len(train_bpe(texts, 400)) == 399
+        return time.process_time() - start
+
+    draw = random.Random(1)
+    han = "".join(map(chr, range(0x4E00, 0x5E00)))
+    kinds = string.ascii_letters, han, "+-<>[].,", " \t\n"
+    lines = ["".join(draw.choices(kind, k=50_000)) for kind in kinds]
+    ordinary = [read() for _, read in itertools.islice(python_text.code_documents(0), 60)]
+    ordinary = [text for text in ordinary if text]
+    assert seconds(ordinary + lines) < 2 * seconds(ordinary) + 2
+    assert seconds(lines) < 5
+
+
+def test_what_is_cut_for_counting_is_what_is_not_ordinary():
+    """Words of up to 64 letters and runs of up to 256 marks or spaces count whole; longer ones in these pieces."""
+    for run, longest in (("x", 64), ("-", 256), (" ", 256)):
+        for count in (1, longest - 1, longest):
+            text = run * count + "\n"
+            assert list(count_words([text])) == regex.findall(PATTERN, text)
+        assert set(count_words([run * 5 * longest])) == {run * longest}
+    words = ["".join(random.Random(n).choices(string.ascii_letters, k=64)) for n in range(2000)]
+    assert list(count_words(["0".join(words)])) == [words[0], "0", *words[1:1024]]  # of 64 KiB
 
 
 def test_bpe_pieces_are_what_tiktoken_makes():
