@@ -145,9 +145,7 @@ def test_a_data_set_by_name_is_the_same_text_as_its_files(source, small_batches,
 
     with monkeypatch.context() as patch:
         patch.setattr(datasets.IterableDataset, "__iter__", failing)
-        with pytest.raises(
-            UserError, match=r"named cannot be read \(ConnectionError: the line is dead\); check"
-        ):
+        with pytest.raises(UserError, match=r"named cannot be read \(ConnectionError: the line is dead\); check"):
             small_batches("out", "--source=named")
     assert os.path.exists(tmp_path / "out" / "web" / "progress.json")
     small_batches("out", "--source=named")
