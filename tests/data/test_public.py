@@ -131,6 +131,28 @@ def test_a_stopped_run_goes_on_and_ends_the_same(documents, small_batches, tmp_p
     assert len(calls) < 2 * 6000  # it did not read everything again
 
 
+def test_a_data_set_by_name_is_the_same_text_as_its_files(source, small_batches, tmp_path, monkeypatch):
+    """Through the package datasets, and through a network that fails on the way: one line, then the command goes on."""
+    monkeypatch.setitem(public.SOURCES, "named", public.Source(source, None, "none", "text"))
+    small_batches("whole")
+    rows = datasets.IterableDataset.__iter__
+
+    def failing(self):
+        for number, row in enumerate(rows(self)):
+            if number == 2000:
+                raise ConnectionError("the line is dead\nand more")
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.IterableDataset, "__iter__", failing)
+        with pytest.raises(UserError, match=r"named cannot be read \(ConnectionError: the line is dead\); check"):
+            small_batches("out", "--source=named")
+    assert os.path.exists(tmp_path / "out" / "web" / "progress.json")
+    small_batches("out", "--source=named")
+    for split in SPLITS:
+        assert read(tmp_path / "out" / "web" / f"{split}.bin") == read(tmp_path / "whole" / "web" / f"{split}.bin")
+
+
 def test_progress_of_other_settings_or_lost_tokens_is_refused(small_batches, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(public, "write_json", dying_before_the_end)
