@@ -21,9 +21,31 @@ from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, conte
 # around it; a word, with the one space, dot or underscore before it; a single digit, so that numbers
 # always look the same; a run of punctuation; any other space, leaving the last one to the next word.
 PATTERN = r"\s*\n\s*|[ ._]?\p{L}+|[0-9]| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s"
-LONG = 20  # characters: of pieces that are longer
-LONG_CHARACTERS = 60_000  # so many characters are counted in all,
-ENDLESS = 1000  # and pieces longer than this in parts
+
+# The same for counting, where a run is cut: text without spaces would be one word of a million letters. The limits are
+# above what stands in ordinary text.
+LONGEST_WORD, LONGEST_RUN = 64, 256
+COUNTED = (
+    PATTERN.replace(r"\p{L}+", rf"\p{{L}}{{1,{LONGEST_WORD}}}")
+    .replace("0-9]+", f"0-9]{{1,{LONGEST_RUN}}}")
+    .replace(r"\s+", rf"\s{{1,{LONGEST_RUN}}}")
+    .replace(r"\s*", rf"\s{{0,{LONGEST_RUN}}}")
+)
+LONG = 20  # characters: of different words that are longer, such as the lines of a genome, there may be no end,
+LONG_BYTES = 2**16  # so that no more of them are counted
+
+
+def count_words(texts):
+    """{word: how often it stands in the texts}, in the order in which they come first."""
+    frequency = Counter()
+    for text in texts:
+        frequency.update(regex.findall(COUNTED, text))
+    room = LONG_BYTES
+    for word in [word for word in frequency if len(word) > LONG]:
+        room -= len(word.encode())
+        if room < 0:
+            del frequency[word]
+    return frequency
 
 
 def _merge(symbols, target):
@@ -37,23 +59,6 @@ def _merge(symbols, target):
     return merged
 
 
-def countable(frequency):
-    """{piece: how often it occurs} without too many long ones. Each merge counts a piece anew as a whole, and text
-    without spaces, such as DNA, is nothing but long pieces that occur once."""
-    found, room = Counter(), LONG_CHARACTERS
-    for piece, count in frequency.items():
-        if len(piece) > LONG:
-            room -= len(piece)
-            if room + len(piece) <= 0:
-                continue
-        parts = [piece]
-        if len(piece) > ENDLESS:
-            parts = [piece[start : start + LONG] for start in range(0, min(len(piece), LONG_CHARACTERS), LONG)]
-        for part in parts:
-            found[part] += count
-    return found
-
-
 def train_bpe(texts, vocab_size):
     """Learn byte-pair merges from an iterable of strings.
 
@@ -64,31 +69,25 @@ def train_bpe(texts, vocab_size):
 
     vocab_size is 257 or more. Raises UserError when the text has too few pairs for it.
     """
-    frequency = Counter()
-    for text in texts:
-        frequency.update(regex.findall(PATTERN, text))
-    frequency = countable(frequency)
+    frequency = count_words(texts)
     words = [[bytes([byte]) for byte in word.encode()] for word in frequency]
     frequency = list(frequency.values())
 
     counts = Counter()  # pair -> how often it occurs in the text
     places = defaultdict(set)  # pair -> the words it occurs, or once occurred, in
 
-    def count_pairs(index, sign):
-        symbols = words[index]
-        pairs = [left + right for left, right in pairwise(symbols)]
-        for pair in pairs:
-            counts[pair] += sign * frequency[index]
-            places[pair].add(index)
-        return pairs
+    def count_pairs(index, sign, counts):
+        for left, right in pairwise(words[index]):
+            counts[left + right] += sign * frequency[index]
+            places[left + right].add(index)
 
     for index in range(len(words)):
-        count_pairs(index, +1)
+        count_pairs(index, +1, counts)
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
 
     ranks = {bytes([byte]): byte for byte in range(256)}
-    bar = tqdm(total=vocab_size - 1 - len(ranks), desc="merges of the tokenizer", leave=False, disable=None)
+    bar = tqdm(total=vocab_size - 1, initial=256, desc="learning merges", leave=False, disable=None)
     while len(ranks) < vocab_size - 1:
         if not heap:
             raise UserError(
@@ -98,14 +97,16 @@ def train_bpe(texts, vocab_size):
         if -count != counts[target] or not count:
             continue  # the count has changed since; a newer entry is in the heap
         ranks.setdefault(target, len(ranks))
-        bar.update()
-        changed = set()
+        bar.update(len(ranks) - bar.n)
+        change = Counter()
         for index in places.pop(target):
-            changed.update(count_pairs(index, -1))
+            count_pairs(index, -1, change)
             words[index] = _merge(words[index], target)
-            changed.update(count_pairs(index, +1))
-        for pair in changed:
-            heapq.heappush(heap, (-counts[pair], pair))
+            count_pairs(index, +1, change)
+        for pair, difference in change.items():
+            if difference:
+                counts[pair] += difference
+                heapq.heappush(heap, (-counts[pair], pair))
     bar.close()
     return ranks
 
@@ -152,6 +153,8 @@ def from_ranks(ranks):
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,  # as GPT-2's users have it: no id is free for another
+        "padding_side": "left",  # a model goes on at the right
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }

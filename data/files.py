@@ -79,19 +79,23 @@ def opened(path, newline=None):
         yield io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", newline=newline)
 
 
-def pieces(text, piece_bytes=PIECE_BYTES):
-    """Cut a long text at blank lines into pieces of about piece_bytes."""
+def pieces(text, piece_bytes=PIECE_BYTES, ends=("\n\n", "\n")):
+    """Cut a long text into pieces of about piece_bytes: at blank lines, and a paragraph of twice that at its lines."""
     piece = []
     size = 0
-    for paragraph in text.split("\n\n"):
-        piece.append(paragraph)
-        size += len(paragraph.encode()) + 2
-        if size >= piece_bytes:
-            yield "\n\n".join(piece)
+    for part in text.split(ends[0]):
+        is_long = len(ends) > 1 and len(part.encode()) >= 2 * piece_bytes
+        if not is_long:
+            piece.append(part)
+            size += len(part.encode()) + len(ends[0])
+        if piece and (is_long or size >= piece_bytes):
+            yield ends[0].join(piece)
             piece = []
             size = 0
+        if is_long:
+            yield from pieces(part, piece_bytes, ends[1:])
     if piece:
-        yield "\n\n".join(piece)
+        yield ends[0].join(piece)
 
 
 def json_rows(path):

@@ -20,6 +20,7 @@ from common.config import key, parse, split_list
 from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_name
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer, local_folder
+from common.run import locked
 from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, spelled_bytes, tokenizer_hash
 from data.bpe import save_tokenizer
 from data.code_task import code_task
@@ -257,14 +258,9 @@ def print_table(metas):
             print(f"{name:12} {split:5} {documents:9,} {tokens:11,} {size:11,} {size / tokens:11.2f}")
 
 
-def main():
-    config = parse(DataConfig)
-    domains = [domain_of(entry, config) for entry in split_list(config.domains)]
-    names = [domain.name for domain in domains]
-    if len(set(names)) < len(names):
-        raise UserError(f"--domains={config.domains}: a name comes twice")
-    os.makedirs(config.out_dir, exist_ok=True)
-    keep = keeps_tokenizer(config, names)
+def prepare(config, domains):
+    """Write the tokenizer and what is missing of some domains."""
+    keep = keeps_tokenizer(config, [domain.name for domain in domains])
     missing = [domain for domain in domains if not is_finished(domain.folder, domain.recipe, config)]
     for domain in domains:
         if domain not in missing:
@@ -288,6 +284,16 @@ def main():
             print(f"{domain.folder}: {remark}")
     remedy = "prepare it again with --overwrite=True"
     print_table({domain.name: read_json(os.path.join(domain.folder, "meta.json"), remedy) for domain in domains})
+
+
+def main():
+    config = parse(DataConfig)
+    domains = [domain_of(entry, config) for entry in split_list(config.domains)]
+    names = [domain.name for domain in domains]
+    if len(set(names)) < len(names):
+        raise UserError(f"--domains={config.domains}: a name comes twice")
+    with locked(config.out_dir, wait=True):  # so that two at once make one tokenizer
+        prepare(config, domains)
 
 
 if __name__ == "__main__":

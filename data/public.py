@@ -273,7 +273,7 @@ def write_domain(config, stream, encoding, files):
         for _, _, texts, group in stream:
             texts = [text for text in texts if isinstance(text, str) and text.strip()]
             for text in texts:
-                split = split_of(group or text)
+                split = split_of(text if group in (None, "") else group)
                 if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
                     files.add(split, text, *document_ids(encoding, text, config.special_tokens, spelled))
                     bar.update(splits["train"]["tokens"] - bar.n)

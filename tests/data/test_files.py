@@ -9,10 +9,10 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import error_line, must, read, read_json, run, tokens_of
+from helpers import error_line, finish_process, must, read, read_json, run, start_process, tokens_of
 
 from common.corpus import SPLITS, split_of
-from common.tokenizer import load_tokenizer, token_bytes
+from common.tokenizer import load_tokenizer, token_bytes, tokenizer_hash
 from data import files as data_files
 
 WORDS = ["the", "rain", "river", "sea", "falls", "sings", "over", "under", "old", "grey", "slowly", "and", "again"]
@@ -467,3 +467,24 @@ def test_a_folder_of_parquet_has_other_files_beside_it(data, tmp_path):
     out = must(public(tmp_path / "source", tmp_path / "out", data)).out
     assert "not read, being of other kinds: README.md (1)" in out and everything(tmp_path / "out") == sorted(texts)
     assert {split_of(text) for text in texts} == set(SPLITS)
+
+
+def test_text_without_blank_lines_is_cut_at_its_lines(data, tmp_path):
+    lines = some_texts(1200)
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    must(prepare(tmp_path / "log.txt", tmp_path / "out", data))
+    found = documents(tmp_path / "out")
+    assert all(found.values())
+    assert sorted(line for text in everything(tmp_path / "out") for line in text.split("\n")) == sorted(lines)
+    sizes = sorted(len(text.encode()) for text in everything(tmp_path / "out"))
+    assert sizes[1] >= 4000 and sizes[-1] < 4500  # but for the last one
+
+
+def test_two_preparations_of_one_folder_at_once_make_one_tokenizer(tmp_path):
+    flags = f"--out_dir={tmp_path}/out", "--max_bytes=100_000", "--vocab_size=300"
+    hook = "import sys; sys.path.insert(0, '.')"
+    both = [start_process("data/prepare.py", *flags, f"--domains={name}", hook=hook) for name in ("math", "wiki")]
+    for one in both:
+        must(finish_process(*one))
+    metas = [read_json(tmp_path / "out" / name / "meta.json") for name in ("math", "wiki")]
+    assert {meta["tokenizer_hash"] for meta in metas} == {tokenizer_hash(str(tmp_path / "out"))}
