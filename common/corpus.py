@@ -137,7 +137,7 @@ class Corpus:
         path = os.path.join(self.folder, domain, f"{split}.bin")
         try:
             tokens = np.memmap(path, dtype=np.dtype(self.metas[domain]["dtype"]), mode="r")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:  # a network that is gone has another remedy
             raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
         if self.metas[domain]["tokenizer_hash"] != self.tokenizer_hash:
             folder = os.path.join(self.folder, domain)
