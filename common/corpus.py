@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, read_json
-from common.tokenizer import load_tokenizer, token_bytes, tokenizer_hash
+from common.tokenizer import has_tokenizer, load_tokenizer, token_bytes, tokenizer_hash
 
 HELD_OUT = ("val", "test")
 SPLITS = ("train", *HELD_OUT)
@@ -89,8 +89,8 @@ class Corpus:
 
     @functools.cached_property
     def tokenizer_hash(self):
-        """What identifies the folder's tokenizer."""
-        return tokenizer_hash(self.folder)
+        """What identifies the folder's tokenizer; None where it has none."""
+        return tokenizer_hash(self.folder) if has_tokenizer(self.folder) else None
 
     @functools.cached_property
     def token_bytes(self):
@@ -139,7 +139,7 @@ class Corpus:
             tokens = np.memmap(path, dtype=np.dtype(self.metas[domain]["dtype"]), mode="r")
         except (FileNotFoundError, ValueError) as error:  # a network that is gone has another remedy
             raise UserError(f"{path} cannot be read ({error}); {REMEDY}") from None
-        if self.metas[domain]["tokenizer_hash"] != self.tokenizer_hash:
+        if self.tokenizer_hash not in (None, self.metas[domain]["tokenizer_hash"]):
             folder = os.path.join(self.folder, domain)
             raise UserError(f"{folder} was prepared with another tokenizer than {self.folder} has; {REMEDY}")
         if len(tokens) != (count := self.metas[domain][split]["tokens"]):

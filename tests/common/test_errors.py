@@ -155,7 +155,9 @@ def other_data(data, tmp_path):
     """Data of the same vocabulary size, but with another tokenizer."""
     (tmp_path / "text").mkdir()
     for n in range(30):
-        (tmp_path / "text" / f"{n}.txt").write_text("".join(f"{a}{b} " for a in "qxzwvkjy" for b in "aeiouhlm" * 3))
+        (tmp_path / "text" / f"{n}.txt").write_text(
+            f"{n} " + "".join(f"{a}{b} " for a in "qxzwvkjy" for b in "aeiouhlm" * 3)
+        )
     folder = f"{tmp_path}/other-data"
     flags = f"--out_dir={folder}", f"--domains=noise={tmp_path}/text", "--vocab_size=320"
     must(run_process("data/prepare.py", *flags, hook="import sys; sys.path.insert(0, '.')"))

@@ -447,7 +447,7 @@ def test_every_answer_belongs_to_its_problem(prepared, monkeypatch):
     rows = itertools.chain(*(rows_of(prepared, domain, "test") for domain in ("code", "math", "wiki")))
     right = {row["prompt"]: row["answer"] for row in rows}
 
-    def write(model, prompts, max_new_tokens, stop):
+    def write(model, prompts, max_new_tokens, stop, **options):
         batches.append([len(prompt) for prompt in prompts])
         answers = [right[encoding.decode(prompt)] for prompt in prompts]
         return [encoding.encode_ordinary(f"#### {one}" if len(stop) == 1 else f" {one}") for one in answers]
@@ -469,7 +469,7 @@ def test_a_right_line_scores_one(prepared, monkeypatch):
     rows = itertools.chain(*(rows_of(prepared, domain, "test") for domain in ("code", "math", "wiki")))
     right = {row["prompt"]: row["answer"] for row in rows}
 
-    def write(model, prompts, max_new_tokens, stop):
+    def write(model, prompts, max_new_tokens, stop, **options):
         stops.append(stop)
         answers = [right[encoding.decode(prompt)] for prompt in prompts]
         texts = [f"#### {answer}" if answer.isdigit() and len(stop) == 1 else f" {answer}" for answer in answers]

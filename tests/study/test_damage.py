@@ -6,8 +6,8 @@ import torch
 from helpers import error_line, must, read, read_json, run, weights
 
 from common.corpus import Corpus
-from eval import bits_per_byte
 from model import Transformer
+from train import bits_per_byte
 
 
 @pytest.fixture(scope="module")
