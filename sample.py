@@ -15,7 +15,7 @@ from common.config import key, parse
 from common.device import DEVICES, DTYPES, pick_device, place
 from common.errors import UserError, command, read_json
 from common.hf import local_folder
-from common.tokenizer import load_tokenizer
+from common.tokenizer import encode, load_tokenizer
 from model import Transformer, generate
 
 
@@ -25,6 +25,7 @@ class SampleConfig:
 
     model: str = key("out/cpu/btx", "the checkpoint, a folder or hf:OWNER/NAME")
     prompt: str = key("Question:", "the text to continue", free_text=True)
+    special_tokens: bool = key(False, "the prompt has special tokens, such as <|im_start|> of a chat")
     num_samples: int = key(1, "how many continuations", within="[1, 10000]")
     max_new_tokens: int = key(
         120, "tokens to add at most; a continuation also ends with its document", within="[1, inf)"
@@ -62,7 +63,7 @@ def continue_prompt(config):
     folder = local_folder(config.model)
     encoding = load_tokenizer(folder)
     model = place(Transformer.from_pretrained(folder), device, config.dtype)
-    ids = encoding.encode_ordinary(config.prompt)
+    ids = encode(encoding, config.prompt, config.special_tokens).tolist()
     if not ids:
         raise UserError("--prompt is empty; give the text to continue")
     if max(ids) >= model.config.vocab_size:  # a tokenizer may have more entries than the model, if no text needs them

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import SHORT, error_line, must, read_json, run, same_bits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer
-from sample import unknown_ids
+from sample import SampleConfig, continue_prompt, unknown_ids
 
 PROMPT = "--prompt=Question: Tom", "--device=cpu", "--temperature=0"
 EVAL = "--sequence_length=32", "--eval_windows=2", "--task_problems=4", "--spliced_windows=2", "--max_new_tokens=6"
@@ -137,3 +137,15 @@ def test_text_that_is_cut_at_the_models_length_says_so(seed, btx, tmp_path):
     for script, folder, more in (("sample.py", seed, ()), ("study/tokens.py", btx, (f"--page={tmp_path}/page.html",))):
         assert must(run(script, f"--model={folder}", *flags, *more, asked)).err == line
         assert must(run(script, f"--model={folder}", *flags, *more, "--max_new_tokens=20")).err == ""
+
+
+def test_a_prompt_has_special_tokens_where_the_user_says_so(seed):
+    """Their ids are transformers', which always reads them; as a rule they are text."""
+    prompt = "<|endoftext|>Question: Tom"
+    ids = [
+        continue_prompt(SampleConfig(seed, prompt, special_tokens=special, max_new_tokens=1, device="cpu"))[2]
+        for special in (True, False)
+    ]
+    theirs = AutoTokenizer.from_pretrained(seed)
+    assert ids[0] == theirs(prompt)["input_ids"] and ids[0][0] == theirs.eos_token_id
+    assert theirs.eos_token_id not in ids[1] and theirs.decode(ids[1]) == prompt
