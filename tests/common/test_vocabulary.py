@@ -10,7 +10,7 @@ import torch
 from helpers import SHORT, error_line, must, read_json, run, same_bits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.tokenizer import load_tokenizer
+from common.tokenizer import load_tokenizer, tokenizer_hash
 from model import ModelConfig, Transformer
 from sample import SampleConfig, continue_prompt, unknown_ids
 
@@ -61,6 +61,8 @@ def with_token():
         found = read_json(copy / "tokenizer.json")
         found["added_tokens"].append({**found["added_tokens"][0], "id": number, "content": "<|im_start|>"})
         (copy / "tokenizer.json").write_text(json.dumps(found))
+        for meta in copy.glob("*/meta.json"):  # of a data folder
+            meta.write_text(json.dumps({**read_json(meta), "tokenizer_hash": tokenizer_hash(str(copy))}))
         return copy
 
     return change
