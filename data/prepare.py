@@ -184,7 +184,9 @@ def write_domain(domain, encoding, config):
             if stays.any():
                 tokens = others
             else:
-                domain.remarks.append(f"all of {split} stands in the training text, too; its scores mean little")
+                domain.remarks.append(
+                    f"all of {split} repeats runs of tokens of the training text, and stays; look at it"
+                )
                 stays[:] = True
         copies = len(texts) - int(stays.sum())
         texts[:] = [text for text, stay in zip(texts, stays, strict=True) if stay]
