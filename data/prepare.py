@@ -185,7 +185,7 @@ def write_domain(domain, encoding, config):
                 tokens = others
             else:
                 domain.remarks.append(
-                    f"all of {split} repeats runs of tokens of the training text, and stays; look at it"
+                    f"all of {split} repeats runs of tokens of train, and stays; look at it"
                 )
                 stays[:] = True
         copies = len(texts) - int(stays.sum())

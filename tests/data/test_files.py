@@ -350,7 +350,7 @@ def test_the_same_text_is_on_one_side_and_counts_once(data, tmp_path):
 
     write_lines(tmp_path / "all.jsonl", [{"text": f"{n} {some_texts(1)[0]}"} for n in range(100)])
     out = must(prepare(tmp_path / "all.jsonl", tmp_path / "all", data)).out
-    assert "all of val repeats runs of tokens of the training text, and stays" in out
+    assert "all of val repeats runs of tokens of train, and stays" in out
 
 
 # ---- names, vocabularies, and what else a folder may hold ----
