@@ -184,9 +184,7 @@ def write_domain(domain, encoding, config):
             if stays.any():
                 tokens = others
             else:
-                domain.remarks.append(
-                    f"all of {split} repeats runs of tokens of train, and stays; look at it"
-                )
+                domain.remarks.append(f"all of {split} repeats runs of tokens of train, and stays; look at it")
                 stays[:] = True
         copies = len(texts) - int(stays.sum())
         texts[:] = [text for text, stay in zip(texts, stays, strict=True) if stay]
