@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from common.run import read_log
-from study.tables import BASE, WORDS, bases_of, difference, kind
+from study.tables import BASE, WORDS, bases_of, difference, kind, short
 
 plt.rcParams["figure.constrained_layout.use"] = True
 
@@ -176,34 +176,55 @@ def plot_differences(chains, columns, path):
     save(figure, path)
 
 
+# the rows of that picture; what the others would add lies on top of these
+EFFICIENT = {name: WORDS[name].replace(", same FLOPs", "") for name in WORDS if name.endswith("-cm")}
+EFFICIENT |= {name: WORDS[name] for name in ("seed", "upcycle-dm", "btx", "btx-paper", "btx-even", "btx-sample")}
+EFFICIENT["btm-share"] = "ensemble, fixed share, of BTX's branches"
+
+
 def plot_efficiency(rows, path):
-    """Scores against the parameters that a token runs through at inference, a dot for each row; the larger the dot, the
-    more training FLOPs. Left: the mean of bits per byte on text of one domain and where domains meet; right: choices.
-    Up is better in both. Single experts, which know one domain, and what nobody finetuned are left out.
+    """Scores against the parameters that a token runs through at inference, a dot for each row of EFFICIENT; the larger
+    the dot, the more training FLOPs. Above: the mean of bits per byte on text of one domain and where domains meet;
+    below: choices. Up is better in both; what is far worse than the seed stands at the edge with its number.
     rows: compare.json's."""
-    rows = [row for row in rows if kind(row) not in ("expert", "soup", "mixed")]
+    rows = [row for row in rows if row["name"] in EFFICIENT]
     panels = {"bits per byte: the mean of one domain and of where domains meet": mean_bits}
     if all(row.get("choice") for row in rows):
         panels["choices right, %"] = lambda row: 100 * row["choice"]["avg"]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 5 * len(panels)), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 4.5 * len(panels)), squeeze=False, sharex=True)
     most = max(row["train_flops"] for row in rows)
     counts = [row["active_params"] for row in rows]
     for axis, (label, score) in zip(axes.flat, panels.items(), strict=True):
-        labels = []  # [parameters, score, names]: dots that nearly touch share one
-        scores = [score(row) for row in rows]
-        grain = (max(scores) - min(scores)) / 45
-        for y, row in sorted(zip(scores, rows, strict=True), key=lambda pair: pair[0]):
-            family = next(i for i, start in enumerate(FAMILIES) if row["name"].startswith(start))
+        labels = []  # (parameters, scores, names): dots that nearly touch share one
+        scores = {row["name"]: score(row) for row in rows}
+        worst = max(scores.values())
+        if score is mean_bits and "seed" in scores:
+            worst = 1.2 * scores["seed"] - 0.2 * min(scores.values())
+        grain = (min(worst, max(scores.values())) - min(scores.values())) / 28
+        for row in sorted(rows, key=lambda row: scores[row["name"]]):
+            name, x, y = row["name"], row["active_params"], min(worst, scores[row["name"]])
+            words = EFFICIENT[name] if y == scores[name] else f"{EFFICIENT[name]}: {scores[name]:.2f}"
+            family = next(i for i, start in enumerate(FAMILIES) if name.startswith(start))
             style = {"color": COLOURS[family], "marker": MARKERS[family], "alpha": 0.7}
-            axis.scatter(row["active_params"], y, s=120 * row["train_flops"] / most, **style)
-            near = [label for label in labels if label[0] == row["active_params"] and y - label[1] <= grain]
-            if near:
-                near[0][2].append(row["name"])
-            else:
-                labels.append([row["active_params"], y, [row["name"]]])
-        for x, y, names in labels:
-            axis.annotate(", ".join(names), (x, y), xytext=(8, -3), textcoords="offset points", fontsize=7)
-        log_axis(axis.xaxis, min(counts) / 1.15, max(counts) * 1.9)
+            axis.scatter(x, y, s=120 * row["train_flops"] / most, **style)
+            near = [label for label in labels if label[0] == x and y - label[1][-1] <= grain]
+            if not near:
+                labels.append((x, [], []))
+            _, heights, names = (near or labels)[-1]
+            heights.append(y)
+            names.append(words)
+        for x, heights, names in labels:
+            names = names if score is mean_bits else names[::-1]  # as they stand, from above
+            axis.annotate(
+                "\n".join(names),
+                (x, statistics.mean(heights)),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+            )
+        log_axis(axis.xaxis, min(counts) / 1.15, max(counts) * 2.2)
+        axis.xaxis.set_major_formatter(lambda value, _: short(value))
         if score is mean_bits:
             axis.invert_yaxis()
         axis.set_title(label, fontsize=10)

@@ -205,9 +205,10 @@ def score_table(rows, counts=(), columns=None):
     """A row per model, the best of each score column in bold; then the given columns of COUNTS."""
     columns = columns or columns_of(rows)
     best = {(m, n): (min if m in BITS else max)(row[m][n] for row in rows) for m, n in columns}
+    best = {(m, n): value for (m, n), value in best.items() if any(row[m][n] != value for row in rows)}
 
     def cells(row):
-        scores = [(plus_minus(row, m, n), row[m][n] == best[m, n]) for m, n in columns]
+        scores = [(plus_minus(row, m, n), row[m][n] == best.get((m, n))) for m, n in columns]
         return [f"**{text}**" if wins else text for text, wins in scores] + [short(row[name]) for name in counts]
 
     names = [f"{n} {SHORT.get(m, m.replace('_', ' '))}" for m, n in columns]
