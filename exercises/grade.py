@@ -43,6 +43,7 @@ def run_pytest(folder, names, verbose):
         path = os.path.join(scratch, "record.jsonl")
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"GRADE_RECORD": path, "GRADE_SECONDS": str(SECONDS)}
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a CPU is enough, and CUDA takes more memory than a test may have
         code = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, **options).returncode
         lines = []
         if os.path.exists(path):
