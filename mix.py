@@ -22,6 +22,9 @@ domain's network. With --split=C give --num_experts_per_tok=k C to keep the acti
 times as many terms, so what they add up to is C times too small. Weights stay as they are all the same, since the paper
 describes no correction; --rescale=True multiplies each chunk's output by C.
 
+Parents need not be quite alike: --dry_run says what differs and writes nothing, --config_from=FOLDER names the parent
+that decides (docs/published.md).
+
 Tensors are streamed from the experts' files to the new one, so memory stays at one tensor of each expert. Only
 --router_init=contrast and ridge hold a model in memory (new_routers below).
 """
@@ -64,10 +67,11 @@ MARGIN = 4.0  # how far the logit of an expert's own text stands above that of a
 WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 tokens is steady enough
 RIDGE_WINDOWS = 64  # a regression asks for more
 RIDGE = 1e-2  # lambda, as a share of the states' mean square
+RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values commit harder and learn less
+# of config.json, what no tensor's shape depends on: --config_from chooses where parents differ
 CHOICES = ("bos_token_id", "eos_token_id", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps")
 STRANGER = 0.5  # a cosine that no branch has come near
 SAMPLED_ROWS = 4096  # of the embeddings, to compare models by
-RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values commit harder and learn less
 
 
 @dataclasses.dataclass

@@ -18,7 +18,7 @@ def pick_device(name, threads=0):
     Mac's GPU, for one process), or cpu."""
     if threads:
         torch.set_num_threads(threads)
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")  # common/parallel.py says what is no launch
     has_mps = torch.backends.mps.is_available() and alone
     if name == "mps" and not has_mps:
         why = "torch finds no GPU of a Mac" if alone else "torchrun's processes cannot share a Mac's GPU"

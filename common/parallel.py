@@ -49,7 +49,13 @@ class Processes:
         self.first = self.rank == 0
         self.device = device
         if self.world > 1:
-            dist.init_process_group()
+            try:
+                dist.init_process_group()
+            except dist.DistNetworkError as error:  # before `with`, so __exit__ does not see it
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                reason = str(error).splitlines()[0]
+                remedy = "give torchrun another --master_port, or look at the network"
+                raise UserError(f"processes cannot meet at {place} ({reason}); {remedy}") from None
 
     def __enter__(self):
         if not self.first:

@@ -323,7 +323,7 @@ class Run:
             self.begin()
             return 0
         self.log, self.shards = state["log"], state["shards"]
-        from common.device import widest_float
+        from common.device import widest_float  # mix.py, which has runs, too, needs no device
 
         device = next(model.parameters()).device
         self.sums = {name: value.to(device, widest_float(device)) for name, value in state["sums"].items()}

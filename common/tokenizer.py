@@ -43,7 +43,7 @@ def load_tokenizer(folder):
     file is missing or damaged."""
     if is_published(folder):
         return JsonEncoding(folder)
-    description = read_json(os.path.join(folder, "tiktoken.json"), REMEDY)
+    description = read_description(folder)
     path = os.path.join(folder, "tokenizer.tiktoken")
     try:
         with open(path) as file:
@@ -62,12 +62,21 @@ def load_tokenizer(folder):
     )
 
 
+def read_description(folder):
+    """tiktoken.json of a folder."""
+    path = os.path.join(folder, "tiktoken.json")
+    found = read_json(path, REMEDY)
+    if not isinstance(found, dict) or not found.keys() >= {"name", "pattern", "special_tokens", "vocab_size", "hash"}:
+        raise UserError(f"{path} is no tiktoken.json of this project; {REMEDY}")
+    return found
+
+
 def tokenizer_hash(folder, added=True):
     """The hash (hex) that identifies a folder's tokenizer: two folders with the same one share all ids; without
     `added`, all but those of tokens that were added to the vocabulary, such as a chat's."""
     if is_published(folder):
         return json_hash(folder, added)
-    return read_json(os.path.join(folder, "tiktoken.json"), REMEDY)["hash"]
+    return read_description(folder)["hash"]
 
 
 def token_bytes(encoding):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 
 import numpy as np
 import pytest
@@ -430,3 +431,21 @@ def test_empty_variables_are_no_launch(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     assert place_in_launch() == (0, 1)
+
+
+def test_a_port_that_is_taken_is_one_line(data, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        hook = f"import os; os.environ.update({ {name: str(value) for name, value in place.items()} })"
+        flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run"
+        message = error_line(run_process("train.py", *flags, hook=hook))
+    assert f"processes cannot meet at 127.0.0.1:{port}" in message and "--master_port" in message
+
+
+@pytest.mark.parametrize("size", ["", "abc", "2"])
+def test_a_script_of_one_process_takes_no_notice_of_half_a_launch(size, seed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    must(run("sample.py", f"--model={seed}", "--prompt=Question: Tom", "--max_new_tokens=2"))

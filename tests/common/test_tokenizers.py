@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -326,3 +327,12 @@ def test_without_the_package(published, data, tmp_path, monkeypatch):
 def test_no_tokenizer_where_one_is_asked_for(tmp_path):
     message = error_line(run("data/prepare.py", f"--out_dir={tmp_path}/data", f"--tokenizer={tmp_path}"))
     assert f"--tokenizer={tmp_path}: there is no tokenizer; give bpe, a folder that has one" in message
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_tiktoken_json_of_another_form_is_named(content, seed, data, tmp_path):
+    copy = shutil.copytree(seed, tmp_path / "copy")
+    (copy / "tiktoken.json").write_text(content)
+    assert "is no tiktoken.json of this project" in error_line(run("sample.py", f"--model={copy}", "--prompt=Tom"))
+    flags = f"--init_from={copy}", f"--data_dir={data}", f"--out_dir={tmp_path}/run"
+    assert "is no tiktoken.json of this project" in error_line(run("train.py", *SHORT, *flags))
