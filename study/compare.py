@@ -279,11 +279,13 @@ def mean_rows(chains):
 
 
 def write_comparison(folder, found, contrasts):
-    """Write compare.json, compare.md and its pictures. contrasts: [(ours, theirs)], the primary ones."""
+    """Write compare.json, compare.md and its pictures. contrasts: [(ours, theirs)], the primary ones; of those, and of
+    the tables of who is ahead, what rows there are allow (--rows)."""
     rows, chains = found["rows"], found["chains"]
+    names = {row["name"] for row in rows}
     if len(chains) > 1:
-        found["primary"] = tables.primary_contrasts(chains, contrasts)
-    write_json(os.path.join(folder, "compare.json"), found)
+        found["primary"] = tables.primary_contrasts(chains, [pair for pair in contrasts if names >= {*pair}])
+    write_json(os.path.join(folder, "compare.json"), found, indent=None)  # a line: it has a number for each window
     pictured = {"avg": ("bpb", "spliced", "choice"), "wiki": ("accuracy",)}
     main = [(metric, name) for metric, name in tables.main_columns(rows) if metric in pictured.get(name, ())]
     shown = {f"{tables.METRICS[metric]}, {name.replace('avg', 'average')}": (metric, name) for metric, name in main}
@@ -299,7 +301,8 @@ def write_comparison(folder, found, contrasts):
     text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]
     text += ["What guessing scores:\n", *tables.baseline_lines(found["baselines"])]
     text += ["\n![how far each row is behind BTX](compare.png)\n"]
-    verdicts = [tables.verdict_table(rows, chains, ours) for ours in ("btx", "btx-paper", "btx-even")]
+    ours = [name for name in ("btx", "btx-paper", "btx-even") if name in names]
+    verdicts = [tables.verdict_table(rows, chains, name) for name in ours]
     cells = sum(line.count(" | ") - 1 for table in verdicts for line in table.splitlines()[2:])
     text += ["## Who is ahead, exploratory\n", "\n\n".join(verdicts), ""]
     text += [

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from common.config import parse
 from mix import mix
 from study import compare, tables
 from study.damage import damage_table
@@ -22,29 +23,59 @@ def read(*path):
         return file.read()
 
 
-def test_the_tables_come_from_results():
-    rows = json.loads(read("results", "cpu", "results.json"))["rows"]
-    assert tables.score_table(rows, tables.COUNTS, tables.main_columns(rows)) in read("docs", "results.md")
+def test_the_ablations_come_from_their_rows():
     ablations = json.loads(read("results", "cpu", "ablations.json"))["rows"]
     assert tables.ablation_table(ablations) in read("docs", "variants.md")
 
 
-def test_the_comparison_comes_from_its_chains():
+RIVALS = "dense-cm", "upcycle-cm", "upcycle-dm", "btm-top1-cm", "btm-share-cm", "btx-paper"
+
+
+@pytest.mark.parametrize("text, seeds", [("cpu", 5), ("text", 3)])
+def test_the_comparison_comes_from_its_chains(text, seeds):
+    found = json.loads(read("results", text, "compare.json"))
+    rows, chains = found["rows"], found["chains"]
+    assert compare.mean_rows(chains) == rows and len(chains) == seeds
+    page, results = read("results", text, "compare.md"), read("docs", "results.md")
+    assert tables.score_table(rows, ("active_params",)) in page and tables.cost_table(rows) in page
+    assert tables.verdict_table(rows, chains) in page
+    assert tables.comparison_table(rows) in page and tables.comparison_table(rows) in results
+    assert tables.verdict_table([row for row in rows if row["name"] in RIVALS], chains) in results
+    contrasts = [(one["ours"], one["theirs"]) for one in found["primary"]]
+    assert found["primary"] == tables.primary_contrasts(chains, contrasts)
+    assert tables.primary_table(found["primary"]) in page and tables.primary_table(found["primary"]) in results
+
+
+def test_the_contrasts_are_those_decided_before_the_run():
+    config = parse(compare.CompareConfig, ["config/cpu/compare.py"])
+    for text in ("cpu", "text"):
+        primary = json.loads(read("results", text, "compare.json"))["primary"]
+        assert [(one["ours"], one["theirs"]) for one in primary] == config.primary
+
+
+def test_readmes_comparison_and_what_it_says_of_it():
     found = json.loads(read("results", "cpu", "compare.json"))
-    rows = [{**row, "stale": row.get("stale", [])} for row in found["rows"]]
-    for row in rows:  # the code at c3efc85 also counted a network's bytes, and the time of branches side by side
-        for gone in ("bytes_sent", "critical_seconds"):
-            row.pop(gone, None)
-    assert compare.mean_rows(found["chains"]) == rows and len(found["chains"]) >= 3
-    page = read("results", "cpu", "compare.md")
-    assert tables.score_table(found["rows"]) in page and tables.cost_table(found["rows"]) in page
-    assert tables.verdict_table(found["rows"], found["chains"]) in page
-    assert tables.score_table(found["rows"], (), tables.main_columns(found["rows"])) in read("docs", "results.md")
+    text = read("README.md")
+    assert tables.comparison_table(found["rows"]) in text
+    words = " ".join(text.split())
+    for said, ours, theirs in [
+        ("ahead of the seed model by {} bits per byte", "btx", "seed"),
+        ("runs all four models for each token, by {}.", "btm-share-cm", "btx"),
+        ("As printed it is behind dense training by {}.", "dense-cm", "btx-paper"),
+        ("on the built-in domains, {} bits per byte in all", "btx", "btx-paper"),
+    ]:
+        ahead, half = tables.difference(found["chains"], theirs, "bpb", "avg", ours)
+        assert said.format(f"{ahead:.3f} ± {half:.3f}") in words
+    for rival in ("dense-cm", "upcycle-cm"):
+        ahead, half = tables.difference(found["chains"], rival, "spliced", "avg")
+        assert ahead > half
+        assert next(one for one in found["primary"] if one["theirs"] == rival)["holm"] > 0.05
 
 
-def test_readmes_table_comes_from_one_run():
-    rows = json.loads(read("results", "run", "results.json"))["rows"]
-    assert tables.headline_table(rows) in read("README.md")
+def test_what_routers_tell_comes_from_their_mixtures():
+    models = json.loads(read("results", "cpu", "routing-starts.json"))["models"]
+    for model in models:
+        assert " | ".join(f"{bits:.2f}" for bits in model["mutual_information"]) in read("docs", "results.md")
 
 
 def test_the_real_model_comes_from_its_rows():
@@ -56,7 +87,9 @@ def test_the_real_model_comes_from_its_rows():
     assert tables.question_table(json.loads(read("results", "smollm", "questions.json"))) in page
 
 
-@pytest.mark.parametrize("path", ["cpu/damage.json", "smollm/damage.json", "smollm/damage-held.json"])
+@pytest.mark.parametrize(
+    "path", ["cpu/damage.json", "cpu/damage-held.json", "smollm/damage.json", "smollm/damage-held.json"]
+)
 def test_the_damage_comes_from_its_groups(path):
     assert damage_table(json.loads(read("results", path))["groups"]) in read("docs", "mixing.md")
 

@@ -496,6 +496,19 @@ def test_another_row_may_be_held_against_the_others():
     assert verdict(chains, "soup", "bpb", "avg", "btx-even") == "ahead by 0.200 ± 0.000"
 
 
+def test_a_comparison_of_some_rows_holds_what_they_allow(results, config, tmp_path):
+    """As --rows=btx-paper makes it: no btx-even to hold against others, and no contrast with what is not there."""
+    some = [one for one in results["rows"] if one["name"] not in ("btx-even", "upcycle-dm", "dense-dm")]
+    chains = [some, some]
+    found = {name: results[name] for name in ("config", "baselines", "versions")}
+    found |= {"rows": compare.mean_rows(chains), "chains": chains}
+    compare.write_comparison(str(tmp_path), found, [("btx", "upcycle-dm"), ("btx-even", "seed"), ("btx", "seed")])
+    primary = read_json(f"{tmp_path}/compare.json")["primary"]
+    assert [(one["ours"], one["theirs"]) for one in primary] == [("btx", "seed")]
+    page = read(f"{tmp_path}/compare.md")
+    assert "btx-paper against" in page and "btx-even" not in page
+
+
 def test_higher_accuracy_is_ahead():
     """Of a hundred questions 40, 41 and 42 right against 30 of the same: the chains' 4.30 * 0.01 / sqrt(3), and the
     text's, whose deviation is 0.31: a tenth of it for the mean, times sqrt(3 / 2) and 4.30."""

@@ -5,9 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from helpers import must, read, read_json, run
+from helpers import ROOT, must, read, read_json, run
 
 from study import tables
+from study.report import differences
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,20 @@ def test_what_is_expected_of_a_row_that_is_not_there(report, tmp_path):
     expected.write_text(json.dumps({"bpb": {}, "ahead": [["btx", "dense-cm", "avg", 0.0]]}))
     _, done = report(lambda row: row, f"--expected={expected}")
     assert done.code == 2 and done.err.count("\n") == 1 and "has no row dense-cm" in done.err
+
+
+@pytest.mark.parametrize("chain", range(5))
+def test_what_is_expected_of_config_cpu_holds_in_every_chain_and_notices_a_lost_lead(chain):
+    """The five random seeds of the comparison; then a finetuning that did nothing, and a BTX a little worse than any."""
+    rows = {
+        row["name"]: row for row in read_json(os.path.join(ROOT, "results", "cpu", "compare.json"))["chains"][chain]
+    }
+    expected = read_json(os.path.join(ROOT, "config", "cpu", "expected.json"))
+    assert all(holds for _, holds in differences(rows, expected))
+    for worse in (rows["mixed"]["bpb"]["avg"], rows["dense-cm"]["bpb"]["avg"] + 0.016):
+        lost = rows | {"btx": {**rows["btx"], "bpb": {**rows["btx"]["bpb"], "avg": worse}}}
+        wrong = [text for text, holds in differences(lost, expected) if not holds]
+        assert any(text.startswith("btx is ahead of dense-cm") for text in wrong)
 
 
 def test_an_interval_of_windows_drawn_anew():
