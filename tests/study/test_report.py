@@ -113,10 +113,9 @@ def test_what_is_expected_of_a_row_that_is_not_there(report, tmp_path):
 
 @pytest.mark.parametrize("chain", range(5))
 def test_what_is_expected_of_config_cpu_holds_in_every_chain_and_notices_a_lost_lead(chain):
-    """The five random seeds of the comparison; then a finetuning that did nothing, and a BTX a little worse than any."""
-    rows = {
-        row["name"]: row for row in read_json(os.path.join(ROOT, "results", "cpu", "compare.json"))["chains"][chain]
-    }
+    """The random seeds of the comparison; then a finetuning that did nothing, and a BTX a little worse than any."""
+    chains = read_json(os.path.join(ROOT, "results", "cpu", "compare.json"))["chains"]
+    rows = {row["name"]: row for row in chains[chain]}
     expected = read_json(os.path.join(ROOT, "config", "cpu", "expected.json"))
     assert all(holds for _, holds in differences(rows, expected))
     for worse in (rows["mixed"]["bpb"]["avg"], rows["dense-cm"]["bpb"]["avg"] + 0.016):
