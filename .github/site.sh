@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 site=${1:?name the folder that the site goes into: bash .github/site.sh FOLDER}
 mkdir -p "$site"
-cp results/cpu/tokens-*.html docs/btx.svg "$site"
+cp results/run/tokens-*.html docs/btx.svg "$site"
 {
     echo '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     echo '<title>nanoBTX, token by token</title>'
