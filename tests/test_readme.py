@@ -77,6 +77,17 @@ def test_the_page_of_one_run_comes_from_it():
     assert tables.score_table(tables.in_order(rows), tables.COUNTS) in read("results", "run", "report.md")
 
 
+def test_the_settings_that_were_tried_come_from_the_sweep():
+    """All scores of the rivals stand in the page's table, and each row's best is bold."""
+    rows = json.loads(read("results", "cpu", "sweep.json"))["rows"]
+    page = read("docs", "results.md")
+    table = page[page.index("| row | what was tried") : page.index("**As printed, BTX gains")]
+    for name in ("dense-cm", "upcycle-cm"):
+        assert all(f"{bits:.3f}" in table for bits in rows[name].values())
+    for scores in rows.values():
+        assert f"**{min(scores.values()):.3f}**" in table
+
+
 def test_what_routers_tell_comes_from_their_mixtures():
     models = json.loads(read("results", "cpu", "routing-starts.json"))["models"]
     for model in models:
