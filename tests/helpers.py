@@ -59,7 +59,8 @@ os.replace = replace_or_die
 
 # Python code that sends the process a signal while it fetches the batch of a step
 SIGNAL_AT_STEP = """
-import os, common.corpus
+import os, signal, common.corpus
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has it ignored
 fetch = common.corpus.Batches.__call__
 def fetch_or_signal(self, step, *rows):
     if step == {step}:
