@@ -283,8 +283,9 @@ def write_comparison(folder, found, contrasts):
     the tables of who is ahead, what rows there are allow (--rows)."""
     rows, chains = found["rows"], found["chains"]
     names = {row["name"] for row in rows}
+    missing = [pair for pair in contrasts if not names >= {*pair}]
     if len(chains) > 1:
-        found["primary"] = tables.primary_contrasts(chains, [pair for pair in contrasts if names >= {*pair}])
+        found["primary"] = tables.primary_contrasts(chains, [pair for pair in contrasts if pair not in missing])
     write_json(os.path.join(folder, "compare.json"), found, indent=None)  # a line: it has a number for each window
     pictured = {"avg": ("bpb", "spliced", "choice"), "wiki": ("accuracy",)}
     main = [(metric, name) for metric, name in tables.main_columns(rows) if metric in pictured.get(name, ())]
@@ -297,6 +298,7 @@ def write_comparison(folder, found, contrasts):
         text += ["## Decided before the run\n", tables.primary_table(found["primary"])]
         text += [f"\nAverage bits per byte over {len(chains)} random seeds. ± is half of the 95 % interval, which"]
         text += ["knows of the random seeds and of the text (two-way bootstrap). All that follows is exploratory.\n"]
+        text += [f"Decided, too, but left out by --rows: {ours} against {theirs}.\n" for ours, theirs in missing]
     text += ["## Scores\n", tables.score_table(rows, ("active_params",))]
     text += [f"\nMean ± standard deviation over {len(chains)} random seed(s) of the whole chain, on test text.", ""]
     text += ["What guessing scores:\n", *tables.baseline_lines(found["baselines"])]

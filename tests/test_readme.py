@@ -47,7 +47,7 @@ def test_the_comparison_comes_from_its_chains(text, seeds):
 
 
 def test_the_contrasts_are_those_decided_before_the_run():
-    config = parse(compare.CompareConfig, ["config/cpu/compare.py"])
+    config = parse(compare.CompareConfig, [os.path.join(ROOT, "config", "cpu", "compare.py")])
     for text in ("cpu", "text"):
         primary = json.loads(read("results", text, "compare.json"))["primary"]
         assert [(one["ours"], one["theirs"]) for one in primary] == config.primary
@@ -61,6 +61,7 @@ def test_readmes_comparison_and_what_it_says_of_it():
     for said, ours, theirs in [
         ("ahead of the seed model by {} bits per byte", "btx", "seed"),
         ("runs all four models for each token, by {}.", "btm-share-cm", "btx"),
+        ("the nearest expert alone is ahead by {},", "btm-top1-cm", "btx"),
         ("As printed it is behind dense training by {},", "dense-cm", "btx-paper"),
         ("on the built-in domains, {} bits per byte in all", "btx", "btx-paper"),
     ]:
@@ -70,6 +71,15 @@ def test_readmes_comparison_and_what_it_says_of_it():
         ahead, half = tables.difference(found["chains"], rival, "spliced", "avg")
         assert ahead > half
         assert next(one for one in found["primary"] if one["theirs"] == rival)["holm"] > 0.05
+
+
+def test_the_questions_for_two_experts_come_from_the_comparison():
+    rows = json.loads(read("results", "cpu", "compare.json"))["rows"]
+    asked = {*RIVALS, "seed", "btx", "expert-code", "expert-math", "expert-wiki"} - {"upcycle-dm"}
+    some = [row for row in rows if row["name"] in asked]
+    columns = [column for column in tables.columns_of(some) if column[0] == "together"]
+    assert tables.score_table(some, (), columns) in read("docs", "results.md")
+    assert all(share == 0 for row in rows for share in row["together_written"].values())
 
 
 def test_the_page_of_one_run_comes_from_it():

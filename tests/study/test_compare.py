@@ -506,7 +506,8 @@ def test_a_comparison_of_some_rows_holds_what_they_allow(results, config, tmp_pa
     primary = read_json(f"{tmp_path}/compare.json")["primary"]
     assert [(one["ours"], one["theirs"]) for one in primary] == [("btx", "seed")]
     page = read(f"{tmp_path}/compare.md")
-    assert b"btx-paper against" in page and b"btx-even" not in page
+    assert b"btx-paper against" in page and b"| btx-even" not in page
+    assert b"left out by --rows: btx against upcycle-dm." in page and b"--rows: btx-even against seed." in page
 
 
 def test_higher_accuracy_is_ahead():
