@@ -17,10 +17,14 @@ Around it, the paper's variants and special cases:
     --split=C       cuts each feed-forward network into C chunks of F / C hidden units: N C small experts
     --blend=True    cuts each into N chunks and makes expert n from chunk n of everyone: N experts of full size
 
-A feed-forward network is a sum over its hidden units, so the chunks of a domain, each with gate 1, add up to that
-domain's network. With --split=C give --num_experts_per_tok=k C to keep the active size; its gates then share 1 among C
-times as many terms, so what they add up to is C times too small. Weights stay as they are all the same, since the paper
-describes no correction; --rescale=True multiplies each chunk's output by C.
+A feed-forward network is a sum over its hidden units, so its chunks, each with gate 1, add up to it. With --split=C
+give --num_experts_per_tok=k C to keep the active size. Gates then share 1 among C times as many terms, and their sum is
+C times too small; the paper describes no correction, --rescale=True is one.
+
+Experts come and go later, for the regression behind ridge routers is kept beside the mixture (docs/open_ends.md):
+
+    python mix.py --mixture=out/cpu/btx --add=out/cpu/expert-poems --out_dir=out/cpu/btx-poems
+    python mix.py --mixture=out/cpu/btx-poems --remove=expert-poems --out_dir=out/cpu/btx-again
 
 Parents need not be quite alike: --dry_run says what differs and writes nothing, --config_from=FOLDER names the parent
 that decides (docs/published.md).
@@ -37,19 +41,24 @@ import zlib
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.errors import UserError, command
+from common.errors import UserError, atomic_file, command
 from common.hf import (
     FEED_FORWARD,
     GROUPS,
+    MIXTURE_KEYS,
+    Padded,
+    Parent,
     WeightFiles,
     copy_tokenizer,
+    differing,
     expected_tensors,
     group_of,
     hidden_dim,
+    left_behind,
+    likeness,
     local_folder,
     model_name,
     model_type,
@@ -57,7 +66,7 @@ from common.hf import (
     write_config,
     write_weights,
 )
-from common.run import Run, mixtures_of, parent_of, read_run
+from common.run import SUMS, Run, ancestors, mixtures_of, parent_of, read_run
 from common.tokenizer import has_tokenizer, tokenizer_hash
 from model import WIDTH, ModelConfig, Transformer, on_meta
 
@@ -71,7 +80,6 @@ RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values 
 # of config.json, what no tensor's shape depends on: --config_from chooses where parents differ
 CHOICES = ("bos_token_id", "eos_token_id", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps")
 STRANGER = 0.5  # a cosine that no branch has come near
-SAMPLED_ROWS = 4096  # of the embeddings, to compare models by
 
 
 @dataclasses.dataclass
@@ -96,6 +104,9 @@ class MixConfig:
     data_dir: str = key("out/cpu/data", "where --router_init=contrast and ridge find the training text")
     published_on: str = key("", "for these two: domains that published experts read; empty is what the others did")
     seed: int = key(1, "random seed of routers and redrawn units", within="[0, inf)")
+    mixture: str = key("", "instead of --experts: a mixture made with --router_init=ridge, for --add and --remove")
+    add: str = key("", "experts to add to it: their feed-forwards; all else stays as the mixture has it")
+    remove: str = key("", "names of experts to take out of it")
     config_from: str = key("", "the expert that decides where stop tokens, context length or added tokens differ")
     dry_run: bool = key(False, "say what would be mixed, and write nothing")
     overwrite: bool = key(False, "mix anew, discarding the checkpoint that --out_dir holds")
@@ -171,8 +182,8 @@ def redraw(name, tensor, share, seed):
 # ---- how new routers start ----
 
 
-def new_routers(config, shapes, folders, experts, dense):
-    """{name: (E, D)} of the routers, which no expert has. The chunks of a split expert share its row.
+def new_routers(config, shapes, parents, experts, dense):
+    """({name: (E, D)} of the routers, which no expert has; the Regression behind them, or None).
 
         normal    drawn from a normal distribution, as in the BTX paper
         zero      all logits are equal: every gate starts at 1 / k, and ties decide until training breaks them
@@ -180,24 +191,37 @@ def new_routers(config, shapes, folders, experts, dense):
         ridge     the linear map that best tells a token's expert from its hidden state (ridge regression)
 
     contrast and ridge send most of a domain's tokens to its own expert from the first step. They need the averaged
-    model in memory, which is small beside the mixture, and some of the training text.
-    shapes: those of the result. dense: the experts' ModelConfig.
+    model in memory, which is small beside the mixture, and some of the training text. The chunks of a split expert
+    share its row. Where experts join or leave a mixture, trained rows move by as much as the regression's do: a mixture
+    that was never finetuned becomes what mixing all from scratch makes.
+    shapes: those of the result. parents: a list of Parent. dense: the experts' ModelConfig.
     """
     shapes = {name: shape for name, shape in shapes.items() if name.endswith("block_sparse_moe.gate.weight")}
-    if config.router_init == "zero":
-        return {name: torch.zeros(shape) for name, shape in shapes.items()}
-    if config.router_init == "normal" or not shapes:
+    if config.router_init == "zero" or not shapes:
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}, None
+    if config.router_init == "normal" and not config.mixture:
         random = torch.Generator().manual_seed(config.seed)
-        return {name: torch.normal(0.0, config.router_std, shape, generator=random) for name, shape in shapes.items()}
+        std = config.router_std
+        return {name: torch.normal(0.0, std, shape, generator=random) for name, shape in shapes.items()}, None
     averaged = Transformer(dense)
     parameters = dict(averaged.named_parameters())
     for name, tensor in mix(experts, expected_tensors(dense), {}, config):
         parameters[name].data.copy_(tensor)
-    mixtures = training_of(folders, config)
-    start = ridge_routers if config.router_init == "ridge" else contrast_routers
-    rows = start(averaged, experts, mixtures, Corpus(config.data_dir))  # L of (N, D)
+    mixtures, corpus = training_of(parents, config), Corpus(config.data_dir)
+    if config.router_init == "contrast":
+        rows, found = contrast_routers(averaged, experts, mixtures, corpus), None  # L of (N, D)
+    else:
+        kept = kept_regression(config.mixture) if config.mixture else Regression([], [], {})
+        names = [parent.name for parent in parents]
+        stay = [parent.number for parent in parents if parent.number is not None]
+        known = {reading: one for reading, one in kept.sums.items() if reading[1] in names[: len(stay)]}
+        found = Regression(names, mixtures, read_sums(averaged, experts, names, mixtures, corpus, known))
+        rows = ridge_routers(found)
+        if stay:
+            for row, before, name in zip(rows, ridge_routers(kept), shapes, strict=True):
+                row[: len(stay)] += (parents[0].mixture[name] - before)[stay]
     chunks = [shape[0] // len(experts) for shape in shapes.values()]
-    return {name: row.repeat_interleave(n, dim=0) for name, row, n in zip(shapes, rows, chunks, strict=True)}
+    return {name: row.repeat_interleave(n, dim=0) for name, row, n in zip(shapes, rows, chunks, strict=True)}, found
 
 
 @torch.no_grad()
@@ -227,54 +251,95 @@ def contrast_routers(averaged, experts, mixtures, corpus):
     return list(rows.unbind(dim=1))
 
 
-def ridge_routers(averaged, experts, mixtures, corpus):
-    """L of (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
+class Regression(NamedTuple):
+    """What ridge routers are solved from.
+
+    names: the experts'. mixtures: for each of them the {domain: share} it was trained on. sums: of the hidden states X
+    of each domain, as the named expert reads it: {("code", "expert-code"): (X'X (L, D, D), the rows' sum (L, D))}.
+    """
+
+    names: list
+    mixtures: list
+    sums: dict
+
+
+def read_sums(averaged, experts, names, mixtures, corpus, known):
+    """Regression.sums; those that are `known` are not read again.
 
     The closed form is DUME's (arXiv 2603.29765). Theirs reads the averaged model; here a domain's text is read with the
     feed-forwards of its own expert in the averaged model, since those are the states of a mixture that routes right.
-    Y's entry for expert i is the share that the domain had in its training, less the mean over experts: the seed, which
-    was trained on all N domains, gets 1 / N of what a domain's own expert gets.
-    averaged: a Transformer, left with other feed-forwards. experts: a list of {name: tensor}. mixtures: for each of
-    them the {domain: share} it was trained on.
+    averaged: a Transformer, left with other feed-forwards. experts: a list of {name: tensor}.
     """
     parameters = dict(averaged.named_parameters())
-    squares = [0.0] * len(averaged.model.layers)
-    products = [0.0] * len(averaged.model.layers)
+    sums = {}
     for domain in dict.fromkeys(domain for mixture in mixtures for domain in mixture):
-        shares = torch.tensor([mixture.get(domain, 0.0) for mixture in mixtures])  # (N,)
-        own = experts[int(shares.argmax())]
+        own = max(range(len(experts)), key=lambda i: mixtures[i].get(domain, 0.0))
+        reading = domain, names[own]
+        if reading in known:
+            sums[reading] = known[reading]
+            continue
         for name, parameter in parameters.items():
             if ".mlp." in name:
-                parameter.data.copy_(own[name])
-        for layer, x in enumerate(hidden_states(averaged, corpus, domain, RIDGE_WINDOWS)):  # (S, D)
-            squares[layer] = squares[layer] + x.T @ x  # (D, D)
-            products[layer] = products[layer] + x.sum(dim=0).outer(shares - shares.mean())  # (D, N)
-    rows = []
-    for xx, xy in zip(squares, products, strict=True):
-        penalty = RIDGE * xx.diagonal().mean() * torch.eye(len(xx))
-        rows.append(RIDGE_SCALE * torch.linalg.solve(xx + penalty, xy).T)  # (N, D)
-    return rows
+                parameter.data.copy_(experts[own][name])
+        states = hidden_states(averaged, corpus, domain, RIDGE_WINDOWS)  # L of (S, D)
+        sums[reading] = torch.stack([x.T @ x for x in states]), torch.stack([x.sum(dim=0) for x in states])
+    return sums
 
 
-def training_of(folders, config):
+def ridge_routers(found):
+    """L of (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
+
+    Y's entry for expert i is the share that the domain had in its training, less the mean over experts: the seed, which
+    was trained on all N domains, gets 1 / N of what a domain's own expert gets. found: a Regression.
+    """
+    squares = 0.0
+    products = 0.0
+    for (domain, _), (xx, total) in found.sums.items():
+        shares = torch.tensor([mixture.get(domain, 0.0) for mixture in found.mixtures])  # (N,)
+        squares = squares + xx  # (L, D, D)
+        products = products + total.unsqueeze(-1) * (shares - shares.mean())  # (L, D, N)
+    penalty = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(squares.size(1))
+    return list(RIDGE_SCALE * torch.linalg.solve(squares + penalty, products).mT)
+
+
+def kept_regression(folder):
+    """The Regression that lies beside a mixture, or beside the one that it was finetuned from."""
+    names = ModelConfig.from_pretrained(folder).expert_names
+    for place in (folder, *(read_run(folder) or {"recipe": {"parents": {}}})["recipe"]["parents"]):
+        path = os.path.join(place, SUMS)
+        if os.path.exists(path):
+            found = Regression(**torch.load(path, weights_only=True))
+            if tuple(found.names) != tuple(names):
+                raise UserError(f"{path} is of {', '.join(found.names)}, but {folder} has {', '.join(names)}")
+            return found
+    raise UserError(f"{folder} has no {SUMS}, nor has what it was finetuned from; mix anew with --router_init=ridge")
+
+
+def training_of(parents, config):
     """For each expert the {domain: share} that it was trained on."""
     published = Corpus(config.data_dir).mixture(config.published_on) if config.published_on else None
-    return mixtures_of(folders, published)
+    read = kept_regression(config.mixture).mixtures if config.mixture else []
+    stay = [read[parent.number] for parent in parents if parent.number is not None]
+    return stay + mixtures_of([parent.folder for parent in parents[len(stay) :]], published)
 
 
 # ---- the script ----
 
 
-def check_options(config, folders):
+def check_options(config):
     """Raise UserError for options that make no sense together."""
-    if not folders:
-        raise UserError("nothing to mix; give --experts=DIR,DIR,...")
+    if bool(config.mixture) != bool(config.add or config.remove):
+        raise UserError("--add and --remove change a mixture; give --mixture=DIR and one of them")
+    if bool(config.mixture) == bool(config.experts):
+        raise UserError("nothing to mix; give --experts=DIR,DIR,... or --mixture=DIR, one of them")
     kept = set() if config.keep == "none" else set(split_list(config.keep))
     if unknown := kept - set(GROUPS):
         raise UserError(f"--keep={config.keep}: {min(unknown)!r} is no part of a model; use {', '.join(GROUPS)}")
     variants = {"--split": config.split > 1, "--blend": config.blend, "--drop": config.drop > 0}
     variants[f"--router_init={config.router_init}"] = config.router_init in FROM_TEXT
     chosen = [name for name, present in variants.items() if present]
+    if config.mixture and (chosen or config.method == "soup"):
+        raise UserError(f"{(*chosen, '--method=soup')[0]} is for mixing anew; leave it out with --mixture")
     if config.method == "soup" and chosen:
         raise UserError(f"{' and '.join(chosen)}: a soup has no experts; use --method=btx")
     if config.blend and len(chosen) > 1:
@@ -284,31 +349,35 @@ def check_options(config, folders):
         )
 
 
-class Padded:
-    """An expert's tensors by name, its feed-forwards filled up to a width with hidden units of zeros, which compute
-    nothing. So experts of any width fit beside each other, and grouped_mm's alignment."""
+def read_parents(config, folders):
+    """A list of Parent: a checkpoint each; or the experts of a mixture but for those to remove, and those to add."""
+    shapes = [ModelConfig.from_pretrained(folder) for folder in folders]
+    new = list(zip(folders, shapes, strict=True))[bool(config.mixture) :]
+    if mixtures := [folder for folder, shape in new if shape.num_local_experts]:
+        raise UserError(f"{mixtures[0]} is a mixture already; mix.py takes dense checkpoints")
+    files = [WeightFiles(folder, shape) for folder, shape in zip(folders, shapes, strict=True)]
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    if not config.mixture:
+        if len(set(names)) < len(names):
+            names = [f"{name}.{copy}" for copy, name in enumerate(names)]
+        return list(map(Parent, names, folders, shapes, files))
+    has, gone = kept_regression(config.mixture).names, split_list(config.remove)
+    if unknown := [name for name in gone if name not in has]:
+        raise UserError(f"--remove={unknown[0]}: {config.mixture} has {', '.join(has)}; name some of them")
+    routing = {name: getattr(shapes[0], name) for name in MIXTURE_KEYS} | {"num_local_experts": 0}
+    dense = dataclasses.replace(shapes[0], num_local_experts=0)
+    parents = [Parent(n, folders[0], dense, files[0], files[0], i) for i, n in enumerate(has) if n not in gone]
+    for name, folder, shape, own in list(zip(names, folders, shapes, files, strict=True))[1:]:
+        if name in has and name not in gone:
+            raise UserError(f"--add={folder}: {config.mixture} has an expert {name} already; rename the folder")
+        parents.append(Parent(name, folder, dataclasses.replace(shape, **routing), own, files[0]))
+    return parents
 
-    def __init__(self, files, width):
-        self.files, self.width = files, width
 
-    def __getitem__(self, name):
-        tensor = self.files[name]
-        dim = hidden_dim(name)
-        missing = self.width - tensor.size(dim) if ".mlp." in name else 0
-        return F.pad(tensor, (0, missing) if dim else (0, 0, 0, missing)) if missing else tensor
-
-
-def differing(configs):
-    """{name: the value that each has} of what configs do not share."""
-    found = {field.name: [getattr(one, field.name) for one in configs] for field in dataclasses.fields(ModelConfig)}
-    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
-
-
-def common_shape(config, folders, configs):
+def common_shape(config, parents):
     """(the ModelConfig that all experts take, [what was chosen where theirs differ]); UserError where nothing can be
     chosen."""
-    if mixtures := [folder for folder, one in zip(folders, configs, strict=True) if one.num_local_experts]:
-        raise UserError(f"{mixtures[0]} is a mixture already; mix.py takes dense checkpoints")
+    folders, configs = [parent.folder for parent in parents], [parent.shape for parent in parents]
     chosen, notes = 0, []
     if config.config_from:
         source = local_folder(config.config_from)
@@ -333,31 +402,21 @@ def common_shape(config, folders, configs):
     return dataclasses.replace(configs[chosen], intermediate_size=width), notes
 
 
-def likeness(experts):
-    """[The cosine of each expert's embeddings with the first one's]: 0.97 to 1 for branches of one model, about 0 for
-    models that share nothing, of which an average is noise."""
-    tables = [expert["model.embed_tokens.weight"] for expert in experts]
-    rows = [table[:: max(1, len(table) // SAMPLED_ROWS)].double().flatten() for table in tables]
-    return [F.cosine_similarity(row, rows[0], dim=0).item() for row in rows]
-
-
-def mixed_config(config, dense, folders):
+def mixed_config(config, dense, names):
     """The shape of the result, from that of the experts."""
     if config.method == "soup":
         return dense
-    split, size = len(folders) if config.blend else config.split, dense.intermediate_size
+    split, size = len(names) if config.blend else config.split, dense.intermediate_size
     if size % split:
         raise UserError(f"{split} chunks do not divide the experts' intermediate_size {size}")
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    if len(set(names)) < len(names):
-        names = [f"{name}.{copy}" for copy, name in enumerate(names)]
+    k = dense.num_experts_per_tok if config.mixture else config.num_experts_per_tok
     if config.blend:
         names = [f"blend.{i}" for i in range(split)]
     elif split > 1:
         names, size = [f"{name}.{chunk}" for name in names for chunk in range(split)], size // split
-    if config.num_experts_per_tok > len(names):
-        raise UserError(f"--num_experts_per_tok={config.num_experts_per_tok}, but there are only {len(names)} experts")
-    counts = {"num_local_experts": len(names), "num_experts_per_tok": config.num_experts_per_tok}
+    if k > len(names):
+        raise UserError(f"--num_experts_per_tok={k}, but there are only {len(names)} experts")
+    counts = {"num_local_experts": len(names), "num_experts_per_tok": k}
     try:
         return dataclasses.replace(dense, intermediate_size=size, expert_names=tuple(names), **counts)
     except ValueError as error:
@@ -375,30 +434,25 @@ def print_counts(shapes):
             print(f"{kind:9s} {len(names):4d} tensors, {size:13,d} parameters, such as {names[-1]}")
 
 
-def ancestors(folder):
-    """The folders of the runs behind a checkpoint, as its run.json knows them."""
-    record = read_run(folder) or {"history": {}, "recipe": {"parents": {}}}
-    return {folder, *record["history"], *record["recipe"]["parents"]}
-
-
 def make_recipe(config, folders):
     """Everything but source code that decides the result."""
-    left_out = ("overwrite", "dry_run")
+    left_out = ("overwrite", "dry_run", *(() if config.mixture else ("mixture", "add", "remove")))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     recipe = {"config": settings, "parents": {folder: parent_of(folder)[0] for folder in folders}}
-    if config.router_init in FROM_TEXT:
-        domains = sorted({domain for mixture in training_of(folders, config) for domain in mixture})
-        recipe["data"] = Corpus(config.data_dir).hashes(domains)
+    if config.router_init in FROM_TEXT or config.mixture:
+        domains = {domain for mixture in training_of(read_parents(config, folders), config) for domain in mixture}
+        recipe["data"] = Corpus(config.data_dir).hashes(sorted(domains))
         same_tokenizer([*folders, config.data_dir])
     return recipe
 
 
 class Plan(NamedTuple):
-    """What is to be made: the ModelConfig of an expert and of the result, the experts' tensors, the dtype to store, the
-    cosines of `likeness`, and what the reader of a model card should know."""
+    """What is to be made: the ModelConfig of an expert and of the result, the Parents, their tensors, the dtype to
+    store, the cosines of `likeness`, and what the reader of a model card should know."""
 
     dense: ModelConfig
     result: ModelConfig
+    parents: list
     experts: list
     dtype: torch.dtype
     cosines: list
@@ -407,29 +461,33 @@ class Plan(NamedTuple):
 
 def make_plan(config, folders):
     """Look at all experts; UserError where they cannot be mixed."""
-    configs = [ModelConfig.from_pretrained(folder) for folder in folders]
+    parents = read_parents(config, folders)
     if config.dry_run:
-        for name, values in differing(configs).items():
+        for name, values in differing([parent.shape for parent in parents]).items():
             print(f"{name} differs: {', '.join(map(str, values))}")
-    dense, notes = common_shape(config, folders, configs)
+    dense, notes = common_shape(config, parents)
     same_tokenizer(folders, added=not config.config_from)
-    result = mixed_config(config, dense, folders)
-    files = [WeightFiles(folder, one) for folder, one in zip(folders, configs, strict=True)]
-    dtype = functools.reduce(torch.promote_types, (one.dtype for one in files))
-    cosines = likeness(files)
-    for folder, cosine in zip(folders, cosines, strict=True):
+    result = mixed_config(config, dense, [parent.name for parent in parents])
+    dtype = functools.reduce(torch.promote_types, (parent.files.dtype for parent in parents))
+    cosines = likeness(parents)
+    for parent, cosine in zip(parents, cosines, strict=True):
         if cosine < STRANGER:
-            name, first = model_name(folder), model_name(folders[0])
+            name, first = model_name(parent.folder), model_name(parents[0].folder)
             notes.append(f"{name} is no relative of {first} (cosine of embeddings {cosine:.2f}): their mean is noise")
-    return Plan(dense, result, [Padded(one, dense.intermediate_size) for one in files], dtype, cosines, notes)
+        if left := left_behind(parent):
+            notes.append(
+                f"{parent.name} has {len(left)} other tensors than the mixture, such as {left[0]}: left behind"
+            )
+    experts = [Padded(parent, dense.intermediate_size) for parent in parents]
+    return Plan(dense, result, parents, experts, dtype, cosines, notes)
 
 
 def print_plan(folders, plan):
     """Print what mixing would do."""
-    for folder, expert, cosine in zip(folders, plan.experts, plan.cosines, strict=True):
-        tokenizer = f"tokenizer {tokenizer_hash(folder)[:8]}" if has_tokenizer(folder) else "no tokenizer"
-        dtype = str(expert.files.dtype).removeprefix("torch.")
-        print(f"{folder}: {dtype}, {tokenizer}, cosine of embeddings with the first {cosine:.3f}")
+    for parent, cosine in zip(plan.parents, plan.cosines, strict=True):
+        tokenizer = f"tokenizer {tokenizer_hash(parent.folder)[:8]}" if has_tokenizer(parent.folder) else "no tokenizer"
+        dtype = str(parent.files.dtype).removeprefix("torch.")
+        print(f"{parent.folder}: {dtype}, {tokenizer}, cosine of embeddings with the first {cosine:.3f}")
     common = set.intersection(*map(ancestors, folders))
     print(f"common ancestors in run.json: {', '.join(sorted(common)) or 'none'}")
     with on_meta():
@@ -442,9 +500,11 @@ def print_plan(folders, plan):
 
 def main():
     config = parse(MixConfig)
-    folders = [local_folder(name) for name in split_list(config.experts)]
-    config = dataclasses.replace(config, experts=",".join(folders))  # a slash at the end makes no other mixture
-    check_options(config, folders)
+    check_options(config)
+    lists = {name: [*map(local_folder, split_list(getattr(config, name)))] for name in ("experts", "mixture", "add")}
+    folders = [folder for some in lists.values() for folder in some]
+    # a slash at the end makes no other mixture
+    config = dataclasses.replace(config, **{name: ",".join(some) for name, some in lists.items()})
     recipe = make_recipe(config, folders)
     if config.dry_run:
         plan = make_plan(config, folders)
@@ -458,7 +518,7 @@ def main():
             return
         plan = make_plan(config, folders)
         shapes = expected_tensors(plan.result)
-        routers = new_routers(config, shapes, folders, plan.experts, plan.dense)
+        routers, regression = new_routers(config, shapes, plan.parents, plan.experts, plan.dense)
         for note in plan.notes:
             print(note)
 
@@ -468,9 +528,12 @@ def main():
         write_config(config.out_dir, plan.result, plan.dtype)
         first = next(filter(has_tokenizer, folders), folders[0])
         copy_tokenizer(local_folder(config.config_from) or first, config.out_dir)
+        if regression:
+            with atomic_file(os.path.join(config.out_dir, SUMS)) as file:
+                torch.save(regression._asdict(), file)
         run.finish(weights, plan.notes)
     print_counts(shapes)
-    print(f"{config.out_dir}: {len(folders)} experts mixed ({config.method})")
+    print(f"{config.out_dir}: {len(plan.parents)} experts mixed ({config.method})")
 
 
 if __name__ == "__main__":

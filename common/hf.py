@@ -28,8 +28,10 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError, atomic_file, plain_path, read_json, write_atomically, write_json
@@ -566,6 +568,65 @@ class WeightFiles:
             else:
                 value.copy_(self[name])
         return found
+
+
+SAMPLED_ROWS = 4096  # of the embeddings, to compare models by
+
+
+class Parent(NamedTuple):
+    """One of the experts to be mixed: a dense checkpoint, or expert `number` of a mixture.
+
+    files: its WeightFiles. mixture: those of the mixture that it is in, or is added to; all but its feed-forwards comes
+    from there.
+    """
+
+    name: str
+    folder: str
+    shape: object  # its ModelConfig
+    files: WeightFiles
+    mixture: WeightFiles | None = None
+    number: int | None = None
+
+
+class Padded:
+    """An expert's tensors by the names of a dense model, its feed-forwards filled up to a width with hidden units of
+    zeros, which compute nothing. So experts of any width fit beside each other, and grouped_mm's alignment."""
+
+    def __init__(self, parent, width):
+        self.parent, self.width = parent, width
+
+    def __getitem__(self, name):
+        parent = self.parent
+        if ".mlp." not in name:
+            return (parent.mixture or parent.files)[name]
+        layer, matrix = name.removesuffix(".weight").split(".mlp.")
+        moe = f"{layer}.block_sparse_moe.experts.{parent.number}.{FEED_FORWARD[matrix]}.weight"
+        tensor = parent.files[name if parent.number is None else moe]
+        dim = hidden_dim(name)
+        missing = self.width - tensor.size(dim)
+        return F.pad(tensor, (0, missing) if dim else (0, 0, 0, missing)) if missing else tensor
+
+
+def left_behind(parent):
+    """The names of what an expert that joins a mixture has besides its feed-forwards, where the mixture's differs."""
+    if parent.mixture in (None, parent.files):
+        return []
+    others = [name for name in expected_tensors(parent.shape) if ".mlp." not in name]
+    return [name for name in others if not parent.files[name].float().equal(parent.mixture[name].float())]
+
+
+def differing(configs):
+    """{name: the value that each has} of what configs do not share."""
+    found = {field.name: [getattr(one, field.name) for one in configs] for field in dataclasses.fields(configs[0])}
+    return {name: values for name, values in found.items() if any(value != values[0] for value in values)}
+
+
+def likeness(parents):
+    """[The cosine of each expert's embeddings with the first one's]: 0.97 to 1 for branches of one model, about 0 for
+    models that share nothing, of which an average is noise."""
+    tables = [parent.files["model.embed_tokens.weight"] for parent in parents]
+    rows = [table[:: max(1, len(table) // SAMPLED_ROWS)].double().flatten() for table in tables]
+    return [F.cosine_similarity(row, rows[0], dim=0).item() for row in rows]
 
 
 def fingerprint(path, ends=2**20):

@@ -37,6 +37,7 @@ from common.hf import CARD, WEIGHTS, copy_tokenizer, fingerprint, read_config, r
 
 LOG = "log.jsonl"
 RECORD = "run.json"
+SUMS = "router_sums.pt"  # beside a mixture: what its routers were solved from
 STATE = "state.pt"
 SHARDS = ("shards.0", "shards.1")
 TYPES = {"step": int, "seconds": float, "log": str, "sums": dict, "shards": str}  # of what state.pt holds,
@@ -169,6 +170,12 @@ def mixtures_of(folders, published=None):
     for folder in foreign:
         print(f"{folder} has no record of its training: it counts as trained on {', '.join(published)}")
     return [found.get(folder, published) for folder in folders]
+
+
+def ancestors(folder):
+    """The folders of the runs behind a checkpoint, as its run.json knows them."""
+    record = read_run(folder) or {"history": {}, "recipe": {"parents": {}}}
+    return {folder, *record["history"], *record["recipe"]["parents"]}
 
 
 def read_log(folder):
@@ -373,7 +380,7 @@ def _is_intact(folder, record):
 
 def clear(folder):
     """Remove what a run wrote besides its state and run.json."""
-    for name in (LOG, CARD):
+    for name in (LOG, CARD, SUMS):
         if os.path.exists(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
     remove_shards(folder)

@@ -1,6 +1,7 @@
 """The variants of mix.py: each against numpy, and against the exact property that it is chosen for."""
 
 import os
+import re
 import shutil
 
 import numpy as np
@@ -257,6 +258,109 @@ def test_zero_start_gives_equal_gates(experts, mix, ids):
     folder = mix(experts, "--router_init=zero", "--num_experts_per_tok=2")
     assert all((router == 0).all() for router in routers(folder))
     assert (Transformer.from_pretrained(folder)(ids).gates == 0.5).all()
+
+
+# ---- experts that come and go ----
+
+
+@pytest.fixture(scope="module")
+def held(seed, data, tmp_path_factory):
+    """Branches of the seed that train their feed-forwards alone, so that nothing but these differs."""
+    folders = {domain: str(tmp_path_factory.mktemp("held") / f"expert-{domain}") for domain in ("math", "rain")}
+    for domain, folder in folders.items():
+        flags = f"--data_dir={data}", f"--init_from={seed}", f"--domain={domain}", f"--out_dir={folder}"
+        must(run("train.py", *SHORT, *flags, "--freeze=embeddings,attention,norms"))
+    return folders
+
+
+def change(mixture, folder, data, *flags):
+    must(run("mix.py", f"--mixture={mixture}", f"--data_dir={data}", f"--out_dir={folder}", *flags))
+    return folder
+
+
+def same_tensors(ours, theirs, order=None):
+    """The same bytes under the same names; order: expert i of ours is expert order[i] of theirs."""
+    ours, theirs = weights(ours), weights(theirs)
+    assert ours.keys() == theirs.keys()
+    for name, one in ours.items():
+        other = theirs[name]
+        if order and ".experts." in name:
+            start, number, end = re.split(r"(?<=experts\.)(\d+)(?=\.)", name)
+            other = theirs[f"{start}{order[int(number)]}{end}"]
+        elif order and name.endswith("gate.weight"):
+            other = other[order] + 0.0  # no -0.0
+            one = one + 0.0
+        assert one.tobytes() == other.tobytes(), name
+
+
+def test_an_expert_that_joins_and_leaves_again_gives_what_mixing_anew_gives(seed, held, data, mix, tmp_path):
+    flags = "--router_init=ridge", f"--data_dir={data}"
+    two, three = mix([held["math"], seed], *flags, name="two"), mix([*held.values(), seed], *flags, name="three")
+    joined = change(two, tmp_path / "joined", data, f"--add={held['rain']}")
+    same_tensors(joined, three, order=[0, 2, 1])
+    config = ModelConfig.from_pretrained(joined)
+    assert config.expert_names == ("expert-math", "seed", "expert-rain") and config.num_experts_per_tok == 2
+    same_tensors(change(joined, tmp_path / "left", data, "--remove=expert-rain"), two)
+    both = change(joined, tmp_path / "both", data, "--remove=seed", f"--add={seed}/")  # a new name is the old folder's
+    same_tensors(both, joined, order=[0, 2, 1])
+
+
+def test_trained_rows_move_by_as_much_as_the_regression_does(seed, held, data, mix, tmp_path):
+    """In a finetuned mixture: what the new expert brings is its feed-forwards alone, and the rows of the others are the
+    trained ones, plus what mixing three gives more than mixing two."""
+    flags = "--router_init=ridge", f"--data_dir={data}"
+    two, three = mix([held["math"], seed], *flags, name="two"), mix([held["math"], seed, held["rain"]], *flags)
+    tuned = f"{tmp_path}/tuned"
+    steps = f"--data_dir={data}", f"--init_from={two}", f"--out_dir={tuned}", "--freeze=embeddings,attention,norms"
+    must(run("finetune.py", *SHORT, *steps))
+    joined = change(tuned, tmp_path / "joined", data, f"--add={held['rain']}")
+    before, after = weights(tuned), weights(joined)
+    same_rest(before, after)
+    new = weights(held["rain"])
+    for layer in range(2):
+        for matrix in MATRICES:
+            for number in range(2):
+                assert (expert(after, layer, number, matrix) == expert(before, layer, number, matrix)).all()
+            assert (expert(after, layer, 2, matrix) == dense(new, layer, matrix)).all()
+    # the regressions of before and after read the shared weights of the mixture, which were not trained
+    for ours, trained, old, anew in zip(*map(routers, (joined, tuned, two, three)), strict=True):
+        np.testing.assert_allclose(ours[:2], trained + anew[:2] - old, rtol=1e-3, atol=1e-4)
+
+
+def test_what_an_expert_leaves_behind_is_said(seed, experts, data, mix, tmp_path):
+    """Branches that trained their attention, too: the mixture keeps its own."""
+    two = mix([experts[0], seed], "--router_init=ridge", f"--data_dir={data}")
+    done = run(
+        "mix.py", f"--mixture={two}", f"--add={experts[1]}", f"--data_dir={data}", f"--out_dir={tmp_path}/joined"
+    )
+    assert "such as model.embed_tokens.weight: left behind" in must(done).out
+    same_rest(weights(two), weights(tmp_path / "joined"))
+
+
+CHANGES = {
+    "--mixture={two}": "--add and --remove change a mixture",
+    "--add={rain}": "--add and --remove change a mixture",
+    "--mixture={two} --add={rain} --experts={rain}": "--experts=DIR,DIR,... or --mixture=DIR",
+    "--mixture={two} --add={rain} --split=2": "--split is for mixing anew",
+    "--mixture={two} --add={rain} --method=soup": "--method=soup is for mixing anew",
+    "--mixture={two} --add={math}": "has an expert expert-math already",
+    "--mixture={two} --add={two}": "is a mixture already",
+    "--mixture={two} --remove=rain": "--remove=rain: {two} has expert-math, seed",
+    "--mixture={two} --remove=seed": "only 1 experts",
+    "--mixture={plain} --add={rain}": "{plain} has no router_sums.pt",
+    "--mixture={split} --add={rain}": "{split} has expert-math.0, expert-math.1",
+}
+
+
+def test_changes_that_make_no_sense_are_error_lines(seed, held, data, mix, tmp_path):
+    flags = "--router_init=ridge", f"--data_dir={data}"
+    places = {**held, "two": mix([held["math"], seed], *flags, name="two"), "plain": mix([held["math"], seed])}
+    places["split"] = mix([held["math"], seed], *flags, "--split=2", name="split")
+    for options, expected in CHANGES.items():
+        options = options.format(**places).split()
+        done = run("mix.py", *options, f"--data_dir={data}", f"--out_dir={tmp_path}/no")
+        assert expected.format(**places) in error_line(done), options
+    assert not (tmp_path / "no").exists()
 
 
 # ---- the command ----
