@@ -20,11 +20,11 @@ from common.corpus import HELD_OUT, Corpus
 from common.device import DEVICES, pick_device, place
 from common.errors import UserError, command, read_json, write_json
 from common.hf import local_folder, same_tokenizer
-from common.run import changed_files, locked, parent_of, source, total_cost, versions
+from common.run import changed_files, hash_of, locked, parent_of, source, total_cost, versions
 from common.tokenizer import encode_continuation
 from data.task import CHOICES, METRICS, read_answer
 from data.two_experts import two_expert_questions
-from model import Transformer, generate
+from model import ModelConfig, Transformer, generate
 from sample import end_tokens, unknown_ids
 from train import validation_scores
 
@@ -56,6 +56,7 @@ class EvalConfig(ReadingConfig):
     model: str = key("", "checkpoints, FOLDER or hf:OWNER/NAME or ROW=FOLDER, separated by commas; a row each")
     unread: str = key("", "those of the domains that nothing was trained on: scored apart from the average")
     spliced_windows: int = key(512, "windows that change domain in the middle, in all; 0 is none", within="[0, inf)")
+    num_experts_per_tok: int = key(0, "experts per token of mixtures; 0 is what each says", within="[0, inf)")
     out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
@@ -196,15 +197,18 @@ class Entry(NamedTuple):
     load: Callable
 
 
-def checkpoint_entry(model):
-    """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name."""
+def checkpoint_entry(model, k=0):
+    """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name. k: the
+    experts per token of a mixture, 0 for as many as it says."""
     name, equals, folder = model.partition("=")
     if os.path.isdir(model) or not equals:  # a path may have a =
         name, folder = model.removeprefix("hf:"), model
     folder = local_folder(folder)
     identity, history = parent_of(folder)
     name = os.path.basename(os.path.abspath(name))
-    return Entry(name, identity, history, lambda: Transformer.from_pretrained(folder)), folder
+    changes = {"num_experts_per_tok": k} if k and ModelConfig.from_pretrained(folder).num_local_experts else {}
+    identity = hash_of([identity, changes]) if changes else identity
+    return Entry(name, identity, history, lambda: Transformer.from_pretrained(folder, **changes)), folder
 
 
 def score(entry, model, windows, spliced, corpus, config):
@@ -334,7 +338,8 @@ def main():
         raise UserError("nothing to evaluate; give --model=DIR or --model=DIR,DIR")
     corpus = Corpus(config.data_dir, config.domains)
     read_domains(corpus, config)
-    entries, folders = zip(*map(checkpoint_entry, models), strict=True)
+    k = config.num_experts_per_tok
+    entries, folders = zip(*(checkpoint_entry(model, k) for model in models), strict=True)
     same_tokenizer([config.data_dir, *folders])
     evaluate(config, corpus, entries)
 

@@ -331,3 +331,22 @@ def plot_drift(points, path):
         axis.set_xlabel("drift of what mixing averages, |branch - seed| / |seed|")
         axis.grid(alpha=0.3)
     save(figure, path)
+
+
+def plot_experts_per_token(found, path):
+    """Bits per byte over the number of experts per token, and beside it the speed. found: "top_k" of open_ends.json."""
+    figure, (score, speed) = plt.subplots(1, 2, figsize=(9, 3.4))
+    ks = [int(k) for k in found["speed"]]
+    for i, column in enumerate(found["rows"]["top-1"]):
+        style = {"color": COLOURS[i], "linestyle": STYLES[i], "marker": MARKERS[i], "label": column}
+        at_two = found["rows"]["top-2"][column]["mean"]
+        score.plot(ks, [found["rows"][f"top-{k}"][column]["mean"] - at_two for k in ks], **style)
+    score.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+    score.set(xlabel="experts per token", ylabel="bits per byte, less those of top-2", xticks=ks)
+    score.legend(frameon=False, fontsize=9)
+    speed.plot(ks, list(found["speed"].values()), color=COLOURS[6], marker="o")
+    speed.set(xlabel="experts per token", ylabel="thousand tokens a second, one thread", xticks=ks)
+    speed.set_ylim(bottom=0)
+    for axis in (score, speed):
+        axis.grid(alpha=0.3)
+    save(figure, path)

@@ -1,0 +1,312 @@
+"""What the paper leaves open, each end asked of the pipeline's own chains, over several random seeds.
+
+    python -m study.open_ends --ends=grow,unequal     # the seeds and branches of bash run.sh are used where they are
+
+Each end is a function below: it adds jobs to a chain, plain commands that also work when typed alone, and returns the
+cases to compare. docs/open_ends.md shows what came out. Writes open_ends.json and open_ends.md into out_dir/report.
+"""
+
+import dataclasses
+import os
+import shutil
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.config import key, split_list
+from common.corpus import Corpus
+from common.errors import UserError, command, read_json, write_atomically, write_json
+from common.hf import hidden_dim
+from common.run import versions
+from model import ModelConfig, Transformer
+from study.chain import HELD, Job, StudyConfig, parse_study
+from study.compare import chain_with
+from study.draw import plot_experts_per_token
+from study.tables import half_width, markdown_table
+
+QUICK = ("--spliced_windows=0", "--task_problems=8")  # for the ends whose cases differ in bits per byte
+WIDER = 4 / 3  # unequal branches: widths and steps of the middle one times 2 / 3, 1 and 4 / 3
+TIMED = 5  # rounds of the speed of each k
+
+
+@dataclasses.dataclass
+class OpenConfig(StudyConfig):
+    """Measure what the paper leaves open."""
+
+    ends: str = key("grow,unequal,top_k", "which ends: ENDS in study/open_ends.py")
+    seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
+
+
+class Case(NamedTuple):
+    """A model to score. label: its row, the mean over all cases of one label. shown: {column: (metric, domains)}, the
+    mean of a metric of results.json over some domains."""
+
+    label: str
+    folder: str
+    shown: dict
+
+
+def bits(domains):
+    return "bpb", tuple(domains)
+
+
+# ---- experts that come and go ----
+
+
+def change(chain, mixture, folder, *flags, needs=()):
+    """mix.py --add or --remove."""
+    flags = f"--mixture={mixture}", f"--data_dir={chain.data}", *flags
+    return chain.add(folder, "mix.py", "", *flags, needs=[mixture, *needs])
+
+
+def tune(chain, mixture, folder, domains, steps, *flags):
+    """So many steps of finetuning on some domains."""
+    flags = f"--max_steps={steps}", f"--eval_interval={steps}", f"--warmup_steps={max(1, steps // 20)}", *flags
+    return chain.train(folder, "finetune.py", "finetune", mixture, ",".join(domains), *flags)
+
+
+def grow(chain):
+    """Each domain in turn joins a finetuned mixture of the others, and leaves one of all."""
+    seed, steps = chain.seed(), chain.budget.finetuning.max_steps
+    experts = {domain: chain.branch(domain) for domain in chain.branched}
+    mixed = chain.mix([*experts.values(), seed], folder=chain.config.path("open/grow/mixed"))
+    whole = chain.finetune(mixed, folder=chain.config.path("open/grow/whole"))
+    cases = []
+    for new, expert in experts.items():
+        others = [domain for domain in experts if domain != new]
+        shown = {"the other domains": bits(others), "the domain itself": bits([new])}
+        path = f"{chain.config.path('open/grow')}/{new}/{{}}".format
+        two = chain.mix([*(experts[domain] for domain in others), seed], folder=path("mixed"))
+        models = {"seed model": seed}
+        share = round(steps * len(others) / len(experts))
+        for words, suffix, flags in (("", "", ()), (", shared weights held", "-held", (HELD,))):
+            before = tune(chain, two, path(f"before{suffix}"), others, share, *flags)
+            joined = change(chain, before, path(f"joined{suffix}"), f"--add={expert}", needs=[expert])
+            models[f"before it joins{words}"] = before
+            models[f"joined{words}"] = joined
+            for count in (20, 100):
+                routers = tune(chain, joined, f"{joined}-{count}", experts, count, "--freeze=all-but-router")
+                models[f"joined{words}, {count} steps of the routers"] = routers
+        models["all mixed anew"] = mixed
+        models[f"all mixed anew, {steps} steps of everything"] = whole
+        models["the same, without it again"] = change(chain, whole, path("left"), f"--remove=expert-{new}")
+        cases += [Case(label, folder, shown) for label, folder in models.items()]
+    return cases
+
+
+# ---- unequal branches (HDEE, arXiv 2502.19385) ----
+
+
+@torch.no_grad()
+def resized(folder, width, out_dir):
+    """Write a dense model with feed-forwards of another width: the hidden units whose output weights are smallest are
+    left out, and new ones have output weights of zero, so that they change nothing before they are trained."""
+    config, tensors = ModelConfig.from_pretrained(folder), load_file(os.path.join(folder, "model.safetensors"))
+    random = torch.Generator().manual_seed(0)
+    for layer in range(config.num_hidden_layers):
+        name = f"model.layers.{layer}.mlp.{{}}.weight".format
+        order = tensors[name("down_proj")].norm(dim=0).argsort(descending=True)[:width]
+        for matrix in ("gate_proj", "up_proj", "down_proj"):
+            old = tensors[name(matrix)]
+            dim = hidden_dim(name(matrix))
+            kept = old.index_select(dim, order)
+            shape = list(kept.shape)
+            shape[dim] = width - shape[dim]
+            scale = 0.0 if matrix == "down_proj" else old.std().item()
+            tensors[name(matrix)] = torch.cat((kept, scale * torch.randn(shape, generator=random)), dim).contiguous()
+    shutil.copytree(folder, out_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("state.pt", "*.safetensors"))
+    settings = read_json(os.path.join(out_dir, "config.json"), "remove it") | {"intermediate_size": width}
+    write_json(os.path.join(out_dir, "config.json"), settings, indent=2)
+    save_file(tensors, os.path.join(out_dir, "model.safetensors"), {"format": "pt"})
+    os.remove(os.path.join(out_dir, "run.json"))  # it is no run's weights any more
+
+
+def unequal(chain):
+    """More steps, or more hidden units, for the domain that is hardest (bits per byte of the seed, in the order of
+    --domains) and fewer for the easiest; and the other way round. All for the compute of equal branches."""
+    seed, middle = chain.seed(), chain.budget.branch.max_steps
+    width = chain.budget.dense_config.intermediate_size
+    shown = {"average": bits(chain.branched)} | {domain: bits([domain]) for domain in chain.branched}
+    shares = [WIDER - i * (WIDER - 2 / 3) / (len(chain.branched) - 1) for i in range(len(chain.branched))]
+    cases = [Case("equal branches", chain.finetune(chain.mix([*map(chain.branch, chain.branched), seed])), shown)]
+    for label, scale in {"hardest gets more": shares, "easiest gets more": shares[::-1]}.items():
+        for what in ("steps", "hidden units"):
+            path = chain.config.path(f"open/unequal/{label.split()[0]}-{what.split()[0]}")
+            experts = []
+            for domain, share in zip(chain.branched, scale, strict=True):
+                flags, start = [], seed
+                if what == "steps":
+                    flags.append(f"--max_steps={round(share * middle)}")
+                else:
+                    start = chain.config.path(f"open/unequal/seed-{round(share * width)}")
+                    if not os.path.exists(start):
+                        resized(seed, round(share * width), start)
+                folder = f"{path}/expert-{domain}"
+                experts.append(chain.train(folder, "train.py", chain.stage_of(domain), start, domain, *flags))
+            tuned = chain.finetune(chain.mix([*experts, seed], folder=f"{path}/mixed"), folder=f"{path}/btx")
+            cases.append(Case(f"{label} {what}", tuned, shown))
+    return cases
+
+
+# ---- how many experts, and which ----
+
+
+def top_k(chain):
+    """The finetuned mixture with 1 to N experts per token; and for each domain with its own expert and the seed alone.
+    Another k needs no training: eval.py asks for it."""
+    seed = chain.seed()
+    experts = {domain: chain.branch(domain) for domain in chain.branched}
+    mixed = chain.mix([*experts.values(), seed], folder=chain.config.path("open/grow/mixed"))
+    whole = chain.finetune(mixed, folder=chain.config.path("open/grow/whole"))
+    shown = {"average": bits(chain.branched)} | {domain: bits([domain]) for domain in chain.branched}
+    cases = [Case(f"top-{k}", whole, shown) for k in range(1, len(experts) + 2)]
+    for domain in experts:
+        others = ",".join(f"expert-{name}" for name in experts if name != domain)
+        own = change(chain, whole, chain.config.path(f"open/top_k/{domain}"), f"--remove={others}")
+        cases.append(Case("its own expert and the seed", own, {"average": bits([domain]), domain: bits([domain])}))
+    return cases
+
+
+def speeds(folder, data_dir, length=256, windows=32):
+    """{k: thousands of tokens a second of a mixture's forward pass with k experts per token}: the median of rounds in
+    which all take turns, on one thread."""
+    torch.set_num_threads(1)
+    corpus = Corpus(data_dir)
+    ids = corpus.windows(corpus.domains[0], "test", length, windows)[0]
+    models = {}
+    for k in range(1, ModelConfig.from_pretrained(folder).num_local_experts + 1):
+        models[k] = Transformer.from_pretrained(folder, num_experts_per_tok=k)
+    seconds = {k: [] for k in models}
+    with torch.inference_mode():
+        for _ in range(TIMED):
+            for k, model in models.items():
+                start = time.perf_counter()
+                model(ids, ids)
+                seconds[k].append(time.perf_counter() - start)
+    return {k: ids.numel() / statistics.median(some) / 1000 for k, some in seconds.items()}
+
+
+# ---- all of them ----
+
+
+class End(NamedTuple):
+    """make: a function(chain) -> [Case]. base: the label that others are compared with. flags: of eval.py."""
+
+    make: object
+    base: str
+    flags: tuple = QUICK
+
+
+ENDS = {
+    "grow": End(grow, "joined, 100 steps of the routers"),
+    "unequal": End(unequal, "equal branches"),
+    "top_k": End(top_k, "top-2"),
+}
+
+
+def score(chain, name, cases):
+    """Add the jobs that score an end's cases; returns the path of their results.json."""
+    folder = chain.config.path(f"open/{name}/scores")
+    for case in dict.fromkeys((case.label, case.folder) for case in cases):
+        label, model = case
+        row = row_name(label, model, chain)
+        flags = [chain.config.stage("eval"), f"--model={row}={model}", f"--data_dir={chain.data}", chain.all_domains()]
+        if label.startswith("top-"):
+            flags.append(f"--num_experts_per_tok={label.removeprefix('top-')}")
+        arguments = ("eval.py", *flags, *ENDS[name].flags, f"--out_dir={folder}")
+        chain.jobs.append(Job(f"open/{name}/score-{row}", arguments, chain.names([model])))
+    return os.path.join(folder, "results.json")
+
+
+def row_name(label, model, chain):
+    """The name of a case's row in results.json."""
+    place = os.path.relpath(model, chain.config.path("open")) if "open" in model else os.path.basename(model)
+    return "-".join([place.replace(os.sep, "-"), *([label] if label.startswith("top-") else [])])
+
+
+def values_of(cases, rows, chain):
+    """{label: {column: the mean over a chain's cases}}. rows: {name: row of results.json}."""
+    found = {}
+    for case in cases:
+        row = rows[row_name(case.label, case.folder, chain)]
+        for column, (metric, domains) in case.shown.items():
+            one = statistics.mean(row[metric][domain] for domain in domains)
+            found.setdefault(case.label, {}).setdefault(column, []).append(one)
+    return {label: {column: statistics.mean(some) for column, some in one.items()} for label, one in found.items()}
+
+
+def summary(chains, base):
+    """{label: {column: {"mean", "lead", "half"}}} over the random seeds. lead: the mean of base less the row, within a
+    chain; half: half of its 95 % interval, by Student's t. chains: a list of what values_of returns."""
+    found = {}
+    for label, columns in chains[0].items():
+        for column in columns:
+            values = [chain[label][column] for chain in chains]
+            one = {"mean": statistics.mean(values)}
+            if column in chains[0][base] and label != base:
+                leads = [chain[base][column] - chain[label][column] for chain in chains]
+                error = statistics.stdev(leads) / len(leads) ** 0.5 if len(leads) > 1 else 0.0
+                one |= {"lead": statistics.mean(leads), "half": half_width(error, len(leads))}
+            found.setdefault(label, {})[column] = one
+    return found
+
+
+def table(found):
+    """A table of `summary`: in each cell the mean, and behind it how far that is above or below the base's."""
+    columns = list(dict.fromkeys(column for one in found.values() for column in one))
+    rows = []
+    for label, one in found.items():
+        cells = []
+        for column in columns:
+            cell = one.get(column)
+            text = f"{cell['mean']:.3f}" if cell else ""
+            if cell and "lead" in cell and (len(columns) < 3 or column == columns[0]):
+                text += f" ({-cell['lead']:+.3f} ± {cell['half']:.3f})"
+            cells.append(text)
+        rows.append([label, *cells])
+    return markdown_table(["", *columns], rows)
+
+
+def main():
+    config = parse_study(OpenConfig, "open_ends")
+    names = split_list(config.ends)
+    if unknown := [name for name in names if name not in ENDS]:
+        raise UserError(f"--ends={config.ends}: {unknown[0]} is none of {', '.join(ENDS)}")
+    chains = []
+    for number in split_list(config.seeds):
+        chain = chain_with(config, number)
+        seed = chain.seed()
+        branches = [chain.branch(domain) for domain in chain.branched]
+        chain.finetune(chain.mix([*branches, seed]))
+        chain.run(quiet=True)  # what the ends start from
+        chain.jobs.clear()
+        cases = {name: ENDS[name].make(chain) for name in names}
+        paths = {name: score(chain, name, some) for name, some in cases.items()}
+        chain.run(quiet=True)
+        chains.append((chain, cases, paths))
+    report = config.path("report")
+    os.makedirs(report, exist_ok=True)
+    path = os.path.join(report, "open_ends.json")
+    found = read_json(path, "remove it") if os.path.exists(path) else {}
+    for name in names:
+        values = []
+        for chain, cases, paths in chains:
+            rows = {row["name"]: row for row in read_json(paths[name], "run again")["rows"]}
+            values.append(values_of(cases[name], rows, chain))
+        found[name] = {"chains": values, "rows": summary(values, ENDS[name].base), "base": ENDS[name].base}
+        found[name] |= {"seeds": config.seeds, "versions": versions()}
+    if "top_k" in names:
+        chain, cases, _ = chains[0]
+        found["top_k"]["speed"] = speeds(cases["top_k"][0].folder, chain.data)
+        plot_experts_per_token(found["top_k"], os.path.join(report, "top_k.png"))
+    write_json(path, found)
+    text = [f"## {name}\n\n{table(one['rows'])}\n" for name, one in found.items()]
+    write_atomically(os.path.join(report, "open_ends.md"), "# What the paper leaves open\n\n" + "\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    command(main)
