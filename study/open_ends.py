@@ -140,7 +140,7 @@ def unequal(chain):
                 flags, start = [], seed
                 if what == "steps":
                     flags.append(f"--max_steps={round(share * middle)}")
-                else:
+                elif round(share * width) != width:
                     start = chain.config.path(f"open/unequal/seed-{round(share * width)}")
                     if not os.path.exists(start):
                         resized(seed, round(share * width), start)
@@ -149,6 +149,118 @@ def unequal(chain):
             tuned = chain.finetune(chain.mix([*experts, seed], folder=f"{path}/mixed"), folder=f"{path}/btx")
             cases.append(Case(f"{label} {what}", tuned, shown))
     return cases
+
+
+# ---- domains without labels (c-BTM, arXiv 2303.14177) ----
+
+
+def unrecorded(chain):
+    """A copy of the seed that does not say what it was trained on: mix.py takes it as trained on what the others were,
+    whatever their domains are called."""
+    folder = chain.config.path("open/generalist")
+    if not os.path.exists(folder):
+        shutil.copytree(chain.seed_folder, f"{folder}.tmp", ignore=shutil.ignore_patterns("run.json", "state.pt"))
+        os.rename(f"{folder}.tmp", folder)
+    return folder
+
+
+def mix_on(chain, experts, data_dir, folder):
+    """mix.py with the pipeline's settings and another data folder."""
+    flags = f"--experts={','.join([*experts, unrecorded(chain)])}", f"--data_dir={data_dir}"
+    return chain.add(folder, "mix.py", "mix", *flags, f"--seed={chain.config.seed}", needs=experts)
+
+
+def clusters(chain):
+    """Branches of found domains, made of the labelled ones' text, with as many tokens in all; the control is a random
+    split. The finetuning is that of labelled domains: it reads the same text."""
+    seed, shown = chain.seed(), {"average": bits(chain.domains)} | {domain: bits([domain]) for domain in chain.domains}
+    steps = chain.budget.branch.max_steps * len(chain.branched)
+    labelled = chain.finetune(chain.mix([*map(chain.branch, chain.branched), seed]))
+    cases = [Case("a branch for each label", labelled, shown)]
+    for method, k in (("tfidf", 2), ("tfidf", 4), ("tfidf", 8), ("random", 4)):
+        path = chain.config.path(f"open/clusters/{method}-{k}")
+        flags = f"--data_dir={chain.data}", f"--domains={','.join(chain.domains)}", f"--out_dir={path}/data"
+        flags += (f"--clusters={k}", f"--method={method}", f"--seed={chain.config.seed}")
+        found = Job(f"open/clusters/{method}-{k}/data", ("-m", "data.discover", *flags))
+        chain.jobs.append(found)
+        experts = []
+        for i in range(k):
+            flags = f"--domain=c{i}", f"--data_dir={path}/data", f"--init_from={seed}", f"--seed={chain.config.seed}"
+            flags += (f"--max_steps={round(steps / k)}",)
+            needs = [seed, f"{path}/data"]
+            experts.append(chain.add(f"{path}/expert-c{i}", "train.py", "expert", *flags, needs=needs, trains=True))
+        tuned = chain.finetune(mix_on(chain, experts, f"{path}/data", f"{path}/mixed"), folder=f"{path}/btx")
+        cases.append(Case(f"{k} {'clusters' if method == 'tfidf' else 'random parts'}", tuned, shown))
+    return cases
+
+
+# ---- instruction finetuning ----
+
+CHATS = {"math": "math-chat", "wiki": "wiki-chat"}  # domains, and where their chats are
+ANSWERS = ("--loss_on=answers", "--splice=0", "--eval_interval=1000")
+INSTRUCT_STEPS = 150  # of a dense model; a mixture takes its FLOPs
+ROUTERS_ALONE = 0.05  # of the chats, as in BAR
+
+
+def instruct(chain, script, start, folder, domains, steps, *flags):
+    """So many steps on the answers of some chats. script: train.py for dense models, finetune.py for mixtures."""
+    stage = "finetune" if script == "finetune.py" else "expert"
+    all_flags = f"--domain={','.join(domains)}", f"--data_dir={chain.data}", f"--seed={chain.config.seed}"
+    all_flags += (
+        f"--init_from={start}",
+        f"--max_steps={steps}",
+        f"--warmup_steps={max(1, steps // 10)}",
+        *ANSWERS,
+        *flags,
+    )
+    return chain.add(
+        folder, script, stage, *all_flags, needs=[start, chain.config.path("open/chats/data")], trains=True
+    )
+
+
+def chats(chain):
+    """Dense training and Branch-Train-MiX, each instructed afterwards for the same FLOPs; routers alone; and branches
+    that are instructed before they are mixed, with routers alone on 5 % of the chats afterwards (BAR)."""
+    budget, seed = chain.budget, chain.seed()
+    path = f"{chain.config.path('open/chats')}/{{}}".format
+    text = Job("open/chats/text", ("-m", "data.chats", f"--out_dir={path('text')}"))
+    domains = ",".join(f"{chat}={path('text')}/{domain}.jsonl" for domain, chat in CHATS.items())
+    prepare = "-m", "data.prepare", chain.config.stage("data"), f"--domains={domains}", f"--out_dir={chain.data}"
+    chain.jobs += [text, Job("open/chats/data", prepare, ("open/chats/text",))]
+    experts = {domain: chain.branch(domain) for domain in chain.branched}
+    mixed = chain.mix([*experts.values(), seed], folder=chain.config.path("open/grow/mixed"))
+    whole = chain.finetune(mixed, folder=chain.config.path("open/grow/whole"))
+    dense = chain.dense(budget.dense_steps())
+    steps = round(INSTRUCT_STEPS * budget.dense_flops / budget.mixture_flops)
+    few = max(1, round(ROUTERS_ALONE * steps))
+    models = {"dense training": dense}
+    rate = "--learning_rate=1.5e-3"
+    models["dense training, instructed"] = instruct(
+        chain, "train.py", dense, path("dense"), CHATS.values(), INSTRUCT_STEPS, "--freeze=none", rate
+    )
+    models["Branch-Train-MiX"] = whole
+    models["Branch-Train-MiX, instructed"] = instruct(chain, "finetune.py", whole, path("btx"), CHATS.values(), steps)
+    for label, count in (("routers alone", steps), ("routers alone, 5 % of the chats", few)):
+        only = instruct(
+            chain, "finetune.py", whole, path(f"routers-{count}"), CHATS.values(), count, "--freeze=all-but-router"
+        )
+        models[f"Branch-Train-MiX, {label}"] = only
+    told = {}
+    for domain, expert in experts.items():
+        told[domain] = expert
+        if domain in CHATS:
+            told[domain] = instruct(
+                chain, "train.py", expert, path(f"expert-{domain}"), [CHATS[domain]], INSTRUCT_STEPS // 2, rate
+            )
+    mixed = mix_on(chain, list(told.values()), chain.data, path("mixed"))
+    models["branches instructed, then mixed"] = mixed
+    models["branches instructed, then mixed, routers on 5 % of the chats"] = instruct(
+        chain, "finetune.py", mixed, path("bar"), CHATS.values(), few, "--freeze=all-but-router"
+    )
+    shown = {f"{domain}, written": ("accuracy", (domain,)) for domain in CHATS}
+    shown |= {f"{domain}, chosen": ("choice", (domain,)) for domain in CHATS}
+    shown["bits per byte of all text"] = bits(chain.domains)
+    return [Case(label, folder, shown) for label, folder in models.items()]
 
 
 # ---- how many experts, and which ----
@@ -204,6 +316,8 @@ ENDS = {
     "grow": End(grow, "joined, 100 steps of the routers"),
     "unequal": End(unequal, "equal branches"),
     "top_k": End(top_k, "top-2"),
+    "clusters": End(clusters, "a branch for each label"),
+    "chats": End(chats, "Branch-Train-MiX, instructed", ("--spliced_windows=0", "--task_problems=200")),
 }
 
 
@@ -262,7 +376,7 @@ def table(found):
         cells = []
         for column in columns:
             cell = one.get(column)
-            text = f"{cell['mean']:.3f}" if cell else ""
+            text = f"{cell['mean']:{'.1%' if column.endswith(('written', 'chosen')) else '.3f'}}" if cell else ""
             if cell and "lead" in cell and (len(columns) < 3 or column == columns[0]):
                 text += f" ({-cell['lead']:+.3f} ± {cell['half']:.3f})"
             cells.append(text)
