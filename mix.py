@@ -44,7 +44,7 @@ import torch
 
 from common.config import key, parse, split_list
 from common.corpus import Corpus
-from common.errors import UserError, atomic_file, command
+from common.errors import UserError, command
 from common.hf import (
     FEED_FORWARD,
     GROUPS,
@@ -66,7 +66,7 @@ from common.hf import (
     write_config,
     write_weights,
 )
-from common.run import SUMS, Run, ancestors, mixtures_of, parent_of, read_run
+from common.run import Run, ancestors, mixtures_of, parent_of, read_sums, write_sums
 from common.tokenizer import has_tokenizer, tokenizer_hash
 from model import WIDTH, ModelConfig, Transformer, on_meta
 
@@ -211,11 +211,11 @@ def new_routers(config, shapes, parents, experts, dense):
     if config.router_init == "contrast":
         rows, found = contrast_routers(averaged, experts, mixtures, corpus), None  # L of (N, D)
     else:
-        kept = kept_regression(config.mixture) if config.mixture else Regression([], [], {})
+        kept = Regression(**read_sums(config.mixture)) if config.mixture else Regression([], [], {})
         names = [parent.name for parent in parents]
         stay = [parent.number for parent in parents if parent.number is not None]
         known = {reading: one for reading, one in kept.sums.items() if reading[1] in names[: len(stay)]}
-        found = Regression(names, mixtures, read_sums(averaged, experts, names, mixtures, corpus, known))
+        found = Regression(names, mixtures, sums_of(averaged, experts, names, mixtures, corpus, known))
         rows = ridge_routers(found)
         if stay:
             for row, before, name in zip(rows, ridge_routers(kept), shapes, strict=True):
@@ -263,7 +263,7 @@ class Regression(NamedTuple):
     sums: dict
 
 
-def read_sums(averaged, experts, names, mixtures, corpus, known):
+def sums_of(averaged, experts, names, mixtures, corpus, known):
     """Regression.sums; those that are `known` are not read again.
 
     The closed form is DUME's (arXiv 2603.29765). Theirs reads the averaged model; here a domain's text is read with the
@@ -302,23 +302,10 @@ def ridge_routers(found):
     return list(RIDGE_SCALE * torch.linalg.solve(squares + penalty, products).mT)
 
 
-def kept_regression(folder):
-    """The Regression that lies beside a mixture, or beside the one that it was finetuned from."""
-    names = ModelConfig.from_pretrained(folder).expert_names
-    for place in (folder, *(read_run(folder) or {"recipe": {"parents": {}}})["recipe"]["parents"]):
-        path = os.path.join(place, SUMS)
-        if os.path.exists(path):
-            found = Regression(**torch.load(path, weights_only=True))
-            if tuple(found.names) != tuple(names):
-                raise UserError(f"{path} is of {', '.join(found.names)}, but {folder} has {', '.join(names)}")
-            return found
-    raise UserError(f"{folder} has no {SUMS}, nor has what it was finetuned from; mix anew with --router_init=ridge")
-
-
 def training_of(parents, config):
     """For each expert the {domain: share} that it was trained on."""
     published = Corpus(config.data_dir).mixture(config.published_on) if config.published_on else None
-    read = kept_regression(config.mixture).mixtures if config.mixture else []
+    read = read_sums(config.mixture)["mixtures"] if config.mixture else []
     stay = [read[parent.number] for parent in parents if parent.number is not None]
     return stay + mixtures_of([parent.folder for parent in parents[len(stay) :]], published)
 
@@ -361,7 +348,7 @@ def read_parents(config, folders):
         if len(set(names)) < len(names):
             names = [f"{name}.{copy}" for copy, name in enumerate(names)]
         return list(map(Parent, names, folders, shapes, files))
-    has, gone = kept_regression(config.mixture).names, split_list(config.remove)
+    has, gone = read_sums(config.mixture)["names"], split_list(config.remove)
     if unknown := [name for name in gone if name not in has]:
         raise UserError(f"--remove={unknown[0]}: {config.mixture} has {', '.join(has)}; name some of them")
     routing = {name: getattr(shapes[0], name) for name in MIXTURE_KEYS} | {"num_local_experts": 0}
@@ -529,8 +516,7 @@ def main():
         first = next(filter(has_tokenizer, folders), folders[0])
         copy_tokenizer(local_folder(config.config_from) or first, config.out_dir)
         if regression:
-            with atomic_file(os.path.join(config.out_dir, SUMS)) as file:
-                torch.save(regression._asdict(), file)
+            write_sums(config.out_dir, regression._asdict())
         run.finish(weights, plan.notes)
     print_counts(shapes)
     print(f"{config.out_dir}: {len(plan.parents)} experts mixed ({config.method})")

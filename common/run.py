@@ -1,9 +1,10 @@
 """A run on disk: its folder, its run.json, and what it needs to resume.
 
-    run.json    settings, progress and parents of the run, and the source code of each leg of it
-    state.pt    position, log and averages; and weights and optimizer, where one process trains
-    shards.0    weights and optimizer, where several do, each writing its own part (torch.distributed.checkpoint)
-    log.jsonl   one line per evaluation
+    run.json        settings, progress and parents of the run, and the source code of each leg of it
+    state.pt        position, log and averages; and weights and optimizer, where one process trains
+    shards.0        weights and optimizer, where several do, each writing its own part (torch's checkpoints)
+    log.jsonl       one line per evaluation
+    router_sums.pt  of a mixture: what its routers were solved from
 
 A recipe is a run's config with the hashes of its data and of its parents. A folder that holds a run of another recipe
 is refused, so nothing is overwritten. Source code is different: this repository is there to be changed. A run that was
@@ -385,6 +386,31 @@ def clear(folder):
             os.remove(os.path.join(folder, name))
     remove_shards(folder)
     remove_weights(folder)
+
+
+# ---- what a mixture's routers were solved from ----
+
+
+def write_sums(folder, sums):
+    """Keep the fields of mix.Regression beside a mixture."""
+    with atomic_file(os.path.join(folder, SUMS)) as file:
+        torch.save(sums, file)
+
+
+def read_sums(folder):
+    """The fields of the mix.Regression that is beside a mixture, or beside the one that it was finetuned from."""
+    names = list(read_config(folder)["expert_names"])
+    for place in (folder, *(read_run(folder) or {"recipe": {"parents": {}}})["recipe"]["parents"]):
+        path = os.path.join(place, SUMS)
+        if os.path.exists(path):
+            try:
+                found = torch.load(path, weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise UserError(f"{path} is damaged ({type(error).__name__}); mix {place} again") from None
+            if found["names"] != names:
+                raise UserError(f"{path} is of {', '.join(found['names'])}, but {folder} has {', '.join(names)}")
+            return found
+    raise UserError(f"{folder} has no {SUMS}, nor has what it was finetuned from; mix anew with --router_init=ridge")
 
 
 # ---- the training state ----
