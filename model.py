@@ -513,7 +513,7 @@ class Transformer(nn.Module):
         if targets is None:
             logits = self.lm_head(x)  # (B, T, V)
         else:
-            count = (targets != IGNORE).sum()
+            count = (targets != IGNORE).sum().clamp(min=1)
             flat = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
             if torch.is_grad_enabled():
                 loss = head_loss(*flat) / count

@@ -1,10 +1,12 @@
-"""Let any checkpoint continue a text.
+"""Let any checkpoint continue a text, or talk with it.
 
     python sample.py --model=out/cpu/btx --prompt="Question: Tom has 3 apples"
+    python sample.py --model=out/cpu/btx-chat --chat
 
 (`python -m study.tokens` does the same and shows each token's experts.)
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -16,6 +18,7 @@ from common.device import DEVICES, DTYPES, pick_device, place
 from common.errors import UserError, command, read_json
 from common.hf import local_folder
 from common.tokenizer import encode, load_tokenizer
+from data.files import chat_renderer, render_chat, text_ids
 from model import Transformer, generate
 
 
@@ -38,6 +41,13 @@ class SampleConfig:
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
 
 
+@dataclasses.dataclass
+class ChatConfig(SampleConfig):
+    """Continue a prompt with a checkpoint, dense or mixed, or talk with it."""
+
+    chat: bool = key(False, "answer the lines of standard input, a conversation, instead of continuing --prompt")
+
+
 def end_tokens(encoding, *settings):
     """The ids that end a text: the tokenizer's, and those of `settings`, each an eos_token_id as config.json has it: a
     number, a list or None."""
@@ -57,35 +67,84 @@ def read_generation_config(folder):
     return read_json(path, "copy it again or delete it") if os.path.exists(path) else {}
 
 
-def continue_prompt(config):
-    """(model, encoding, the prompt's token ids, the ids of each continuation)."""
+def open_model(config):
+    """(model, encoding, options of generate: what ends a text, how to draw tokens)."""
     device = pick_device(config.device, config.threads)
     folder = local_folder(config.model)
     encoding = load_tokenizer(folder)
     model = place(Transformer.from_pretrained(folder), device, config.dtype)
+    ends = model.config.eos_token_id, read_generation_config(folder).get("eos_token_id")
+    options = {"stop": end_tokens(encoding, *ends), "temperature": config.temperature, "top_k": config.top_k}
+    options["generator"] = torch.Generator(device).manual_seed(config.seed)
+    options["unknown"] = unknown_ids(encoding, model.config.vocab_size)
+    return model, encoding, options
+
+
+def check_known(model, encoding, ids, what):
+    """Raise UserError unless the model knows the ids of a text: a tokenizer may have more, which no text needs."""
+    if max(ids) >= model.config.vocab_size:
+        piece = encoding.decode([max(ids)])
+        raise UserError(f"{what} holds {piece!r}, token {max(ids)}, which the model lacks; leave it out")
+
+
+def continue_prompt(config):
+    """(model, encoding, the prompt's token ids, the ids of each continuation)."""
+    model, encoding, options = open_model(config)
     ids = encode(encoding, config.prompt, config.special_tokens).tolist()
     if not ids:
         raise UserError("--prompt is empty; give the text to continue")
-    if max(ids) >= model.config.vocab_size:  # a tokenizer may have more entries than the model, if no text needs them
-        piece = encoding.decode([max(ids)])
-        raise UserError(f"--prompt holds {piece!r}, token {max(ids)}, which the model lacks; leave it out")
+    check_known(model, encoding, ids, "--prompt")
     room = model.max_length - len(ids)
     if room < 1:
         raise UserError(f"--prompt has {len(ids)} tokens, the model takes {model.max_length}; shorten it")
-    generator = torch.Generator(device).manual_seed(config.seed)
     new_tokens = min(room, config.max_new_tokens)
-    stop = end_tokens(encoding, model.config.eos_token_id, read_generation_config(folder).get("eos_token_id"))
-    unknown = unknown_ids(encoding, model.config.vocab_size)
-    prompts = [ids] * config.num_samples
-    answers = generate(model, prompts, new_tokens, stop, config.temperature, config.top_k, generator, unknown)
+    answers = generate(model, [ids] * config.num_samples, new_tokens, **options)
     if new_tokens < config.max_new_tokens and any(len(answer) == new_tokens for answer in answers):
         cut = f"cut after {new_tokens} of --max_new_tokens={config.max_new_tokens}"
         print(f"{cut}: the model takes {model.max_length} tokens, the prompt has {len(ids)}", file=sys.stderr)
     return model, encoding, ids, answers
 
 
+def read_line():
+    """The next line of standard input that is not blank, "" at its end; with a prompt where a person types it."""
+    line = ""
+    with contextlib.suppress(EOFError):
+        while not line:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+    return line
+
+
+def chat(config):
+    """Answer the lines of standard input as one conversation, written as training has its chats. One that is too long
+    for the model loses its oldest turns."""
+    model, encoding, options = open_model(config)
+    render, _ = chat_renderer(local_folder(config.model))
+    example = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    ids, answers = text_ids(encoding, render_chat(render, example))
+    last = ids[answers == 1][-1:].tolist()  # what ends an answer, where that is a token of its own
+    options["stop"].update(filter(encoding.is_special_token, last))
+    room = model.max_length - min(config.max_new_tokens, model.max_length // 2)  # for the conversation
+    messages, told = [], False
+    while line := read_line():
+        messages.append({"role": "user", "content": line})
+        while len(ids := text_ids(encoding, render_chat(render, messages, add_generation_prompt=True))[0]) > room:
+            if len(messages) == 1:
+                raise UserError(f"this message makes {len(ids)} tokens, the model takes {room}; shorten it")
+            del messages[:2]
+            if not told:
+                print(f"the model takes {model.max_length} tokens: the oldest turns are forgotten", file=sys.stderr)
+            told = True
+        check_known(model, encoding, ids.tolist(), "this message")
+        new_tokens = min(config.max_new_tokens, model.max_length - len(ids))
+        (answer,) = generate(model, [ids.tolist()], new_tokens, **options)
+        messages.append({"role": "assistant", "content": encoding.decode(answer).strip()})
+        print(messages[-1]["content"], flush=True)
+
+
 def main():
-    config = parse(SampleConfig)
+    config = parse(ChatConfig)
+    if config.chat:
+        return chat(config)
     _, encoding, _, answers = continue_prompt(config)
     for answer in answers:
         print(config.prompt + encoding.decode(answer))

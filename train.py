@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from common.config import key, parse, split_list
-from common.corpus import Batches, Corpus
+from common.corpus import LOSS_ON, Batches, Corpus
 from common.device import COMPILE, DEVICES, DTYPES, catch_signals, compiled, pick_device, pick_dtype, send, widest_float
 from common.errors import UserError, command
 from common.hf import group_of, local_folder, same_tokenizer
 from common.parallel import Processes
 from common.run import Run, parent_of
 from common.tokenizer import has_tokenizer
-from model import ModelConfig, Transformer
+from model import IGNORE, ModelConfig, Transformer
 
 FREEZABLE = ("embeddings", "head", "attention", "norms", "experts", "router")
 
@@ -37,6 +37,7 @@ class TrainConfig:
     init_from: str = key("", "a checkpoint to continue from, a folder or hf:OWNER/NAME; empty trains from scratch")
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     domain: str = key("all", "what to train on: a domain, a mixture like code:3,math:1, or all, evenly")
+    loss_on: str = key("text", "what the loss counts: all text, or the answers of chats alone", LOSS_ON)
     # the model's shape, unless --init_from brings one
     hidden_size: int = key(64, "width of the residual stream", within="[8, inf)")
     intermediate_size: int = key(176, "width of the feed-forward sublayers", within="[8, inf)")
@@ -84,6 +85,8 @@ NOT_IN_RECIPE += ("shard_size", "expert_parallel", "checkpoint_activations")
 def make_recipe(config, corpus, mixture):
     """Everything but source code that decides a run's result: its config and data, and the weights before it."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_IN_RECIPE}
+    if config.loss_on == "text":
+        del settings["loss_on"]  # as in runs that were made before there was a choice
     parents = {config.init_from: parent_of(config.init_from)[0]} if config.init_from else {}
     return {"config": settings, "data": corpus.hashes(mixture), "mixture": mixture, "parents": parents}
 
@@ -166,10 +169,15 @@ def window_bits(model, inputs, targets, tokens=4096):
     return torch.cat(nats).cpu().double() / math.log(2), used
 
 
+def bytes_of(targets, token_bytes):
+    """How many bytes of text the targets stand for; those of IGNORE none. token_bytes: (V,)."""
+    return int(token_bytes[targets[targets != IGNORE]].sum())
+
+
 def bits_per_byte(model, inputs, targets, token_bytes):
     """Bits over bytes, summed over windows, which can be compared between tokenizers. token_bytes: (V,)."""
     bits, _ = window_bits(model, inputs, targets)
-    return bits.sum().item() / int(token_bytes[targets].sum())
+    return bits.sum().item() / bytes_of(targets, token_bytes)
 
 
 def validation_scores(model, windows, token_bytes):
@@ -183,7 +191,7 @@ def validation_scores(model, windows, token_bytes):
     for domain, (inputs, targets) in windows.items():
         found, used = window_bits(model, inputs, targets)
         bits[domain] = [round(number, 2) for number in found.tolist()]
-        bpb[domain] = found.sum().item() / int(token_bytes[targets].sum())
+        bpb[domain] = found.sum().item() / bytes_of(targets, token_bytes)
         if used is not None:
             shares = used / used.sum(dim=1, keepdim=True)
             load[domain] = [[round(share, 4) for share in layer] for layer in shares.tolist()]
@@ -244,7 +252,7 @@ def train_step(config, step, model, optimizer, batches, processes):
         # a router's noise depends on the place in the batch alone: a tuple of ints hashes alike everywhere
         torch.manual_seed(hash((config.seed, step, start)))
         output = model(inputs, targets, step=number)
-        # each micro-batch counts alike, so that the gradient is that of the whole batch's mean
+        # each micro-batch counts alike: the gradient is that of the whole batch's mean (nearly, with --loss_on=answers)
         ((output.loss + output.aux_loss) / len(parts)).backward()
         for name, value in {"loss": output.loss, "aux_loss": output.aux_loss, **output.stats}.items():
             metrics[name] = metrics.get(name, 0) + value.detach().to(precise) / len(parts)
@@ -293,8 +301,10 @@ def train(config, make_model):
 
         # a branch's windows differ from those that the seed model has read: that is what the stage is for
         length = config.sequence_length
-        batches = Batches(corpus, mixture, length, config.batch_size, config.seed, config.splice, run.stage)
-        windows = {name: corpus.windows(name, "val", length, config.eval_windows) for name in corpus.domains}
+        stage, loss_on = run.stage, config.loss_on
+        batches = Batches(corpus, mixture, length, config.batch_size, config.seed, config.splice, stage, loss_on)
+        scored = [name for name in corpus.domains if loss_on == "text" or "answers" in corpus.metas[name]]
+        windows = {name: corpus.windows(name, "val", length, config.eval_windows, loss_on) for name in scored}
         tokens_per_step = config.batch_size * length
         flops_per_token = model.flops_per_token(length)
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, read_json
+from common.ops import IGNORE
 from common.tokenizer import has_tokenizer, load_tokenizer, token_bytes, tokenizer_hash
 
 HELD_OUT = ("val", "test")
@@ -24,6 +25,7 @@ HELD_OUT_SHARE = 0.05  # of all text, for each split of HELD_OUT
 NAME = r"[\w-]+"  # of a domain
 DTYPES = ("uint16", "uint32")  # of token ids
 QUESTION = {"prompt", "answer", "choices"}  # what a row of a task has
+LOSS_ON = ("text", "answers")  # what the targets are: all tokens, or those of a chat's answers
 RESERVED = ("all", "avg")  # every domain, and the mean of their scores
 REMEDY = "prepare the domain again with --overwrite=True"
 
@@ -51,6 +53,11 @@ def check_name(name, option):
 def in_hash_order(keys, seed):
     """The keys in an order that mixes all sources evenly and depends only on the keys and the seed."""
     return sorted(keys, key=lambda key: _fraction(f"order {seed} {key}"))
+
+
+def as_targets(rows, counts):
+    """Rows of T + 1 tokens as inputs and targets, each (N, T); a target whose count (N, T + 1) is 0 is IGNORE."""
+    return rows[:, :-1], rows[:, 1:].masked_fill(counts[:, 1:] == 0, IGNORE)
 
 
 class Corpus:
@@ -150,15 +157,31 @@ class Corpus:
             )
         return tokens
 
-    def windows(self, domain, split, length, count):
+    def counts(self, domain, split, loss_on):
+        """(S,) integers, one for each token of a domain's split: 1 where the loss counts it, 0 elsewhere. loss_on: see
+        LOSS_ON. UserError where answers are asked for and there are none."""
+        size = self.metas[domain][split]["tokens"]
+        if loss_on == "text":
+            return np.broadcast_to(np.uint8(1), size)
+        path = os.path.join(self.folder, domain, f"{split}.answers.bin")
+        if "answers" not in self.metas[domain]:
+            remedy = "prepare chats with data.prepare, or train with --loss_on=text"
+            raise UserError(f"--loss_on=answers: {domain} in {self.folder} has no answers, {remedy}")
+        if not os.path.exists(path) or os.path.getsize(path) != size:
+            raise UserError(f"{path} is missing or has another size than {split}.bin; {REMEDY}")
+        return np.memmap(path, dtype=np.uint8, mode="r")
+
+    def windows(self, domain, split, length, count, loss_on="text"):
         """Up to `count` windows spread evenly over the text of a domain's split, the same for every model: inputs
-        and targets, each (count, length)."""
-        tokens = self.tokens(domain, split, length)
+        and targets, each (count, length). loss_on: see LOSS_ON; other targets are IGNORE."""
+        tokens, counts = self.tokens(domain, split, length), self.counts(domain, split, loss_on)
         count = min(count, (len(tokens) - 1) // length)
         starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)
-        rows = np.stack([tokens[start : start + length + 1] for start in starts])  # (count, length + 1)
-        rows = torch.from_numpy(rows.astype(np.int64))
-        return rows[:, :-1], rows[:, 1:]
+        rows = (np.stack([some[start : start + length + 1] for start in starts]) for some in (tokens, counts))
+        inputs, targets = as_targets(*(torch.from_numpy(some.astype(np.int64)) for some in rows))
+        if (targets == IGNORE).all():
+            raise UserError(f"{domain}: no answer is in its {count} windows of {split}; raise --eval_windows")
+        return inputs, targets
 
     def spliced(self, split, length, count):
         """About `count` windows whose first half is from one domain and whose second half is from another:
@@ -200,11 +223,12 @@ class Batches:
 
     splice: the share of windows whose second part, from a random place on, is from another draw of domain and place:
     text that changes its subject, as the text of an ordinary corpus does. stage: how many runs came before this one,
-    so that a branch does not see the seed model's windows again.
+    so that a branch does not see the seed model's windows again. loss_on: see LOSS_ON; other targets are IGNORE.
     """
 
-    def __init__(self, corpus, mixture, length, batch_size, seed, splice=0.0, stage=0):
+    def __init__(self, corpus, mixture, length, batch_size, seed, splice=0.0, stage=0, loss_on="text"):
         self.tokens = [corpus.tokens(name, "train", length) for name in mixture]
+        self.counts = [corpus.counts(name, "train", loss_on) for name in mixture]
         self.weights = list(mixture.values())
         self.length, self.batch_size, self.splice = length, batch_size, splice
         self.seed = [seed, stage]
@@ -219,13 +243,13 @@ class Batches:
         for domain, place, other, other_place, joint in list(zip(*draws, joints, strict=True))[start:stop]:
             window = self.window(domain, place)
             if joint <= self.length:
-                window = np.concatenate((window[:joint], self.window(other, other_place)[joint:]))
-            rows.append(window.astype(np.int64))
-        rows = torch.from_numpy(np.stack(rows))  # (stop - start, T + 1)
-        return rows[:, :-1], rows[:, 1:]
+                window = np.concatenate((window[:, :joint], self.window(other, other_place)[:, joint:]), axis=1)
+            rows.append(window)
+        rows = torch.from_numpy(np.stack(rows))  # (stop - start, 2, T + 1)
+        return as_targets(rows[:, 0], rows[:, 1])
 
     def window(self, domain, place):
-        """The T + 1 tokens of a domain from a place in [0, 1) on."""
-        tokens = self.tokens[domain]
-        start = int(place * (len(tokens) - self.length))
-        return tokens[start : start + self.length + 1]
+        """(2, T + 1): the tokens of a domain from a place in [0, 1) on, and which of them count as targets."""
+        start = int(place * (len(self.tokens[domain]) - self.length))
+        parts = [some[domain][start : start + self.length + 1] for some in (self.tokens, self.counts)]
+        return np.stack(parts).astype(np.int64)

@@ -86,12 +86,11 @@ def token_bytes(encoding):
     return np.where(special, 0, lengths)
 
 
-def encode_continuation(encoding, text):
-    """The ids of a text that goes on from another: without the space that SentencePiece puts before a text."""
-    first = encoding.encode_ordinary("a")
-    if first and encoding.decode_single_token_bytes(first[0]).startswith(b" "):
-        return encoding.encode_ordinary("\n" + text)[len(encoding.encode_ordinary("\n")) :]
-    return encoding.encode_ordinary(text)
+def encode_continuation(encoding, text, special=False):
+    """The ids of a text that goes on from another, a list: without the space that SentencePiece puts before a text."""
+    first = encode(encoding, "a")
+    before = "\n" if len(first) and encoding.decode_single_token_bytes(first[0]).startswith(b" ") else ""
+    return encode(encoding, before + text, special)[len(encode(encoding, before)) :].tolist()
 
 
 def encode(encoding, text, special=False):

@@ -19,7 +19,7 @@ from collections import Counter
 import numpy as np
 
 from common.errors import UserError, read_json
-from common.tokenizer import SETTINGS, encode
+from common.tokenizer import END_OF_TEXT, SETTINGS, encode, encode_continuation, load_tokenizer
 
 PLAIN = (".txt", ".md", ".py")
 COLUMNS = ("text", "content", "messages")  # where others keep their text
@@ -147,17 +147,60 @@ def plain_text(path):
 
 
 class Rendered(str):
-    """A text made by a chat template: its special tokens are meant as such, and none ends the document."""
+    """A text made of a chat: its special tokens are meant as such, and none ends the document.
+
+    answers: [(start, end)], the characters of the assistant's messages, with what ends each; none where the form of the
+    chat does not tell them apart.
+    """
+
+    answers = ()
+
+
+def render_chat(render, chat, **options):
+    """The Rendered text of a chat. options: add_generation_prompt=True ends it where the next answer begins.
+
+    An answer begins where a model is asked to write: behind the messages before it and the generation prompt. That
+    needs a form in which a chat begins as its beginning alone would.
+    """
+    text = Rendered(render(chat, **options))
+    answers = []
+    for number in [number for number, message in enumerate(chat) if message["role"] == "assistant"]:
+        try:
+            before = render(chat[:number], add_generation_prompt=True)
+            whole = render(chat[: number + 1])
+        except Exception:  # a template may refuse a beginning
+            return text
+        whole = whole[: max(len(before), len(whole.rstrip()))]
+        if not (whole.startswith(before) and text.startswith(whole)):
+            return text
+        answers.append((len(before), len(whole)))
+    text.answers = answers
+    return text
+
+
+def text_ids(encoding, text, special=False):
+    """(the ids of a text, which of them are answers), two arrays of one length.
+
+    A chat's answers are encoded apart from what stands before them, as when a model writes them. special: whether all
+    text spells special tokens, not chats alone.
+    """
+    special = special or isinstance(text, Rendered)
+    cuts = [0, *itertools.chain(*getattr(text, "answers", ())), len(text)]  # every second piece is an answer
+    ids = [encode(encoding, text[: cuts[1]], special)]
+    for start, end in itertools.pairwise(cuts[1:]):
+        ids.append(np.array(encode_continuation(encoding, text[start:end], special), np.uint32))
+    return np.concatenate(ids), np.repeat(np.arange(len(ids)) % 2, [len(piece) for piece in ids]).astype(np.uint8)
 
 
 def document_ids(encoding, text, special, spelled):
-    """(the ids of a document, closed by the token that ends texts; how many bytes of it the tokenizer has no ids for).
-
-    special: whether all text spells special tokens, not chats alone. spelled: spelled_bytes(encoding).
-    """
-    ids = encode(encoding, text, special or isinstance(text, Rendered))
+    """(the ids of a document, closed by the token that ends texts; how many bytes of it the tokenizer has no ids for;
+    which ids are answers or end one, uint8). special: see text_ids. spelled: spelled_bytes(encoding)."""
+    ids, answers = text_ids(encoding, text, special)
     lost = max(0, len(text.encode()) - int(spelled[ids].sum()))
-    return ids if len(ids) and ids[-1] == encoding.eot_token else np.append(ids, encoding.eot_token), lost
+    if not len(ids) or ids[-1] != encoding.eot_token:
+        ids = np.append(ids, encoding.eot_token)
+        answers = np.append(answers, np.uint8(answers[-1:].any()))
+    return ids, lost, answers
 
 
 def losses(counts):
@@ -176,21 +219,35 @@ def is_chat(value):
     )
 
 
-def chatml(messages):
-    return "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+def chatml(messages, add_generation_prompt=False):
+    text = "".join(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in messages)
+    return text + "<|im_start|>assistant\n" * add_generation_prompt
+
+
+def questions(messages, add_generation_prompt=False, end=END_OF_TEXT):
+    """The form of the built-in domains, for tokenizers without markers of chats. end: the token that ends an answer."""
+    forms = {"user": "Question: {}\n", "assistant": "Answer: {}\n" + end}
+    parts = [forms.get(message["role"], "{}\n").replace("{}", message["content"].strip()) for message in messages]
+    return "".join(parts) + "Answer:" * add_generation_prompt
 
 
 def chat_renderer(folder):
     """(a function from a chat to text, how it does that in words): with the chat template of a tokenizer's folder, or
-    else in the ChatML form."""
+    else in the ChatML form where the tokenizer has its markers, or else as questions and answers."""
+    encoding = load_tokenizer(folder) if folder else None
+    if encoding and len(encode(encoding, "<|im_start|>", special=True)) == 1:
+        other, form = chatml, "in the ChatML form"
+    else:
+        end = encoding.decode([encoding.eot_token]) if encoding else END_OF_TEXT
+        other, form = functools.partial(questions, end=end), 'as "Question:" and "Answer:"'
     path = os.path.join(folder, SETTINGS)
     settings = read_json(path, "copy it again") if os.path.exists(path) else {}
     if not (settings.get("chat_template") or os.path.exists(os.path.join(folder, "chat_template.jinja"))):
-        return chatml, "in the ChatML form, for the tokenizer has no chat template"
+        return other, f"{form}, for the tokenizer has no chat template"
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
-        return chatml, "in the ChatML form, for the tokenizer's chat template needs the package transformers"
+        return other, f"{form}, for the tokenizer's chat template needs the package transformers"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return functools.partial(tokenizer.apply_chat_template, tokenize=False), "with the tokenizer's chat template"
 
@@ -206,8 +263,8 @@ class TextFiles:
     whose chat template renders chats.
 
     state_dict() is {"files": {name: {"rows" read, their "hash", and "bytes" of a file that was read whole}}, "broken":
-    the file that could not be read on, "markers", "chats": how many there were}. After load_state_dict the stream goes
-    on from there: rows that were read must be the same, and only the broken file may be gone.
+    the file that could not be read on, "markers", "chats", "unclear" ones: how many there were}. After load_state_dict
+    the stream goes on from there: rows that were read must be the same, and only the broken file may be gone.
     """
 
     def __init__(self, files, column="", group="", markers=(), folder=""):
@@ -258,7 +315,7 @@ class TextFiles:
             again = hashlib.sha256("\0".join([again, *texts]).encode()).hexdigest()
             if is_new:
                 read |= {"rows": number, "hash": again}
-                self.state |= {key: self.state[key] + count for key, count in met.items()}
+                self.state |= {key: self.state.get(key, 0) + count for key, count in met.items()}
                 yield name, number, texts, group
         if again != read["hash"]:
             raise changed
@@ -321,9 +378,11 @@ class TextFiles:
             self.render, self.way = chat_renderer(self.folder)
         self.met["chats"] += 1
         try:
-            return Rendered(self.render(chat))
+            text = render_chat(self.render, chat)
         except Exception as error:  # of the template
             raise UserError(f"{where}: the chat template refuses this chat ({error}); {REMEDY}") from None
+        self.met["unclear"] += not text.answers and any(message["role"] == "assistant" for message in chat)
+        return text
 
     def origin(self):
         """How many rows of each file have become text."""
@@ -335,3 +394,6 @@ class TextFiles:
             yield f"{markers:,} end-of-document markers in the text end documents there"
         if chats := self.state["chats"]:
             yield f"{chats:,} chats were written {self.way or chat_renderer(self.folder)[1]}"
+        if unclear := self.state.get("unclear"):
+            why = "the chat template writes the beginning of a chat otherwise than the whole"
+            yield f"{unclear:,} chats have no answers that --loss_on=answers could count: {why}"

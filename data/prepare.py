@@ -4,7 +4,8 @@
     python -m data.prepare config/cpu/data.py --domains=poems=~/poems     # one more, later
 
 writes <out_dir>/{tiktoken.json,tokenizer.tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json},
-with task-val.jsonl and task-test.jsonl where the domain has a task. What is already there is kept: running the same
+with task-val.jsonl and task-test.jsonl where the domain has a task, and {train,val,test}.answers.bin where its text is
+chats: a byte for each token, 1 where that is of an answer or ends it. What is already there is kept: running the same
 command again continues, or does nothing.
 """
 
@@ -169,16 +170,16 @@ def write_domain(domain, encoding, config):
     dtype, spelled = token_dtype(encoding), spelled_bytes(encoding)
     is_own = "files" in domain.recipe
     digest = hashlib.sha256()
-    counts = {}
+    counts, answered = {}, {}
     for split, texts in domain.texts.items():  # train comes first
         bar = tqdm(texts, desc=f"{domain.name}: tokens of {split}", leave=False, disable=None)
         found = [document_ids(encoding, text, is_own and config.special_tokens, spelled) for text in bar]
-        tokens = np.concatenate([ids.astype(dtype) for ids, _ in found])
+        tokens = np.concatenate([ids.astype(dtype) for ids, *_ in found])
         stays = np.ones(len(texts), bool)
         if split == "train":
             train = tokens
         elif is_own or (domain.name in BUILT_IN and domain.name not in GENERATED):
-            others, stays = without_copies(train, tokens, [len(ids) for ids, _ in found])
+            others, stays = without_copies(train, tokens, [len(ids) for ids, *_ in found])
             if not is_own and not stays.any():
                 raise UserError(f"domain {domain.name!r}: all of {split} is copies of train; raise --max_bytes")
             if stays.any():
@@ -191,9 +192,14 @@ def write_domain(domain, encoding, config):
         digest.update(b"\0".join([split.encode(), *(text.encode() for text in texts), b""]))
         size = sum(len(text.encode()) for text in texts)
         counts[split] = {"documents": len(texts), "copies": copies, "tokens": len(tokens), "bytes": size}
-        if lost := sum(lost for (_, lost), stay in zip(found, stays, strict=True) if stay):
+        if lost := sum(lost for (_, lost, _), stay in zip(found, stays, strict=True) if stay):
             counts[split]["lost"] = lost
         write_atomically(os.path.join(domain.folder, f"{split}.bin"), tokens.tobytes())
+        answers = np.concatenate([mask for (*_, mask), stay in zip(found, stays, strict=True) if stay])
+        if answers.any():
+            digest.update(answers)
+            answered[split] = int(answers.sum())
+            write_atomically(os.path.join(domain.folder, f"{split}.answers.bin"), answers.tobytes())
     if copies := sum(count["copies"] for count in counts.values()):
         domain.remarks.append(f"{copies:,} held-out documents {IN_TRAIN}")
     domain.remarks += losses(counts.values())
@@ -204,6 +210,7 @@ def write_domain(domain, encoding, config):
         "content_hash": digest.hexdigest(),
         "tokenizer_hash": tokenizer_hash(config.out_dir),
         "sources": domain.sources,
+        **({"answers": answered} if len(answered) == len(SPLITS) else {}),
     }
     make_task = None if is_own else BUILT_IN[domain.name][1]
     if make_task:

@@ -275,7 +275,8 @@ def write_domain(config, stream, encoding, files):
             for text in texts:
                 split = split_of(text if group in (None, "") else group)
                 if split == "train" or splits[split]["bytes"] < MAX_HELD_OUT_BYTES:
-                    files.add(split, text, *document_ids(encoding, text, config.special_tokens, spelled))
+                    ids, lost, _ = document_ids(encoding, text, config.special_tokens, spelled)
+                    files.add(split, text, ids, lost)
                     bar.update(splits["train"]["tokens"] - bar.n)
             rows += bool(texts)
             if texts and rows % LOOK_EVERY == 0 and enough(splits, config.tokens):

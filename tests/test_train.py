@@ -107,6 +107,17 @@ def test_spliced_sequences_change_domain_once(numbers):
     assert abs(other.float().mean() - 0.25) < 4 * math.sqrt(0.19 / 3000)  # half of the joints change domain
 
 
+def test_answers_are_spliced_as_the_text_is(numbers):
+    """Every third number is an answer: whether a target counts shows in its value, on both sides of a joint."""
+    for name, meta in numbers.metas.items():
+        tokens = numbers.tokens(name, "train", 0)
+        (tokens % 3 == 0).astype("uint8").tofile(f"{numbers.folder}/{name}/train.answers.bin")
+        meta["answers"] = {}
+    whole = Batches(numbers, numbers.mixture("all"), 10, 3000, seed=1, splice=0.5)(0, 0, 3000)
+    inputs, targets = Batches(numbers, numbers.mixture("all"), 10, 3000, 1, 0.5, loss_on="answers")(0, 0, 3000)
+    assert inputs.equal(whole[0]) and targets.equal(torch.where(whole[1] % 3 == 0, whole[1], -100))
+
+
 @pytest.mark.parametrize("splice", [0.0, 0.5])
 def test_every_stage_reads_windows_of_its_own(splice, numbers):
     """Or else a branch would begin with the very windows that the seed model began with."""

@@ -284,13 +284,15 @@ def test_special_tokens_are_tokens_where_the_text_is_said_to_have_them(script, c
 def test_chats_without_a_template_or_without_transformers(data, chatty, tmp_path, monkeypatch):
     write_lines(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats(60)])
     out = must(prepare(tmp_path / "chats.jsonl", tmp_path / "out", data)).out
-    assert "60 chats were written in the ChatML form, for the tokenizer has no chat template" in out
+    assert '60 chats were written as "Question:" and "Answer:", for the tokenizer has no chat template' in out
     a, b = chats(1)[0]
-    text = f"<|im_start|>user\n{a['content']}<|im_end|>\n<|im_start|>assistant\n{b['content']}<|im_end|>\n"
-    assert text in everything(tmp_path / "out")
+    assert f"Question: {a['content']}\nAnswer: {b['content']}\n" in everything(tmp_path / "out")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     out = must(prepare(tmp_path / "chats.jsonl", tmp_path / "other", chatty[0])).out
     assert "in the ChatML form, for the tokenizer's chat template needs the package transformers" in out
+    text = f"<|im_start|>user\n{a['content']}<|im_end|>\n<|im_start|>assistant\n{b['content']}<|im_end|>\n"
+    tokens = np.concatenate([tokens_of(tmp_path / "other", "web", split) for split in SPLITS])
+    assert text in load_tokenizer(tmp_path / "other").decode(tokens.tolist())
 
 
 def test_a_chat_that_the_template_refuses(chatty, tmp_path):
