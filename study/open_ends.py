@@ -282,12 +282,11 @@ def top_k(chain):
     return cases
 
 
-def speeds(folder, data_dir, length=256, windows=32):
+def speeds(folder, chain, windows=32):
     """{k: thousands of tokens a second of a mixture's forward pass with k experts per token}: the median of rounds in
     which all take turns, on one thread."""
     torch.set_num_threads(1)
-    corpus = Corpus(data_dir)
-    ids = corpus.windows(corpus.domains[0], "test", length, windows)[0]
+    ids = Corpus(chain.data).windows(chain.domains[0], "test", chain.scoring().sequence_length, windows)[0]
     models = {}
     for k in range(1, ModelConfig.from_pretrained(folder).num_local_experts + 1):
         models[k] = Transformer.from_pretrained(folder, num_experts_per_tok=k)
@@ -414,7 +413,7 @@ def main():
         found[name] |= {"seeds": config.seeds, "versions": versions()}
     if "top_k" in names:
         chain, cases, _ = chains[0]
-        found["top_k"]["speed"] = speeds(cases["top_k"][0].folder, chain.data)
+        found["top_k"]["speed"] = speeds(cases["top_k"][0].folder, chain)
         plot_experts_per_token(found["top_k"], os.path.join(report, "top_k.png"))
     write_json(path, found)
     text = [f"## {name}\n\n{table(one['rows'])}\n" for name, one in found.items()]

@@ -1,6 +1,7 @@
 """The open ends: each case's recipe read back from the commands, one end by its real commands, tables by hand."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def recipes(chain_configs, tmp_path):
             if job.arguments[0] in PARSERS:
                 found = parse(PARSERS[job.arguments[0]], list(job.arguments[1:]))
                 made[os.path.relpath(found.out_dir, tmp_path)] = found
-                assert {*job.needs} <= made.keys()  # what it starts from comes first
+                needed = {name for name in job.needs if not name.endswith("/data")} - made.keys()
+                assert all(os.path.exists(tmp_path / name) for name in needed)  # what it starts from comes first
         assert all(os.path.relpath(case.folder, tmp_path) in made for case in cases)
         return cases, made
 
@@ -82,26 +84,44 @@ def test_a_model_of_another_width(seed, tmp_path, width):
     assert (found(ids).logits - expected(ids).logits).abs().max() < 1e-4
 
 
-@pytest.mark.usefixtures("in_this_process")
-def test_unequal_branches_by_their_real_commands(chain_configs, tmp_path):
-    """Steps and widths differ, and their sums do not; the table's means are those of the scores."""
-    flags = f"--configs={chain_configs}", f"--out_dir={tmp_path}", "--domains=math,rain", "--ends=unequal"
-    done = run("study/open_ends.py", *flags, "--seeds=1")
-    assert done.code == 0, done.err
+def test_unequal_branches(recipes, seed, tmp_path):
+    """Steps and widths differ, and their sums do not."""
+    shutil.copytree(seed, tmp_path / "seed")
+    cases, made = recipes("unequal")
     steps, widths = [], []
     for order in ("hardest", "easiest"):
         for domain in ("math", "rain"):
-            config = read_json(tmp_path / f"open/unequal/{order}-steps/expert-{domain}/run.json")["recipe"]["config"]
-            steps.append(config["max_steps"])
-            shape = read_json(tmp_path / f"open/unequal/{order}-hidden/expert-{domain}/config.json")
-            widths.append(shape["intermediate_size"])
+            steps.append(made[f"open/unequal/{order}-steps/expert-{domain}"].max_steps)
+            wide = made[f"open/unequal/{order}-hidden/expert-{domain}"]
+            widths.append(read_json(f"{wide.init_from}/config.json")["intermediate_size"])
+            assert wide.max_steps == made[f"expert-{domain}"].max_steps == 12
     assert steps == [16, 8, 8, 16] and widths == [64, 32, 32, 64]
-    found = read_json(tmp_path / "report/open_ends.json")["unequal"]
-    scores = {row["name"]: row["bpb"] for row in read_json(tmp_path / "open/unequal/scores/results.json")["rows"]}
-    row = scores["unequal-hardest-hidden-btx"]
-    assert found["rows"]["hardest gets more hidden units"]["average"]["mean"] == pytest.approx(row["avg"])
-    assert len(scores) == len(found["rows"]) == 5
-    assert "| equal branches |" in read(tmp_path / "report/open_ends.md").decode()
+    assert len({case.folder for case in cases}) == 5
+    ends = [made[os.path.relpath(case.folder, tmp_path)].init_from for case in cases]
+    experts = made[os.path.relpath(ends[1], tmp_path)].experts.split(",")
+    assert [os.path.relpath(folder, tmp_path) for folder in experts] == [
+        "open/unequal/hardest-steps/expert-math",
+        "open/unequal/hardest-steps/expert-rain",
+        "seed",
+    ]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_an_end_by_its_real_commands(chain_configs, tmp_path):
+    """The table's means are those of the scores; with one expert per token they are others than with two."""
+    flags = f"--configs={chain_configs}", f"--out_dir={tmp_path}", "--domains=math,rain", "--ends=top_k"
+    done = run("study/open_ends.py", *flags, "--seeds=1")
+    assert done.code == 0, done.err
+    found = read_json(tmp_path / "report/open_ends.json")["top_k"]
+    scores = {row["name"]: row["bpb"] for row in read_json(tmp_path / "open/top_k/scores/results.json")["rows"]}
+    for k in (1, 2, 3):
+        assert found["rows"][f"top-{k}"]["average"]["mean"] == pytest.approx(scores[f"grow-whole-top-{k}"]["avg"])
+    assert scores["grow-whole-top-1"] != scores["grow-whole-top-2"]
+    own = (scores["top_k-math"]["math"] + scores["top_k-rain"]["rain"]) / 2
+    assert found["rows"]["its own expert and the seed"]["average"]["mean"] == pytest.approx(own)
+    assert list(found["speed"]) == ["1", "2", "3"] and min(found["speed"].values()) > 0
+    assert "| top-1 |" in read(tmp_path / "report/open_ends.md").decode()
+    assert (tmp_path / "report/top_k.png").exists()
 
 
 def test_values_and_leads_by_hand(chain_configs, tmp_path):
@@ -134,3 +154,36 @@ def test_the_picture(tmp_path):
 def test_an_end_that_is_none(tmp_path):
     done = run("study/open_ends.py", "--ends=grow,shrink", f"--out_dir={tmp_path}")
     assert "error: --ends=grow,shrink: shrink is none of grow, unequal, top_k" in done.err
+
+
+def test_branches_of_clusters_read_as_much_as_those_of_labels(recipes, tmp_path):
+    os.makedirs(tmp_path / "seed")  # to be copied
+    cases, made = recipes("clusters")
+    labels = ["a branch for each label", "2 clusters", "4 clusters", "8 clusters", "4 random parts"]
+    assert [case.label for case in cases] == labels
+    for name, k in (("tfidf-2", 2), ("tfidf-4", 4), ("tfidf-8", 8), ("random-4", 4)):
+        folder = f"open/clusters/{name}"
+        branches = [made[f"{folder}/expert-c{i}"] for i in range(k)]
+        assert [branch.domain for branch in branches] == [f"c{i}" for i in range(k)]
+        assert {branch.data_dir for branch in branches} == {f"{tmp_path}/{folder}/data"}
+        assert sum(branch.max_steps for branch in branches) == made["expert-math"].max_steps * 2
+        mixed = made[f"{folder}/mixed"]
+        assert mixed.data_dir == f"{tmp_path}/{folder}/data" and mixed.experts.endswith("open/generalist")
+        assert len(mixed.experts.split(",")) == k + 1
+        assert made[f"{folder}/btx"].domain == "math,rain"
+
+
+def test_who_is_instructed_and_for_how_long(recipes, chain_configs, tmp_path):
+    """Equal FLOPs for the dense model and the mixture; routers alone read a twentieth."""
+    os.makedirs(tmp_path / "seed")
+    cases, made = recipes("chats")
+    told = {name: one for name, one in made.items() if getattr(one, "loss_on", "") == "answers"}
+    assert all(one.splice == 0.0 for one in told.values())
+    dense, btx = told["open/chats/dense"], told["open/chats/btx"]
+    assert dense.freeze == "none" and btx.freeze == "none" and dense.init_from == f"{tmp_path}/compare/dense-cm"
+    budget = chain_of(chain_configs, tmp_path).budget
+    assert btx.max_steps * budget.mixture_flops == pytest.approx(dense.max_steps * budget.dense_flops, rel=0.01)
+    assert told["open/chats/bar"].freeze == "all-but-router"
+    assert told["open/chats/bar"].max_steps == round(btx.max_steps / 20)
+    assert told["open/chats/expert-math"].domain == "math-chat"
+    assert {case.folder for case in cases} >= {f"{tmp_path}/open/chats/{name}" for name in ("dense", "btx", "bar")}
