@@ -289,13 +289,15 @@ def sums_of(averaged, experts, names, mixtures, corpus, known):
 def ridge_routers(found):
     """L of (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
 
-    Y's entry for expert i is the share that the domain had in its training, less the mean over experts: the seed, which
-    was trained on all N domains, gets 1 / N of what a domain's own expert gets. found: a Regression.
+    Y's entry for expert i is the share that the domain had in its training, over the largest such share, less the mean
+    over experts: the seed, which was trained on all N domains, gets 1 / N of what a domain's own expert gets, and all
+    of it where that expert has left. found: a Regression.
     """
     squares = 0.0
     products = 0.0
     for (domain, _), (xx, total) in found.sums.items():
         shares = torch.tensor([mixture.get(domain, 0.0) for mixture in found.mixtures])  # (N,)
+        shares = shares / shares.max()
         squares = squares + xx  # (L, D, D)
         products = products + total.unsqueeze(-1) * (shares - shares.mean())  # (L, D, N)
     penalty = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(squares.size(1))
