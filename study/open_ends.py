@@ -20,7 +20,7 @@ from common.config import key, split_list
 from common.corpus import Corpus
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import hidden_dim
-from common.run import versions
+from common.run import read_log, versions
 from model import ModelConfig, Transformer
 from study.chain import HELD, Job, StudyConfig, parse_study
 from study.compare import chain_with
@@ -42,7 +42,7 @@ class OpenConfig(StudyConfig):
 
 class Case(NamedTuple):
     """A model to score. label: its row, the mean over all cases of one label. shown: {column: (metric, domains)}, the
-    mean of a metric of results.json over some domains."""
+    mean of a metric of results.json over some domains; or ("log", (folder, line)), the bits per byte of a run's log."""
 
     label: str
     folder: str
@@ -197,70 +197,54 @@ def clusters(chain):
 # ---- instruction finetuning ----
 
 CHATS = {"math": "math-chat", "wiki": "wiki-chat"}  # domains, and where their chats are
-ANSWERS = ("--loss_on=answers", "--splice=0", "--eval_interval=1000")
+INSTRUCT = ("--loss_on=answers", "--splice=0", "--learning_rate=3e-4", "--eval_interval=1000")  # LOG.md
 INSTRUCT_STEPS = 150  # of a dense model; a mixture takes its FLOPs
 ROUTERS_ALONE = 0.05  # of the chats, as in BAR
 
 
-def instruct(chain, script, start, folder, domains, steps, *flags):
-    """So many steps on the answers of some chats. script: train.py for dense models, finetune.py for mixtures."""
+def instruct(chain, script, start, name, steps, *flags, domains=()):
+    """So many steps on the answers of chats. script: train.py for dense models, finetune.py for mixtures."""
     stage = "finetune" if script == "finetune.py" else "expert"
-    all_flags = f"--domain={','.join(domains)}", f"--data_dir={chain.data}", f"--seed={chain.config.seed}"
-    all_flags += (
-        f"--init_from={start}",
-        f"--max_steps={steps}",
-        f"--warmup_steps={max(1, steps // 10)}",
-        *ANSWERS,
-        *flags,
-    )
-    return chain.add(
-        folder, script, stage, *all_flags, needs=[start, chain.config.path("open/chats/data")], trains=True
-    )
+    flags = (f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 10)}", *INSTRUCT, *flags)
+    flags = (f"--domain={','.join(domains or CHATS.values())}", f"--data_dir={chain.data}", *flags)
+    flags = (f"--seed={chain.config.seed}", f"--init_from={start}", *flags)
+    needs = [start, chain.config.path("open/chats/data")]
+    return chain.add(chain.config.path(f"open/chats/{name}"), script, stage, *flags, needs=needs, trains=True)
 
 
 def chats(chain):
     """Dense training and Branch-Train-MiX, each instructed afterwards for the same FLOPs; routers alone; and branches
     that are instructed before they are mixed, with routers alone on 5 % of the chats afterwards (BAR)."""
-    budget, seed = chain.budget, chain.seed()
-    path = f"{chain.config.path('open/chats')}/{{}}".format
-    text = Job("open/chats/text", ("-m", "data.chats", f"--out_dir={path('text')}"))
-    domains = ",".join(f"{chat}={path('text')}/{domain}.jsonl" for domain, chat in CHATS.items())
-    prepare = "-m", "data.prepare", chain.config.stage("data"), f"--domains={domains}", f"--out_dir={chain.data}"
-    chain.jobs += [text, Job("open/chats/data", prepare, ("open/chats/text",))]
+    budget, seed, path = chain.budget, chain.seed(), chain.config.path
+    written = ",".join(f"{chat}={path('open/chats/text')}/{domain}.jsonl" for domain, chat in CHATS.items())
+    prepare = chain.config.stage("data"), f"--domains={written}", f"--out_dir={chain.data}"
+    chain.jobs.append(Job("open/chats/text", ("-m", "data.chats", f"--out_dir={path('open/chats/text')}")))
+    chain.jobs.append(Job("open/chats/data", ("-m", "data.prepare", *prepare), ("open/chats/text",)))
     experts = {domain: chain.branch(domain) for domain in chain.branched}
-    mixed = chain.mix([*experts.values(), seed], folder=chain.config.path("open/grow/mixed"))
-    whole = chain.finetune(mixed, folder=chain.config.path("open/grow/whole"))
+    whole = chain.finetune(
+        chain.mix([*experts.values(), seed], folder=path("open/grow/mixed")), folder=path("open/grow/whole")
+    )
     dense = chain.dense(budget.dense_steps())
     steps = round(INSTRUCT_STEPS * budget.dense_flops / budget.mixture_flops)
-    few = max(1, round(ROUTERS_ALONE * steps))
-    models = {"dense training": dense}
-    rate = "--learning_rate=1.5e-3"
-    models["dense training, instructed"] = instruct(
-        chain, "train.py", dense, path("dense"), CHATS.values(), INSTRUCT_STEPS, "--freeze=none", rate
-    )
-    models["Branch-Train-MiX"] = whole
-    models["Branch-Train-MiX, instructed"] = instruct(chain, "finetune.py", whole, path("btx"), CHATS.values(), steps)
-    for label, count in (("routers alone", steps), ("routers alone, 5 % of the chats", few)):
-        only = instruct(
-            chain, "finetune.py", whole, path(f"routers-{count}"), CHATS.values(), count, "--freeze=all-but-router"
-        )
-        models[f"Branch-Train-MiX, {label}"] = only
-    told = {}
-    for domain, expert in experts.items():
-        told[domain] = expert
-        if domain in CHATS:
-            told[domain] = instruct(
-                chain, "train.py", expert, path(f"expert-{domain}"), [CHATS[domain]], INSTRUCT_STEPS // 2, rate
-            )
-    mixed = mix_on(chain, list(told.values()), chain.data, path("mixed"))
-    models["branches instructed, then mixed"] = mixed
-    models["branches instructed, then mixed, routers on 5 % of the chats"] = instruct(
-        chain, "finetune.py", mixed, path("bar"), CHATS.values(), few, "--freeze=all-but-router"
-    )
-    shown = {f"{domain}, written": ("accuracy", (domain,)) for domain in CHATS}
+    few, alone = max(1, round(ROUTERS_ALONE * steps)), "--freeze=all-but-router"
+    told = instruct(chain, "train.py", dense, "dense", INSTRUCT_STEPS, "--freeze=none")
+    # label: (the model, the run whose log says how it answers, the line of that log)
+    models = {"dense training": (dense, told, 0), "dense training, instructed": (told, told, -1)}
+    told = instruct(chain, "finetune.py", whole, "btx", steps)
+    models |= {"Branch-Train-MiX": (whole, told, 0), "Branch-Train-MiX, instructed": (told, told, -1)}
+    told = instruct(chain, "finetune.py", whole, "routers", steps, alone)
+    models["Branch-Train-MiX, routers instructed alone"] = told, told, -1
+    for domain in CHATS.keys() & experts.keys():
+        flags = {"domains": [CHATS[domain]]}
+        experts[domain] = instruct(chain, "train.py", experts[domain], f"expert-{domain}", INSTRUCT_STEPS // 2, **flags)
+    mixed = mix_on(chain, list(experts.values()), chain.data, path("open/chats/mixed"))
+    told = instruct(chain, "finetune.py", mixed, "bar", few, alone)
+    models["branches instructed, then mixed"] = mixed, told, 0
+    models["branches instructed, then mixed, routers on 5 % of the chats"] = told, told, -1
+    shown = {"text": bits(chain.domains)}
+    shown |= {f"{domain}, written": ("accuracy", (domain,)) for domain in CHATS}
     shown |= {f"{domain}, chosen": ("choice", (domain,)) for domain in CHATS}
-    shown["bits per byte of all text"] = bits(chain.domains)
-    return [Case(label, folder, shown) for label, folder in models.items()]
+    return [Case(label, model, {"answers": ("log", log), **shown}) for label, (model, *log) in models.items()]
 
 
 # ---- how many experts, and which ----
@@ -346,7 +330,11 @@ def values_of(cases, rows, chain):
     for case in cases:
         row = rows[row_name(case.label, case.folder, chain)]
         for column, (metric, domains) in case.shown.items():
-            one = statistics.mean(row[metric][domain] for domain in domains)
+            if metric == "log":
+                folder, line = domains
+                one = read_log(folder)[line]["bpb"]["avg"]
+            else:
+                one = statistics.mean(row[metric][domain] for domain in domains)
             found.setdefault(case.label, {}).setdefault(column, []).append(one)
     return {label: {column: statistics.mean(some) for column, some in one.items()} for label, one in found.items()}
 
