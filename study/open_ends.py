@@ -234,7 +234,7 @@ def chats(chain):
     models |= {"Branch-Train-MiX": (whole, told, 0), "Branch-Train-MiX, instructed": (told, told, -1)}
     told = instruct(chain, "finetune.py", whole, "routers", steps, alone)
     models["Branch-Train-MiX, routers instructed alone"] = told, told, -1
-    for domain in CHATS.keys() & experts.keys():
+    for domain in filter(experts.get, CHATS):
         flags = {"domains": [CHATS[domain]]}
         experts[domain] = instruct(chain, "train.py", experts[domain], f"expert-{domain}", INSTRUCT_STEPS // 2, **flags)
     mixed = mix_on(chain, list(experts.values()), chain.data, path("open/chats/mixed"))
