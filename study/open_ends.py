@@ -300,7 +300,7 @@ ENDS = {
     "unequal": End(unequal, "equal branches"),
     "top_k": End(top_k, "top-2"),
     "clusters": End(clusters, "a branch for each label"),
-    "chats": End(chats, "Branch-Train-MiX, instructed", ("--spliced_windows=0", "--task_problems=200")),
+    "chats": End(chats, "Branch-Train-MiX, instructed", ("--spliced_windows=0",)),
 }
 
 
