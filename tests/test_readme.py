@@ -107,8 +107,7 @@ def test_the_page_of_one_run_comes_from_it():
 def test_the_settings_that_were_tried_come_from_the_sweep():
     """All scores of the rivals stand in the page's table, and each row's best is bold."""
     rows = json.loads(read("results", "cpu", "sweep.json"))["rows"]
-    page = read("docs", "results.md")
-    table = page[page.index("| row | what was tried") : page.index("**As printed, BTX gains")]
+    table = read("results", "cpu", "sweep.md")
     for name in ("dense-cm", "upcycle-cm"):
         assert all(f"{bits:.3f}" in table for bits in rows[name].values())
     for scores in rows.values():
@@ -145,7 +144,12 @@ def test_the_damage_comes_from_its_groups(path):
 
 @pytest.mark.parametrize("size", ["cpu", "smollm"])
 def test_the_drift_comes_from_its_points(size):
-    assert drift_table(json.loads(read("results", size, "drift.json"))["points"]) in read("docs", "mixing.md")
+    points = json.loads(read("results", size, "drift.json"))["points"]
+    assert drift_table(points) in read("results", size, "drift.md")
+    page = read("docs", "mixing.md")
+    assert part(drift_table(points), "learning rate", "steps", "drift", "branch", "of the gain lost") in page
+    [seed] = {f"{point['seed']:.3f}" for point in points}
+    assert f"the seed at {seed} (" in page
 
 
 def test_the_study_comes_from_its_points():
