@@ -3,6 +3,7 @@
 import glob
 import inspect
 import json
+import math
 import os
 import re
 
@@ -134,7 +135,10 @@ def test_the_real_model_comes_from_its_rows():
     assert scores in read("results", "smollm", "scores.md") and ahead in read("results", "smollm", "scores.md")
     shown = "dense-cm", "upcycle-cm", "soup", "btm-posterior-prefix", "mixed", "btx-held", "btx-paper"
     assert part(ahead, *cells_of(ahead)[0], rows=shown) in page
-    assert tables.question_table(json.loads(read("results", "smollm", "questions.json"))) in page
+    questions = json.loads(read("results", "smollm", "questions.json"))
+    assert tables.question_table(questions) in read("results", "smollm", "scores.md")
+    some = [scores["questions"] for scores in questions.values()]  # "no difference is twice its error"
+    assert all(abs(a[0] - b[0]) < 2 * math.hypot(a[1], b[1]) for a in some for b in some)
 
 
 @pytest.mark.parametrize("path", ["cpu/damage", "cpu/damage-held", "smollm/damage", "smollm/damage-held"])
