@@ -157,10 +157,12 @@ def test_the_damage_comes_from_its_groups(path):
 def test_the_drift_comes_from_its_points(size):
     points = json.loads(read("results", size, "drift.json"))["points"]
     assert drift_table(points) in read("results", size, "drift.md")
-    page = read("docs", "mixing.md")
-    assert part(drift_table(points), "learning rate", "steps", "drift", "branch", "of the gain lost") in page
-    [seed] = {f"{point['seed']:.3f}" for point in points}
-    assert f"the seed at {seed} (" in page
+    if size == "cpu":  # what the page says of it, and no more: "a third of its gain at a drift of 1 %", "Go slowly"
+        assert all(p["lost"] is None or p["lost"] > 1 for p in points if p["drift"] > 0.105)
+        assert {f"{p['lost']:.0%}" for p in points if p["lost"] and 0.01 < p["drift"] < 0.014} == {"33%"}
+        slow, fast = (p for p in points if (p["rate"], p["steps"]) in ((3e-4, 800), (3e-3, 200)))
+        assert abs(slow["branch"] - fast["branch"]) < 0.002
+        assert slow["drift"] < 0.6 * fast["drift"] and slow["lost"] <= 0.5 * fast["lost"]
 
 
 def test_the_study_comes_from_its_points():
