@@ -57,8 +57,8 @@ def test_the_comparison_comes_from_its_chains(text, seeds):
         said = f"ahead of dense training by {dense} bits per byte, and of upcycling by {upcycling}"
         assert said in " ".join(results.split())
         leads = [tables.difference(chains, "dense-cm", "bpb", domain) for domain in ("wiki", "math", "code")]
-        (wiki, half_wiki), (math, half_math), (code, half_code) = leads
-        assert wiki > half_wiki and math < -half_math and abs(code) <= half_code
+        wiki, sums, code = (lead / half for lead, half in leads)
+        assert wiki > 1 and sums < -1 and abs(code) <= 1
     else:  # "the ensemble of all experts does best"
         assert min(rows, key=lambda row: row["bpb"]["avg"])["name"] == "btm-share-cm"
     contrasts = [(one["ours"], one["theirs"]) for one in found["primary"]]
@@ -122,10 +122,8 @@ def test_the_settings_that_were_tried_come_from_the_sweep():
 
 
 def test_what_routers_tell_comes_from_their_mixtures():
-    models, page = (
-        json.loads(read("results", "cpu", "routing-starts.json"))["models"],
-        read("results", "cpu", "routing-starts.md"),
-    )
+    models = json.loads(read("results", "cpu", "routing-starts.json"))["models"]
+    page = read("results", "cpu", "routing-starts.md")
     for model in models:
         assert " | ".join(f"{bits:.2f}" for bits in model["mutual_information"]) in page
 
@@ -171,7 +169,9 @@ def test_the_drift_comes_from_its_points(size):
 def test_the_study_comes_from_its_points():
     points = json.loads(read("results", "cpu", "regime.json"))["points"]
     points.sort(key=lambda point: (point["width"], point["scale"]))
-    assert regime_table(points) in read("docs", "regime.md")
+    table = regime_table(points)
+    columns = [column for column in cells_of(table)[0] if column != "parameters"]
+    assert part(table, *columns) in read("docs", "regime.md")
 
 
 def test_readme_quotes_the_method():
