@@ -289,9 +289,8 @@ def sums_of(averaged, experts, names, mixtures, corpus, known):
 def ridge_routers(found):
     """L of (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
 
-    Y's entry for expert i is the share that the domain had in its training, over the largest such share, less the mean
-    over experts: the seed, which was trained on all N domains, gets 1 / N of what a domain's own expert gets, and all
-    of it where that expert has left. found: a Regression.
+    Y's entry for expert i is the domain's share of its training, over the largest such share, less the mean over
+    experts: the seed, trained on all N domains, gets 1 / N of what a domain's own expert gets, all where that has left.
     """
     squares = 0.0
     products = 0.0

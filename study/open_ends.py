@@ -28,6 +28,7 @@ from study.draw import plot_experts_per_token
 from study.tables import half_width, markdown_table
 
 QUICK = ("--spliced_windows=0", "--task_problems=8")  # for the ends whose cases differ in bits per byte
+REBUILT = "all mixed anew, everything finetuned"
 WIDER = 4 / 3  # unequal branches: widths and steps of the middle one times 2 / 3, 1 and 4 / 3
 TIMED = 5  # rounds of the speed of each k
 
@@ -91,7 +92,7 @@ def grow(chain):
                 routers = tune(chain, joined, f"{joined}-{count}", experts, count, "--freeze=all-but-router")
                 models[f"joined{words}, {count} steps of the routers"] = routers
         models["all mixed anew"] = mixed
-        models[f"all mixed anew, {steps} steps of everything"] = whole
+        models[REBUILT] = whole
         models["the same, without it again"] = change(chain, whole, path("left"), f"--remove=expert-{new}")
         cases += [Case(label, folder, shown) for label, folder in models.items()]
     return cases
@@ -296,7 +297,7 @@ class End(NamedTuple):
 
 
 ENDS = {
-    "grow": End(grow, "joined, 100 steps of the routers"),
+    "grow": End(grow, REBUILT),
     "unequal": End(unequal, "equal branches"),
     "top_k": End(top_k, "top-2"),
     "clusters": End(clusters, "a branch for each label"),
