@@ -11,7 +11,7 @@ import pytest
 
 from common.config import parse
 from mix import mix
-from study import compare, tables
+from study import compare, open_ends, tables
 from study.damage import damage_table
 from study.drift import drift_table
 from study.regime import regime_table
@@ -172,6 +172,14 @@ def test_the_study_comes_from_its_points():
     table = regime_table(points)
     columns = [column for column in cells_of(table)[0] if column != "parameters"]
     assert part(table, *columns) in read("docs", "regime.md")
+
+
+@pytest.mark.parametrize("path", sorted(glob.glob("results/*/open_ends.json", root_dir=ROOT)))
+def test_the_open_ends_come_from_their_chains(path):
+    found = json.loads(read(path))
+    for one in found.values():
+        assert open_ends.summary(one["chains"], one["base"]) == one["rows"] and len(one["chains"]) == 3
+        assert open_ends.table(one["rows"]) in read("docs", "open_ends.md")
 
 
 def test_readme_quotes_the_method():
