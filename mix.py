@@ -411,11 +411,11 @@ def mixed_config(config, dense, names):
         raise UserError(f"--split={config.split}: {error}") from None
 
 
-def print_counts(shapes):
-    """Print how much was averaged, stacked and newly made."""
-    kinds = {"averaged": [], "stacked": [], "new": []}
+def print_counts(shapes, config):
+    """Print how much was averaged (or kept, of a mixture), stacked and newly made."""
+    kinds = {"kept" if config.mixture else "averaged": [], "stacked": [], "new": []}
     for name in shapes:
-        kinds["new" if ".gate." in name else "stacked" if ".experts." in name else "averaged"].append(name)
+        kinds["new" if ".gate." in name else "stacked" if ".experts." in name else next(iter(kinds))].append(name)
     for kind, names in kinds.items():
         if names:
             size = sum(torch.Size(shapes[name]).numel() for name in names)
@@ -463,9 +463,8 @@ def make_plan(config, folders):
             name, first = model_name(parent.folder), model_name(parents[0].folder)
             notes.append(f"{name} is no relative of {first} (cosine of embeddings {cosine:.2f}): their mean is noise")
         if left := left_behind(parent):
-            notes.append(
-                f"{parent.name} has {len(left)} other tensors than the mixture, such as {left[0]}: left behind"
-            )
+            others = f"{len(left)} other tensors, such as {left[0]}"
+            notes.append(f"{parent.name} brings its feed-forwards; {others}, differ and stay behind")
     experts = [Padded(parent, dense.intermediate_size) for parent in parents]
     return Plan(dense, result, parents, experts, dtype, cosines, notes)
 
@@ -497,7 +496,7 @@ def main():
     if config.dry_run:
         plan = make_plan(config, folders)
         print_plan(folders, plan)
-        print_counts(expected_tensors(plan.result))
+        print_counts(expected_tensors(plan.result), config)
         print("\n".join([*plan.notes, "nothing was written"]))
         return
     with Run(config.out_dir, recipe, config.overwrite) as run:
@@ -519,7 +518,7 @@ def main():
         if regression:
             write_sums(config.out_dir, regression._asdict())
         run.finish(weights, plan.notes)
-    print_counts(shapes)
+    print_counts(shapes, config)
     print(f"{config.out_dir}: {len(plan.parents)} experts mixed ({config.method})")
 
 
