@@ -141,7 +141,7 @@ def unequal(chain):
                 flags, start = [], seed
                 if what == "steps":
                     flags.append(f"--max_steps={round(share * middle)}")
-                elif round(share * width) != width:
+                else:
                     start = chain.config.path(f"open/unequal/seed-{round(share * width)}")
                     if not os.path.exists(start):
                         resized(seed, round(share * width), start)
