@@ -166,7 +166,7 @@ class Corpus:
         path = os.path.join(self.folder, domain, f"{split}.answers.bin")
         if "answers" not in self.metas[domain]:
             remedy = "prepare chats with data.prepare, or train with --loss_on=text"
-            raise UserError(f"--loss_on=answers: {domain} in {self.folder} has no answers, {remedy}")
+            raise UserError(f"--loss_on=answers: {domain} in {self.folder} has no answers; {remedy}")
         if not os.path.exists(path) or os.path.getsize(path) != size:
             raise UserError(f"{path} is missing or has another size than {split}.bin; {REMEDY}")
         return np.memmap(path, dtype=np.uint8, mode="r")
