@@ -364,7 +364,7 @@ def made_up(name, bits):
 
 def test_a_record_takes_a_paired_test():
     """Windows that all save the same leave the random seeds alone: savings of 0.1, 0.2 and 0.3 have the bootstrap's
-    error 0.1 / sqrt(3), t = 2 sqrt(3) with two degrees of freedom, p = 0.0742; nearly equal ones have a smaller error."""
+    error 0.1 / sqrt(3), t = 2 sqrt(3) with two degrees of freedom, p = 0.0742; nearly equal ones have less."""
 
     def chains(savings):
         rows = [[made_up("old", [10.0] * 4), made_up("worse", [20.0] * 4)] for _ in savings]
