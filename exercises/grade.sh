@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Grades the exercises; the last line is `points: X of Y`.
 #
-#   bash exercises/grade.sh              the copy in student/, which is made when it is not there
+#   bash exercises/grade.sh              the copy in student/, which is made when it is not there; the folder itself where
+#                                        it was handed out without the solution (zip.sh)
 #   bash exercises/grade.sh 3            exercise 3 of it alone, with what pytest says
 #   bash exercises/grade.sh --solution   for staff: the answers to what the tests do not ask, then a fresh copy with the
 #                                        solution filled in
@@ -17,6 +18,8 @@ if [ "${1:-}" = --solution ]; then
     trap 'rm -rf "$scratch"' EXIT
     folder=$scratch/solution
     "$python" -m exercises.strip --solution "$folder" > /dev/null
+elif [ ! -e "$folder" ] && [ ! -d exercises/solution ]; then
+    folder=.
 elif [ ! -e "$folder" ]; then
     "$python" -m exercises.strip "$folder"
 fi

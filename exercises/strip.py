@@ -115,6 +115,7 @@ def make_copy(folder, solution=False):
             text = file.read()
         with open(target, "w", encoding="utf-8") as file:
             file.write(strip(text, EXERCISES[path]) if path in EXERCISES else open_answers(text))
+    shutil.copyfile(os.path.join(ROOT, "exercises", "AGENTS.md"), os.path.join(folder, "AGENTS.md"))
 
 
 def open_answers(text):

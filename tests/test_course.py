@@ -6,21 +6,26 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, SHORT, must, read, read_json, read_log, run
 
 import model
 from common.config import parse
+from common.errors import UserError
 from data.prepare import DataConfig
 from eval import EvalConfig
 from exercises import grade as grade_file
+from exercises import leaderboard
 from exercises.solution.routers import rows
 from exercises.strip import EXERCISES, OWN, copied_files, definitions, make_copy, open_answers, strip
 from finetune import FinetuneConfig
 from mix import MixConfig
+from study import chain as chain_file
 from study.chain import ChainConfig
 from study.report import differences
 from train import TrainConfig
@@ -116,13 +121,6 @@ def total():
     """How many tests there are, counted without grade.py."""
     folder = os.path.join(ROOT, "exercises", "tests")
     return sum(source(f"exercises/tests/{name}").count("\ndef test_") for name in os.listdir(folder) if "test_" in name)
-
-
-def test_the_stubs_score_nothing(tmp_path, total):
-    make_copy(tmp_path / "student")
-    last = grade(tmp_path / "student")[-1]
-    assert last == f"points: 0 of {total}"
-    assert last in source("exercises/README.md") and last in source("docs/teaching.md")
 
 
 def test_the_solution_scores_everything(total):
@@ -222,6 +220,162 @@ def test_the_solutions_routers_go_through_finetuning(router, k, data, mixed, tmp
     first, *_, last = read_log(tmp_path / "btx")
     assert last["bpb"]["avg"] < first["bpb"]["avg"]
     assert read_json(tmp_path / "btx" / "config.json")["num_experts_per_tok"] == k
+
+
+# ---- what is handed out ----
+
+
+@pytest.fixture(scope="module")
+def handed_out(tmp_path_factory):
+    """What exercises/zip.sh has made of a copy of this tree, unzipped."""
+    tree, folder = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("unzipped")
+    for path in os.listdir(ROOT):
+        if path not in (".git", ".venv", "out", "student"):
+            os.symlink(os.path.join(ROOT, path), tree / path)
+    os.unlink(tree / "exercises")  # where a script looks for its root
+    shutil.copytree(os.path.join(ROOT, "exercises"), tree / "exercises")
+    done = subprocess.run(
+        ["bash", tree / "exercises" / "zip.sh"],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.unpack_archive(tree / "out" / "nanobtx-exercises.zip", folder)
+    [top] = os.listdir(folder)
+    return folder / top
+
+
+def bodies(path):
+    """{function: its body without the docstring, each line stripped} of those that strip.py empties in a file."""
+    nodes = {name: definitions(source(path))[name] for name in EXERCISES[path]}
+    kept = {name: node.body[ast.get_docstring(node) is not None :] for name, node in nodes.items()}
+    lines = source(path).splitlines()
+    return {name: plain(lines[body[0].lineno - 1 : nodes[name].end_lineno]) for name, body in kept.items()}
+
+
+def plain(lines):
+    return "\n".join(line.strip() for line in lines if line.strip())
+
+
+def test_nothing_solved_is_handed_out(handed_out):
+    """Neither in the file that it was in nor in any other."""
+    files = [os.path.join(path, name) for path, _, names in os.walk(handed_out) for name in names]
+    names = {os.path.relpath(path, handed_out) for path in files}
+    assert {"AGENTS.md", "model.py", "setup.sh", "exercises/muon.py", "exercises/tests/test_04_mix.py"} <= names
+    assert not [name for name in names if "solution" in name or ".git" in name or name.endswith(".pyc")]
+    found = {path: plain(read(path).decode(errors="replace").splitlines()) for path in files}
+    solved = {name: body for path in EXERCISES for name, body in bodies(path).items()}
+    assert len(solved) == 20 and all(solved.values())
+    for name, body in solved.items():
+        assert [path for path, text in found.items() if body in text] == [], name
+    assert set(json.loads(read(handed_out / "exercises" / "predictions.json")).values()) == {"?"}
+
+
+def test_what_is_handed_out_scores_nothing(handed_out, total):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = ["bash", handed_out / "exercises" / "grade.sh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 0 and last == f"points: 0 of {total}", done.stdout
+    assert last in source("exercises/README.md") and last in source("docs/teaching.md")
+
+
+# ---- the leaderboard ----
+
+SMALL = "--max_steps=6 --freeze=embeddings,attention,norms"
+
+
+def board(configs, out, entry, *more):
+    """What exercises/leaderboard.py says of an entry."""
+    flags = f"--configs={configs}", f"--out_dir={out}", "--domains=math,rain", "--seeds=3", *more
+    return run("exercises/leaderboard.py", entry, *flags)
+
+
+def test_an_entry_runs_as_it_says_and_the_next_meets_it(chain_configs, in_this_process, tmp_path):
+    (tmp_path / "short.py").write_text(
+        f"train_flags = '{SMALL} --learning_rate=4e-3'\nmix_flags = '--drop=0.5'\nfinetune_flags = '--max_steps=7'\n"
+    )
+    (tmp_path / "dense.py").write_text("method = 'dense'\ntrain_flags = '--max_steps=5 --learning_rate=2e-3'\n")
+    first = must(board(chain_configs, tmp_path / "out", tmp_path / "short.py")).out
+    assert first.splitlines()[-1] == "no other entry has these random seeds"
+    last = must(board(chain_configs, tmp_path / "out", tmp_path / "dense.py")).out.splitlines()[-1]
+    assert re.fullmatch(r"short has \d\.\d{4}; a test takes two random seeds", last)
+    folder = tmp_path / "out" / "seed3"
+    recipes = {}
+    for name in ("parts/short/expert-math", "parts/short/mixed", "entries/short", "entries/dense"):
+        recipes[name] = read_json(folder / name / "run.json")["recipe"]["config"]
+    values = [
+        [recipe.get(name) for name in ("max_steps", "learning_rate", "freeze", "drop", "seed")]
+        for recipe in recipes.values()
+    ]
+    assert values == [
+        [6, 4e-3, "embeddings,attention,norms", None, 3],
+        [None, None, None, 0.5, 3],
+        [7, 3e-3, "none", None, 3],
+        [5, 2e-3, "none", None, 3],
+    ]
+
+
+def test_an_entry_over_the_budget_is_refused_with_both_numbers(chain_configs, tmp_path):
+    """A step of finetuning too many; or a third expert for each token, which its flags in the mixing ask for."""
+    (tmp_path / "long.py").write_text("finetune_flags = '--max_steps=13'\n")
+    said = board(chain_configs, tmp_path / "out", tmp_path / "long.py")
+    flops, most = map(float, re.search(r"takes (\S+) FLOPs after the seed, the budget is (\S+);", said.err).groups())
+    assert said.code == 2 and said.err.count("\n") == 1 and flops > most
+    chain = leaderboard.chain_for(
+        leaderboard.BoardConfig(configs=chain_configs, domains="math,rain"), leaderboard.Entry(), 3
+    )
+    assert flops - most == pytest.approx(8 * 32 * chain.budget.mixture_flops, rel=1e-2)
+    assert most == pytest.approx(chain.budget.flops, rel=1e-3)
+    more = leaderboard.Entry(mix_flags="--num_experts_per_tok=3")
+    assert leaderboard.planned_flops(chain, more) > chain.budget.flops
+    assert not os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", ["--seed=4", "--data_dir=elsewhere", "config/cpu/expert.py", "--learning_rat=1"])
+def test_what_is_fixed_is_not_for_an_entry(flags):
+    with pytest.raises(UserError):
+        leaderboard.Entry(train_flags=flags)
+
+
+@pytest.mark.parametrize("name", ["ours", "paper", "dense"])
+def test_the_first_entries_spend_the_budget(name, monkeypatch):
+    """All of it but for a thousandth: of the lesson's 512 tokens and three domains."""
+    domains = ("code", "math", "wiki")
+    corpus = SimpleNamespace(
+        encoding=SimpleNamespace(n_vocab=512, eot_token=0), mixture=lambda _: dict.fromkeys(domains, 1 / 3)
+    )
+    monkeypatch.setattr(chain_file, "Corpus", lambda *_: corpus)
+    monkeypatch.chdir(ROOT)
+    entry = parse(leaderboard.Entry, [f"exercises/entries/{name}.py"])
+    flops, most = (
+        leaderboard.planned_flops(leaderboard.chain_for(leaderboard.BoardConfig(), one, 1), one)
+        for one in (entry, leaderboard.Entry())
+    )
+    assert 0.999 * most <= flops <= most
+
+
+def made_up(name, bits):
+    """A row of results.json of one domain: the bits of four windows of 10 bytes each."""
+    score = sum(bits) / 40
+    return {"name": name, "bpb": {"math": score, "avg": score}, "bits": {"math": bits}, "bytes": {"math": [10] * 4}}
+
+
+def test_a_record_takes_a_paired_test():
+    """Windows that all save the same leave the random seeds alone: savings of 0.1, 0.2 and 0.3 have the bootstrap's
+    error 0.1 / sqrt(3), t = 2 sqrt(3) with two degrees of freedom, p = 0.0742; nearly equal ones have less."""
+
+    def chains(savings):
+        rows = [[made_up("old", [10.0] * 4), made_up("worse", [20.0] * 4)] for _ in savings]
+        return [[*two, made_up("new", [10.0 - 10 * saving] * 4)] for two, saving in zip(rows, savings, strict=True)]
+
+    line, test = leaderboard.verdict("new", chains([0.1, 0.2, 0.3])).splitlines()
+    assert line == "new: 0.8000 bits per byte (0.9000, 0.8000, 0.7000)"
+    saved, p, words = re.fullmatch(r"(\S+) ± \S+ saved against old \(1\.0000\), p = (\S+): (.*)", test).groups()
+    assert float(saved) == pytest.approx(0.2) and float(p) == pytest.approx(0.0742, abs=0.004) and words == "no record"
+    assert leaderboard.verdict("new", chains([0.2, 0.2, 0.21])).endswith(": a new record")
+    assert leaderboard.verdict("new", chains([-0.2, -0.2, -0.21])).endswith(": no record")
 
 
 # ---- documents ----

@@ -1,0 +1,130 @@
+"""The leaderboard: one seed model, one text, one budget of FLOPs; the lowest bits per byte on test text wins.
+
+    bash exercises/leaderboard.sh exercises/entries/ours.py      # the rules are in exercises/README.md
+    python -m exercises.leaderboard ENTRY --seeds=1,2,3
+
+An entry is a config file with the keys of Entry. Its models are in out/leaderboard/seedN/entries/NAME, a random seed
+each; each of these folders has one seed model for all entries, so that differences are taken within a random seed.
+"""
+
+import dataclasses
+import os
+import statistics
+import sys
+
+from common.config import key, parse, split_list
+from common.errors import UserError, command, read_json
+from common.run import read_run, total_cost
+from finetune import FinetuneConfig
+from mix import MixConfig
+from study import tables
+from study.chain import StudyConfig, chain_of, flops_per_token, tokens_of
+from train import TrainConfig
+
+FIXED = ("out_dir", "init_from", "experts", "mixture", "data_dir", "domain", "seed", "overwrite")  # no entry sets these
+ALPHA = 0.05  # a record's p value is smaller
+
+
+@dataclasses.dataclass
+class Entry:
+    """What is done after the seed model: flags on top of config/lesson's for the scripts that do it."""
+
+    method: str = key("btx", "branches that are mixed and finetuned, or dense training", ("btx", "dense"))
+    train_flags: str = key("", "of train.py: the branches', or dense training's", free_text=True)
+    mix_flags: str = key("", "of mix.py", free_text=True)
+    finetune_flags: str = key("", "of finetune.py", free_text=True)
+
+    def __post_init__(self):
+        for name, cls in {"train": TrainConfig, "mix": MixConfig, "finetune": FinetuneConfig}.items():
+            flags = getattr(self, f"{name}_flags").split()
+            if wrong := [flag for flag in flags if flag[:2] != "--" or flag[2:].partition("=")[0] in FIXED]:
+                raise UserError(f"{name}_flags: {wrong[0]} is not for an entry to set; leave it out")
+            parse(cls, flags)  # its errors name the flag
+
+
+@dataclasses.dataclass
+class BoardConfig(StudyConfig):
+    """Run an entry for some random seeds, and compare it with the best one so far."""
+
+    size: str = key("lesson", "which pipeline's settings are fixed: the folder config/SIZE")
+    out_dir: str = key("out/leaderboard", "the folder of all entries")
+    seeds: str = key("1,2,3", "the random seeds, a seed model each")
+
+
+def chain_for(config, entry, number):
+    """The Chain of an entry and a random seed. Dense training's flags are no branches', of which BTX's FLOPs are."""
+    flags = {"finetune_flags": entry.finetune_flags, "dense_flags": ""}
+    flags["dense_flags" if entry.method == "dense" else "expert_flags"] = entry.train_flags
+    return chain_of(config, config.path(f"seed{number}"), number, **flags)
+
+
+def planned_flops(chain, entry):
+    """Training FLOPs after the seed model, from the configs."""
+    budget = chain.budget
+    if entry.method == "dense":
+        return tokens_of(budget.dense) * budget.dense_flops
+    k = parse(MixConfig, [chain.config.stage("mix"), *entry.mix_flags.split()]).num_experts_per_tok
+    mixed = dataclasses.replace(budget.mixed_config, num_experts_per_tok=budget.finetuning.num_experts_per_tok or k)
+    per_token = flops_per_token(budget.finetuning, mixed, budget.finetuning.freeze)
+    return budget.flops + budget.finetuning_tokens * (per_token - budget.mixture_flops)
+
+
+def check(name, flops, most):
+    """Refuse an entry that takes more than the budget."""
+    if flops > most:
+        raise UserError(f"{name} takes {flops:.4g} FLOPs after the seed, the budget is {most:.4g}; train fewer steps")
+
+
+def add(chain, name, entry):
+    """Add the entry's jobs, and its score; returns its model's folder."""
+    start, path = chain.seed(), chain.config.path
+    if entry.method == "dense":
+        model = chain.dense(chain.budget.dense.max_steps, folder=path(f"entries/{name}"))
+    else:
+        parts = path(f"parts/{name}")
+        experts = [chain.branch(domain, folder=f"{parts}/expert-{domain}") for domain in chain.branched]
+        mixed = chain.mix([*experts, start], *entry.mix_flags.split(), folder=f"{parts}/mixed")
+        model = chain.finetune(mixed, folder=path(f"entries/{name}"))
+    chain.score(model)
+    return model
+
+
+def verdict(name, chains):
+    """The lines on an entry, from the rows of each random seed: its score and the paired test against the best other
+    entry that has been run for the same random seeds. p is of both sides; see tables.lead."""
+    rows = [{row["name"]: row["bpb"]["avg"] for row in rows} for rows in chains]
+    scores = {one: [row[one] for row in rows] for one in rows[0] if all(one in row for row in rows)}
+    each = ", ".join(f"{score:.4f}" for score in scores[name])
+    line = f"{name}: {statistics.mean(scores[name]):.4f} bits per byte ({each})"
+    others = {one: statistics.mean(found) for one, found in scores.items() if one != name}
+    if not others:
+        return f"{line}\nno other entry has these random seeds"
+    best = min(others, key=others.get)
+    if len(chains) < 2:
+        return f"{line}\n{best} has {others[best]:.4f}; a test takes two random seeds"
+    [found] = tables.primary_contrasts(chains, [(name, best)])
+    words = "a new record" if found["lead"] > 0 and found["p"] < ALPHA else "no record"
+    against = f"{found['lead']:+.4f} ± {found['half']:.4f} saved against {best} ({others[best]:.4f})"
+    return f"{line}\n{against}, p = {found['p']:.4f}: {words}"
+
+
+def main():
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        raise UserError("name an entry first, such as exercises/entries/ours.py")
+    name = os.path.basename(sys.argv[1]).removesuffix(".py")
+    entry, config = parse(Entry, sys.argv[1:2]), parse(BoardConfig, sys.argv[2:])
+    chains = [chain_for(config, entry, number) for number in split_list(config.seeds)]
+    most = chain_for(config, Entry(), chains[0].config.seed).budget.flops
+    check(name, planned_flops(chains[0], entry), most)
+    found = []
+    for chain in chains:
+        model = add(chain, name, entry)
+        chain.run()
+        behind = {run: cost for run, cost in read_run(model)["history"].items() if run != chain.seed_folder}
+        check(name, total_cost(behind)["flops"], most)  # what the logs say, whatever the flags made of the plan
+        found.append(read_json(chain.config.path("report/results.json"), "run again")["rows"])
+    print(verdict(name, found))
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Writes out/nanobtx-exercises.zip, what an instructor hands out: the student's copy with its tests, and nothing solved;
+# README.md shows what mixes, so it stays here. Whoever has unzipped it types `bash exercises/grade.sh`.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source setup.sh
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+copy=$scratch/nanobtx-exercises
+"$python" -m exercises.strip "$copy"
+mkdir -p out "$copy/docs" "$copy/exercises/tests" "$copy/exercises/entries"
+cp LICENSE requirements.txt setup.sh run.sh "$copy"
+cp docs/lecture.md docs/regime.md docs/teaching.md docs/btx.svg docs/open_a_mixture.ipynb "$copy/docs"
+cp exercises/{README.md,predictions.md,grade.sh,lesson.sh,leaderboard.sh,grade.py,strip.py,leaderboard.py} "$copy/exercises"
+cp exercises/tests/*.py "$copy/exercises/tests"
+cp exercises/entries/*.py "$copy/exercises/entries"
+cp config/lesson/expected.json "$copy/config/lesson"
+"$python" -m zipfile -c "$scratch/made.zip" "$copy"
+mv "$scratch/made.zip" out/nanobtx-exercises.zip
+echo "out/nanobtx-exercises.zip is made; in what it unzips to: bash exercises/grade.sh"
