@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
+import torch
 from helpers import ROOT, SHORT, must, read, read_json, read_log, run
 
 import model
@@ -408,6 +410,38 @@ def test_the_lectures_snippets_print_what_stands_below_them():
         expected_words, expected_numbers = numbers(printed)
         assert words == expected_words
         assert found == pytest.approx(expected_numbers, abs=0.011, rel=0.05), out.getvalue()
+
+
+def to_number(text):
+    return float(text.replace("\N{MINUS SIGN}", "-"))
+
+
+def test_the_figure_of_the_layer_shows_what_the_layer_does():
+    """Its logits go through a MoE whose tokens are unit vectors, so the router's weights are the logits themselves."""
+    shown = {}
+    for text in ElementTree.parse(os.path.join(ROOT, "docs", "moe_layer.svg")).iterfind(".//{*}text"):
+        for name in text.get("class", "").split():
+            shown.setdefault(name, []).append(text.text)
+    logits = torch.tensor([to_number(said) for said in shown["logit"]]).view(4, 3)
+    gates, experts = model.topk(logits, 2, None)
+    pairs = list(zip(gates.flatten().tolist(), experts.flatten().tolist(), strict=True))
+    assert shown["gate"] == [f"expert {e}: {g:.2f}" for g, e in pairs]
+    assert shown["sum"] == [f"{g:.2f} × expert {e}" for g, e in pairs]
+    said = torch.tensor([float(text.split(": ")[1]) for text in shown["gate"]]).view(4, 2)
+    assert said.sum(dim=1).tolist() == pytest.approx([1] * 4)  # after rounding, too
+
+    sizes = {"vocab_size": 4, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1, "num_key_value_heads": 1, "max_position_embeddings": 4}
+    layer = model.MoE(model.ModelConfig(**sizes, num_local_experts=3, num_experts_per_tok=2))
+    layer.gate.weight.data = torch.nn.functional.pad(logits.T, (0, 4))  # (E, D)
+    seen = []
+    layer.experts.register_forward_pre_hook(lambda _, given: seen.extend(given))
+    layer(torch.eye(4, 8)[None])
+    words = shown["token"][:4]
+    assert words == shown["token"][4:]  # in and out
+    assert shown["row"] == [words[token] for token in seen[0].argmax(dim=1)]
+    assert shown["ends"] == [f"ends: {', '.join(map(str, seen[1].tolist()))}"]
+    assert sorted(map(to_number, shown["kept"])) == sorted(logits.topk(2).values.flatten().tolist())
 
 
 def test_the_notebook_runs_from_top_to_bottom(work, data, seed, experts, mixed, btx, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import subprocess
 
 import pytest
 
@@ -187,8 +188,44 @@ def test_readme_quotes_the_method():
     assert quoted and quoted[0] == inspect.getsource(mix)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(glob.glob("docs/*.md", root_dir=ROOT))])
-def test_files_that_pages_name_exist(page):
-    folder = os.path.dirname(page)
-    for name in [part.split(")")[0].split("#")[0] for part in read(page).split("](")[1:]]:
-        assert name.startswith("https://") or os.path.exists(os.path.join(ROOT, folder, name)), name
+def prose(text):
+    """A page without its fenced blocks, where # is a comment and brackets are code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(text):
+    """GitHub's: a heading in lower case, punctuation out, each space a dash; a repeated one gets -1, -2 and so on."""
+    found, times = set(), {}
+    for heading in re.findall(r"^#+ +(.+?) *$", prose(text), re.M):
+        words = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading)  # of a link, what one reads
+        name = re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-")
+        found.add(f"{name}-{times[name]}" if name in times else name)
+        times[name] = times.get(name, 0) + 1
+    return found
+
+
+def test_anchors_are_githubs():
+    page = "# A `b_c`: d, e?\n## [Same](x.md)\n```sh\n# no heading\n```\n## Same\n### One - two\n"
+    assert anchors(page) == {"a-b_c-d-e", "same", "same-1", "one---two"}
+
+
+PAGES = "*.md", "docs/*.md", "exercises/**/*.md", "config/**/*.md", "results/**/*.md"
+
+
+@pytest.mark.parametrize(
+    "page", sorted({page for kind in PAGES for page in glob.glob(kind, root_dir=ROOT, recursive=True)})
+)
+def test_links_lead_to_files_and_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)", prose(read(page))):
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = os.path.normpath(os.path.join(os.path.dirname(page), name)) if name else page
+        assert os.path.exists(os.path.join(ROOT, target)), link
+        assert not anchor or anchor in anchors(read(target)), link
+
+
+def test_the_site_has_all_that_its_first_page_names(tmp_path):
+    subprocess.run(["bash", os.path.join(ROOT, ".github", "site.sh"), tmp_path], check=True)
+    named = re.findall(r'(?:href|src)="([^"]+)"', (tmp_path / "index.html").read_text())
+    assert {"index.html", *named} == set(os.listdir(tmp_path)) and len(named) == 4
