@@ -207,7 +207,7 @@ def new_routers(config, shapes, parents, experts, dense):
     parameters = dict(averaged.named_parameters())
     for name, tensor in mix(experts, expected_tensors(dense), {}, config):
         parameters[name].data.copy_(tensor)
-    mixtures, corpus = training_of(parents, config), Corpus(config.data_dir)
+    mixtures, corpus = training_of(config), Corpus(config.data_dir)
     if config.router_init == "contrast":
         rows, found = contrast_routers(averaged, experts, mixtures, corpus), None  # L of (N, D)
     else:
@@ -303,12 +303,12 @@ def ridge_routers(found):
     return list(RIDGE_SCALE * torch.linalg.solve(squares + penalty, products).mT)
 
 
-def training_of(parents, config):
-    """For each expert the {domain: share} that it was trained on."""
+def training_of(config):
+    """For each expert of the result the {domain: share} that it was trained on."""
     published = Corpus(config.data_dir).mixture(config.published_on) if config.published_on else None
-    read = read_sums(config.mixture)["mixtures"] if config.mixture else []
-    stay = [read[parent.number] for parent in parents if parent.number is not None]
-    return stay + mixtures_of([parent.folder for parent in parents[len(stay) :]], published)
+    kept = Regression(**read_sums(config.mixture))[:2] if config.mixture else ([], [])
+    stay = [mixture for name, mixture in zip(*kept, strict=True) if name not in split_list(config.remove)]
+    return stay + mixtures_of(split_list(config.experts or config.add), published)
 
 
 # ---- the script ----
@@ -326,8 +326,9 @@ def check_options(config):
     variants = {"--split": config.split > 1, "--blend": config.blend, "--drop": config.drop > 0}
     variants[f"--router_init={config.router_init}"] = config.router_init in FROM_TEXT
     chosen = [name for name, present in variants.items() if present]
-    if config.mixture and (chosen or config.method == "soup"):
-        raise UserError(f"{(*chosen, '--method=soup')[0]} is for mixing anew; leave it out with --mixture")
+    given = f"--method={config.method}", f"--router_init={config.router_init}"
+    if config.mixture and (anew := [*chosen, *({*given} & {"--method=soup", "--router_init=zero"})]):
+        raise UserError(f"{anew[0]} is for mixing anew; leave it out with --mixture")
     if config.method == "soup" and chosen:
         raise UserError(f"{' and '.join(chosen)}: a soup has no experts; use --method=btx")
     if config.blend and len(chosen) > 1:
@@ -340,9 +341,6 @@ def check_options(config):
 def read_parents(config, folders):
     """A list of Parent: a checkpoint each; or the experts of a mixture but for those to remove, and those to add."""
     shapes = [ModelConfig.from_pretrained(folder) for folder in folders]
-    new = list(zip(folders, shapes, strict=True))[bool(config.mixture) :]
-    if mixtures := [folder for folder, shape in new if shape.num_local_experts]:
-        raise UserError(f"{mixtures[0]} is a mixture already; mix.py takes dense checkpoints")
     files = [WeightFiles(folder, shape) for folder, shape in zip(folders, shapes, strict=True)]
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if not config.mixture:
@@ -427,8 +425,11 @@ def make_recipe(config, folders):
     left_out = ("overwrite", "dry_run", *(() if config.mixture else ("mixture", "add", "remove")))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     recipe = {"config": settings, "parents": {folder: parent_of(folder)[0] for folder in folders}}
+    for folder in folders[bool(config.mixture) :]:
+        if ModelConfig.from_pretrained(folder).num_local_experts:
+            raise UserError(f"{folder} is a mixture already; mix.py takes dense checkpoints")
     if config.router_init in FROM_TEXT or config.mixture:
-        domains = {domain for mixture in training_of(read_parents(config, folders), config) for domain in mixture}
+        domains = {domain for mixture in training_of(config) for domain in mixture}
         recipe["data"] = Corpus(config.data_dir).hashes(sorted(domains))
         same_tokenizer([*folders, config.data_dir])
     return recipe

@@ -404,7 +404,7 @@ def read_sums(folder):
         path = os.path.join(place, SUMS)
         if os.path.exists(path):
             try:
-                found = torch.load(path, weights_only=True)
+                found = torch.load(path, weights_only=True, mmap=True)  # read where a sum is used
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise UserError(f"{path} is damaged ({type(error).__name__}); mix {place} again") from None
             if found["names"] != names:

@@ -347,6 +347,7 @@ CHANGES = {
     "--mixture={two} --add={rain} --experts={rain}": "--experts=DIR,DIR,... or --mixture=DIR",
     "--mixture={two} --add={rain} --split=2": "--split is for mixing anew",
     "--mixture={two} --add={rain} --method=soup": "--method=soup is for mixing anew",
+    "--mixture={two} --add={rain} --router_init=zero": "--router_init=zero is for mixing anew",
     "--mixture={two} --add={math}": "has an expert expert-math already",
     "--mixture={two} --add={two}": "is a mixture already",
     "--mixture={two} --remove=rain": "--remove=rain: {two} has expert-math, seed",
