@@ -293,12 +293,12 @@ class Chain:
     def names(self, folders):
         return tuple(os.path.relpath(folder, self.config.out_dir) for folder in folders)
 
-    def train(self, folder, script, stage, start, domain, *flags):
-        """A training run; start: the checkpoint it starts from, or none."""
+    def train(self, folder, script, stage, start, domain, *flags, needs=()):
+        """A training run; start: the checkpoint it starts from, or none. needs: folders that other jobs make for it."""
         flags = (f"--domain={domain}", f"--data_dir={self.data}", f"--seed={self.config.seed}", *flags)
         if start:
             flags = (f"--init_from={start}", *flags)
-        return self.add(folder, script, stage, *flags, needs=[start] if start else [], trains=True)
+        return self.add(folder, script, stage, *flags, needs=[*([start] if start else []), *needs], trains=True)
 
     def seed(self):
         """One small language model for all domains, unless someone has published it."""
@@ -353,14 +353,15 @@ class Chain:
     def score(self, *models):
         """A row of the chain's results.json for each of some checkpoints, by one job."""
         rows = [f"seed={model}" if model == self.seed_folder else model for model in models]
-        self._score(f"scores/{self.names(models)[0]}", ("eval.py",), f"--model={','.join(rows)}", needs=models)
+        self.add_score(f"scores/{self.names(models)[0]}", ("eval.py",), f"--model={','.join(rows)}", needs=models)
 
     def score_ensembles(self, experts, suffix=""):
         """The rows of Branch-Train-Merge; suffix: what tells these experts' rows from those of others."""
         flags = (f"--experts={','.join(experts)}", f"--suffix={suffix}")
-        self._score(f"scores/btm{suffix}", ("-m", "study.btm"), *flags, needs=experts)
+        self.add_score(f"scores/btm{suffix}", ("-m", "study.btm"), *flags, needs=experts)
 
-    def _score(self, name, script, *flags, needs):
+    def add_score(self, name, script, *flags, needs):
+        """A job that scores. flags: of that script, on top of those that all scores share."""
         settings = (self.config.stage("eval"), *self.size("eval"), self.all_domains(), f"--data_dir={self.data}")
         settings += (f"--unread={self.config.unread}", f"--out_dir={self.config.path('report')}")
         arguments = (*script, *settings, *flags, *shlex.split(self.config.flags))

@@ -54,6 +54,19 @@ def bits(domains):
     return "bpb", tuple(domains)
 
 
+def average_and_each(domains):
+    """The columns of bits per byte of some domains."""
+    return {"average": bits(domains)} | {domain: bits([domain]) for domain in domains}
+
+
+def finetuned(chain):
+    """({domain: its branch}, the mixture of all and the seed, the same finetuned): the pipeline's own."""
+    seed = chain.seed()
+    experts = {domain: chain.branch(domain) for domain in chain.branched}
+    mixed = chain.mix([*experts.values(), seed])
+    return experts, mixed, chain.finetune(mixed)
+
+
 # ---- experts that come and go ----
 
 
@@ -72,9 +85,7 @@ def tune(chain, mixture, folder, domains, steps, *flags):
 def grow(chain):
     """Each domain in turn joins a finetuned mixture of the others, and leaves one of all."""
     seed, steps = chain.seed(), chain.budget.finetuning.max_steps
-    experts = {domain: chain.branch(domain) for domain in chain.branched}
-    mixed = chain.mix([*experts.values(), seed], folder=chain.config.path("open/grow/mixed"))
-    whole = chain.finetune(mixed, folder=chain.config.path("open/grow/whole"))
+    experts, mixed, whole = finetuned(chain)
     cases = []
     for new, expert in experts.items():
         others = [domain for domain in experts if domain != new]
@@ -130,9 +141,9 @@ def unequal(chain):
     --domains) and fewer for the easiest; and the other way round. All for the compute of equal branches."""
     seed, middle = chain.seed(), chain.budget.branch.max_steps
     width = chain.budget.dense_config.intermediate_size
-    shown = {"average": bits(chain.branched)} | {domain: bits([domain]) for domain in chain.branched}
+    shown = average_and_each(chain.branched)
     shares = [WIDER - i * (WIDER - 2 / 3) / (len(chain.branched) - 1) for i in range(len(chain.branched))]
-    cases = [Case("equal branches", chain.finetune(chain.mix([*map(chain.branch, chain.branched), seed])), shown)]
+    cases = [Case("equal branches", finetuned(chain)[-1], shown)]
     for label, scale in {"hardest gets more": shares, "easiest gets more": shares[::-1]}.items():
         for what in ("steps", "hidden units"):
             path = chain.config.path(f"open/unequal/{label.split()[0]}-{what.split()[0]}")
@@ -165,33 +176,26 @@ def unrecorded(chain):
     return folder
 
 
-def mix_on(chain, experts, data_dir, folder):
-    """mix.py with the pipeline's settings and another data folder."""
-    flags = f"--experts={','.join([*experts, unrecorded(chain)])}", f"--data_dir={data_dir}"
-    return chain.add(folder, "mix.py", "mix", *flags, f"--seed={chain.config.seed}", needs=experts)
-
-
 def clusters(chain):
     """Branches of found domains, made of the labelled ones' text, with as many tokens in all; the control is a random
     split. The finetuning is that of labelled domains: it reads the same text."""
-    seed, shown = chain.seed(), {"average": bits(chain.domains)} | {domain: bits([domain]) for domain in chain.domains}
+    seed, shown = chain.seed(), average_and_each(chain.domains)
     steps = chain.budget.branch.max_steps * len(chain.branched)
-    labelled = chain.finetune(chain.mix([*map(chain.branch, chain.branched), seed]))
-    cases = [Case("a branch for each label", labelled, shown)]
+    cases = [Case("a branch for each label", finetuned(chain)[-1], shown)]
     for method, k in (("tfidf", 2), ("tfidf", 4), ("tfidf", 8), ("random", 4)):
         path = chain.config.path(f"open/clusters/{method}-{k}")
-        flags = f"--data_dir={chain.data}", f"--domains={','.join(chain.domains)}", f"--out_dir={path}/data"
+        data = f"{path}/data"
+        flags = f"--data_dir={chain.data}", f"--domains={','.join(chain.domains)}", f"--out_dir={data}"
         # eight clusters may leave one without held-out text; of start 1 they do not
         flags += (f"--clusters={k}", f"--method={method}", f"--seed={chain.config.seed if k < 8 else 1}")
-        found = Job(f"open/clusters/{method}-{k}/data", ("-m", "data.discover", *flags))
-        chain.jobs.append(found)
+        chain.jobs.append(Job(f"open/clusters/{method}-{k}/data", ("-m", "data.discover", *flags)))
         experts = []
         for i in range(k):
-            flags = f"--domain=c{i}", f"--data_dir={path}/data", f"--init_from={seed}", f"--seed={chain.config.seed}"
-            flags += (f"--max_steps={round(steps / k)}",)
-            needs = [seed, f"{path}/data"]
-            experts.append(chain.add(f"{path}/expert-c{i}", "train.py", "expert", *flags, needs=needs, trains=True))
-        tuned = chain.finetune(mix_on(chain, experts, f"{path}/data", f"{path}/mixed"), folder=f"{path}/btx")
+            flags = f"--data_dir={data}", f"--max_steps={round(steps / k)}"
+            folder = f"{path}/expert-c{i}"
+            experts.append(chain.train(folder, "train.py", "expert", seed, f"c{i}", *flags, needs=[data]))
+        mixed = chain.mix([*experts, unrecorded(chain)], f"--data_dir={data}", folder=f"{path}/mixed")
+        tuned = chain.finetune(mixed, folder=f"{path}/btx")
         cases.append(Case(f"{k} {'clusters' if method == 'tfidf' else 'random parts'}", tuned, shown))
     return cases
 
@@ -208,24 +212,19 @@ def instruct(chain, script, start, name, steps, *flags, domains=()):
     """So many steps on the answers of chats. script: train.py for dense models, finetune.py for mixtures."""
     stage = "finetune" if script == "finetune.py" else "expert"
     flags = (f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 10)}", *INSTRUCT, *flags)
-    flags = (f"--domain={','.join(domains or CHATS.values())}", f"--data_dir={chain.data}", *flags)
-    flags = (f"--seed={chain.config.seed}", f"--init_from={start}", *flags)
-    needs = [start, chain.config.path("open/chats/data")]
-    return chain.add(chain.config.path(f"open/chats/{name}"), script, stage, *flags, needs=needs, trains=True)
+    folder, text = chain.config.path(f"open/chats/{name}"), chain.config.path("open/chats/data")
+    return chain.train(folder, script, stage, start, ",".join(domains or CHATS.values()), *flags, needs=[text])
 
 
 def chats(chain):
     """Dense training and Branch-Train-MiX, each instructed afterwards for the same FLOPs; routers alone; and branches
     that are instructed before they are mixed, with routers alone on 5 % of the chats afterwards (BAR)."""
-    budget, seed, path = chain.budget, chain.seed(), chain.config.path
+    budget, path = chain.budget, chain.config.path
     written = ",".join(f"{chat}={path('open/chats/text')}/{domain}.jsonl" for domain, chat in CHATS.items())
     prepare = chain.config.stage("data"), f"--domains={written}", f"--out_dir={chain.data}"
     chain.jobs.append(Job("open/chats/text", ("-m", "data.chats", f"--out_dir={path('open/chats/text')}")))
     chain.jobs.append(Job("open/chats/data", ("-m", "data.prepare", *prepare), ("open/chats/text",)))
-    experts = {domain: chain.branch(domain) for domain in chain.branched}
-    whole = chain.finetune(
-        chain.mix([*experts.values(), seed], folder=path("open/grow/mixed")), folder=path("open/grow/whole")
-    )
+    experts, _, whole = finetuned(chain)
     dense = chain.dense(budget.dense_steps())
     steps = round(INSTRUCT_STEPS * budget.dense_flops / budget.mixture_flops)
     few, alone = max(1, round(ROUTERS_ALONE * steps)), "--freeze=all-but-router"
@@ -239,7 +238,7 @@ def chats(chain):
     for domain in filter(experts.get, CHATS):
         flags = {"domains": [CHATS[domain]]}
         experts[domain] = instruct(chain, "train.py", experts[domain], f"expert-{domain}", INSTRUCT_STEPS // 2, **flags)
-    mixed = mix_on(chain, list(experts.values()), chain.data, path("open/chats/mixed"))
+    mixed = chain.mix([*experts.values(), unrecorded(chain)], folder=path("open/chats/mixed"))
     told = instruct(chain, "finetune.py", mixed, "bar", few, alone)
     models["branches instructed, then mixed"] = mixed, told, 0
     models["branches instructed, then mixed, routers on 5 % of the chats"] = told, told, -1
@@ -255,11 +254,8 @@ def chats(chain):
 def top_k(chain):
     """The finetuned mixture with 1 to N experts per token; and for each domain with its own expert and the seed alone.
     Another k needs no training: eval.py asks for it."""
-    seed = chain.seed()
-    experts = {domain: chain.branch(domain) for domain in chain.branched}
-    mixed = chain.mix([*experts.values(), seed], folder=chain.config.path("open/grow/mixed"))
-    whole = chain.finetune(mixed, folder=chain.config.path("open/grow/whole"))
-    shown = {"average": bits(chain.branched)} | {domain: bits([domain]) for domain in chain.branched}
+    experts, _, whole = finetuned(chain)
+    shown = average_and_each(chain.branched)
     cases = [Case(f"top-{k}", whole, shown) for k in range(1, len(experts) + 2)]
     for domain in experts:
         others = ",".join(f"expert-{name}" for name in experts if name != domain)
@@ -309,14 +305,12 @@ ENDS = {
 def score(chain, name, cases):
     """Add the jobs that score an end's cases; returns the path of their results.json."""
     folder = chain.config.path(f"open/{name}/scores")
-    for case in dict.fromkeys((case.label, case.folder) for case in cases):
-        label, model = case
+    for label, model in dict.fromkeys((case.label, case.folder) for case in cases):
         row = row_name(label, model, chain)
-        flags = [chain.config.stage("eval"), f"--model={row}={model}", f"--data_dir={chain.data}", chain.all_domains()]
+        flags = [f"--model={row}={model}", f"--out_dir={folder}", *ENDS[name].flags]
         if label.startswith("top-"):
             flags.append(f"--num_experts_per_tok={label.removeprefix('top-')}")
-        arguments = ("eval.py", *flags, *ENDS[name].flags, f"--out_dir={folder}")
-        chain.jobs.append(Job(f"open/{name}/score-{row}", arguments, chain.names([model])))
+        chain.add_score(f"open/{name}/score-{row}", ("eval.py",), *flags, needs=[model])
     return os.path.join(folder, "results.json")
 
 
@@ -381,9 +375,7 @@ def main():
     chains = []
     for number in split_list(config.seeds):
         chain = chain_with(config, number)
-        seed = chain.seed()
-        branches = [chain.branch(domain) for domain in chain.branched]
-        chain.finetune(chain.mix([*branches, seed]))
+        finetuned(chain)
         chain.run(quiet=True)  # what the ends start from
         chain.jobs.clear()
         cases = {name: ENDS[name].make(chain) for name in names}

@@ -56,7 +56,7 @@ def test_what_joins_and_leaves(recipes, tmp_path):
             assert (routers.max_steps, routers.freeze, routers.init_from) == (steps, "all-but-router", joined.out_dir)
             assert routers.domain == "math,rain"
         left = made[f"open/grow/{new}/left"]
-        assert (left.mixture, left.remove) == (f"{tmp_path}/open/grow/whole", f"expert-{new}")
+        assert (left.mixture, left.remove) == (f"{tmp_path}/btx", f"expert-{new}")
         shown = [case.shown for case in cases if case.folder == joined.out_dir]
         assert shown == [{"the other domains": ("bpb", (other,)), "the domain itself": ("bpb", (new,))}]
     assert ENDS["grow"].base in {case.label for case in cases}
@@ -115,8 +115,8 @@ def test_an_end_by_its_real_commands(chain_configs, tmp_path):
     found = read_json(tmp_path / "report/open_ends.json")["top_k"]
     scores = {row["name"]: row["bpb"] for row in read_json(tmp_path / "open/top_k/scores/results.json")["rows"]}
     for k in (1, 2, 3):
-        assert found["rows"][f"top-{k}"]["average"]["mean"] == pytest.approx(scores[f"grow-whole-top-{k}"]["avg"])
-    assert scores["grow-whole-top-1"] != scores["grow-whole-top-2"]
+        assert found["rows"][f"top-{k}"]["average"]["mean"] == pytest.approx(scores[f"btx-top-{k}"]["avg"])
+    assert scores["btx-top-1"] != scores["btx-top-2"]
     own = (scores["top_k-math"]["math"] + scores["top_k-rain"]["rain"]) / 2
     assert found["rows"]["its own expert and the seed"]["average"]["mean"] == pytest.approx(own)
     assert list(found["speed"]) == ["1", "2", "3"] and min(found["speed"].values()) > 0
@@ -130,7 +130,7 @@ def test_values_and_leads_by_hand(chain_configs, tmp_path):
     cases, _ = ENDS["top_k"].make(chain), None
     rows = {}
     for i, case in enumerate(cases):
-        name = f"grow-whole-{case.label}" if case.label.startswith("top-") else f"top_k-{os.path.basename(case.folder)}"
+        name = f"btx-{case.label}" if case.label.startswith("top-") else f"top_k-{os.path.basename(case.folder)}"
         rows[name] = {"bpb": {"math": 1.0 + i, "rain": 2.0 + i}}
     values = values_of(cases, rows, chain)
     assert values["top-1"] == {"average": 1.5, "math": 1.0, "rain": 2.0}
