@@ -99,10 +99,15 @@ def _flatten(recipe):
     return flat
 
 
+def differing_settings(old, new):
+    """The names of what two recipes do not have alike, a list."""
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
 def _difference(old, new):
     """'a 1 -> 2, b.c 3 -> 4': where two recipes differ, three places at most; '' for equal ones."""
     old, new = _flatten(old), _flatten(new)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = differing_settings(old, new)
     return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names[:3])
 
 

@@ -26,7 +26,7 @@ from common.config import key, parse
 from common.corpus import HELD_OUT, SPLITS, Corpus
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer
-from common.run import locked
+from common.run import differing_settings, locked
 from data.prepare import token_dtype
 
 WORD = r"(?u)\b[^\W\d]\w+\b"  # two characters or more, the first one no digit
@@ -93,8 +93,8 @@ def balanced_means(points, centres):
 
 
 def fit(texts, draws, config):
-    """(words, a function from texts to their weights (n, words) and clusters (n,)), fitted on some texts. draws: (S,)
-    numbers of texts, where K divides S; one that comes often counts as often."""
+    """(words, the texts' weights (n, words), a function from other texts to their clusters (n,)), fitted on some texts.
+    draws: (S,) numbers of texts, where K divides S; one that comes often counts as often."""
     from sklearn.cluster import kmeans_plusplus
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -111,11 +111,10 @@ def fit(texts, draws, config):
     starts = (kmeans_plusplus(points, config.clusters, random_state=random)[0] for _ in range(STARTS))
     _, centres = max((balanced_means(points, start) for start in starts), key=lambda found: found[0])
 
-    def weigh(texts):
-        weights = tfidf.transform(texts)
-        return weights, closeness(normalize(svd.transform(weights)), centres).argmax(axis=1)
+    def assign(texts):
+        return closeness(normalize(svd.transform(tfidf.transform(texts))), centres).argmax(axis=1)
 
-    return tfidf.get_feature_names_out(), weigh
+    return tfidf.get_feature_names_out(), weights, assign
 
 
 def read_documents(corpus, split):
@@ -154,18 +153,16 @@ def find_clusters(config, encoding, documents):
     places = (np.arange(draws) + random.random()) * sum(lengths) / draws  # evenly spaced tokens
     drawn = np.searchsorted(np.cumsum(lengths), places.astype(int), side="right")
     drawn, draws = np.unique(drawn, return_inverse=True)
-    texts = spell(train[i] for i in drawn)
-    words, weigh = fit(texts, draws, config)
+    words, weights, assign = fit(spell(train[i] for i in drawn), draws, config)
     parts = {split: range(0, len(rows), CHUNK) for split, rows in documents.items()}
     found = {
-        split: np.concatenate([weigh(spell(documents[split][start : start + CHUNK]))[1] for start in starts])
+        split: np.concatenate([assign(spell(documents[split][start : start + CHUNK])) for start in starts])
         for split, starts in parts.items()
     }
     if config.method == "random":
         found = {split: shuffled(own, documents[split], K, random) for split, own in found.items()}
     rank = np.argsort(np.argsort(-np.bincount(found["train"], lengths, K), kind="stable"))  # the largest first
     found = {split: rank[own] for split, own in found.items()}
-    weights = weigh(texts)[0]
     sums = [np.asarray(weights[found["train"][drawn] == k].sum(axis=0)).ravel() for k in range(K)]
     return found, [[words[i] for i in np.argsort(-row, kind="stable")[:TOP_TERMS] if row[i] > 0] for row in sums]
 
@@ -192,8 +189,7 @@ def finished(config, recipe):
     if not os.path.exists(path) or config.overwrite:
         return None
     report = read_json(path, remedy)
-    old = report.get("recipe", {})
-    if differing := [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]:
+    if differing := differing_settings(report.get("recipe", {}), recipe):
         raise UserError(f"{config.out_dir} holds clusters of other settings ({', '.join(differing)}); {remedy}")
     return report if "clusters" in report else None
 

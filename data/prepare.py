@@ -21,7 +21,7 @@ from common.config import key, parse, split_list
 from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, check_name
 from common.errors import UserError, command, read_json, write_atomically, write_json
 from common.hf import copy_tokenizer, local_folder
-from common.run import locked
+from common.run import differing_settings, locked
 from common.tokenizer import END_OF_TEXT, has_tokenizer, load_tokenizer, spelled_bytes, tokenizer_hash
 from data.bpe import save_tokenizer
 from data.code_task import code_task
@@ -117,8 +117,7 @@ def is_finished(folder, recipe, config):
         return False
     remedy = "use --overwrite=True or another --out_dir"
     meta = read_json(path, remedy)
-    old = meta["recipe"]
-    if differing := [name for name in {**old, **recipe} if old.get(name) != recipe.get(name)]:
+    if differing := differing_settings(meta["recipe"], recipe):
         raise UserError(f"{folder} was prepared with other settings ({', '.join(differing)}); {remedy}")
     if meta["tokenizer_hash"] != tokenizer_hash(config.out_dir):
         raise UserError(f"{folder} was prepared with another tokenizer; {remedy}")

@@ -96,6 +96,19 @@ def run(script, *arguments):
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def published_tokenizer(data, folder, template, eos, *markers):
+    """Our tokenizer as transformers saves one, in a folder, with special tokens and a chat template; returns theirs."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(os.path.join(data, "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    theirs.add_special_tokens({"additional_special_tokens": list(markers)})
+    theirs.chat_template = template
+    theirs.save_pretrained(folder)
+    return theirs
+
+
 def must(result):
     """The result of a run that has to succeed."""
     assert result.code == 0, result.err

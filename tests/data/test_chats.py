@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import SHORT, error_line, must, read, read_json, read_log, run, run_process, tokens_of
+from helpers import SHORT, error_line, must, published_tokenizer, read, read_json, read_log, run, run_process, tokens_of
 
 import sample
 from common.corpus import SPLITS, Batches, Corpus, split_of
@@ -49,17 +49,12 @@ def pieces(encoding, text):
 @pytest.fixture(scope="module")
 def chatty(data, tmp_path_factory):
     """A function from a template, or None, to a published tokenizer that has the markers of ChatML, and its folder."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
 
     def make(template):
-        tokenizer = tokenizers.Tokenizer.from_file(os.path.join(data, "tokenizer.json"))
-        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-        theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        theirs.chat_template = template
         folder = str(tmp_path_factory.mktemp("chatty"))
-        theirs.save_pretrained(folder)
-        return folder, theirs
+        return folder, published_tokenizer(data, folder, template, "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
     return make
 

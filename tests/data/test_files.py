@@ -9,7 +9,17 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import error_line, finish_process, must, read, read_json, run, start_process, tokens_of
+from helpers import (
+    error_line,
+    finish_process,
+    must,
+    published_tokenizer,
+    read,
+    read_json,
+    run,
+    start_process,
+    tokens_of,
+)
 
 from common.corpus import SPLITS, split_of
 from common.tokenizer import load_tokenizer, token_bytes, tokenizer_hash
@@ -225,15 +235,10 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im
 @pytest.fixture(scope="module")
 def chatty(data, tmp_path_factory):
     """A published tokenizer with chat markers and a chat template."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
-    tokenizer = tokenizers.Tokenizer.from_file(os.path.join(data, "tokenizer.json"))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
-    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|done|>"]})
-    theirs.chat_template = TEMPLATE
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
     folder = str(tmp_path_factory.mktemp("chatty"))
-    theirs.save_pretrained(folder)
-    return folder, theirs
+    return folder, published_tokenizer(data, folder, TEMPLATE, "<|im_end|>", "<|im_start|>", "<|done|>")
 
 
 def chats(count):
