@@ -183,6 +183,38 @@ def test_the_open_ends_come_from_their_chains(path):
         assert open_ends.table(one["rows"]) in read("docs", "open_ends.md")
 
 
+def test_what_the_open_ends_say_in_words():
+    found = json.loads(read("results", "cpu", "open_ends.json"))
+    words = " ".join(read("docs", "open_ends.md").split())
+    own = {label: one["the domain itself"]["mean"] for label, one in found["grow"]["rows"].items()}
+    held, anew = "shared weights held", own[found["grow"]["base"]]
+    way = own[f"before it joins, {held}"] - anew
+    left = [own[f"joined, {held}{steps}"] - anew for steps in ("", ", 100 steps of the routers")]
+    assert f"four fifths of the way at once, and {1 - left[1] / way:.0%} after".replace("%", " %") in words
+    assert 0.75 < 1 - left[0] / way < 0.85
+    back = own["the same, without it again"] - own["seed model"]
+    assert f"near the seed's, {back:.2f} above it" in words
+    answers = {label: one["answers"]["mean"] for label, one in found["chats"]["rows"].items()}
+    btx, told = answers["Branch-Train-MiX"], answers["Branch-Train-MiX, instructed"]
+    dense = answers["dense training, instructed"]
+    assert f"answers in {told:.3f} bits per byte, the dense model in {dense:.3f}" in words
+    assert 0.75 < (btx - answers["Branch-Train-MiX, routers instructed alone"]) / (btx - told) < 0.85  # four fifths
+    text = {label: one["text"]["mean"] for label, one in found["chats"]["rows"].items()}
+    forgot = [
+        text[f"Branch-Train-MiX, {who}"] - text["Branch-Train-MiX"]
+        for who in ("routers instructed alone", "instructed")
+    ]
+    assert forgot[0] < forgot[1] / 2  # "less than half as much"
+    behind = {label: -one["average"].get("lead", 0.0) for label, one in found["clusters"]["rows"].items()}
+    assert 2.5 < behind["4 random parts"] / behind["4 clusters"] < 3.5  # "three times as much"
+    agreement = json.loads(read("results", "cpu", "clusters.json"))
+    two, four, control = (
+        {f"{one['nmi']:.2f}" for one in agreement[name]} for name in ("tfidf-2", "tfidf-4", "random-4")
+    )
+    assert f"is {min(two)} with two" in words and len(two) == 1
+    assert f"and {min(four)} with four; a random split has {min(control)}" in words and control == {"0.00"}
+
+
 def test_readme_quotes_the_method():
     quoted = re.findall(r"```python\n(.*?)```", read("README.md"), re.S)
     assert quoted and quoted[0] == inspect.getsource(mix)
