@@ -13,6 +13,7 @@ import statistics
 import sys
 
 from common.config import key, parse, split_list
+from common.corpus import HELD_OUT
 from common.errors import UserError, command, read_json
 from common.run import read_run, total_cost
 from finetune import FinetuneConfig
@@ -22,6 +23,7 @@ from study.chain import StudyConfig, chain_of, flops_per_token, tokens_of
 from train import TrainConfig
 
 FIXED = ("out_dir", "init_from", "experts", "mixture", "data_dir", "domain", "seed", "overwrite")  # no entry sets these
+METHODS = ("btx", "dense", "upcycle")
 ALPHA = 0.05  # a record's p value is smaller
 
 
@@ -29,12 +31,14 @@ ALPHA = 0.05  # a record's p value is smaller
 class Entry:
     """What is done after the seed model: flags on top of config/lesson's for the scripts that do it."""
 
-    method: str = key("btx", "branches that are mixed and finetuned, or dense training", ("btx", "dense"))
+    method: str = key("btx", "branches mixed and finetuned, dense training, or copies finetuned", METHODS)
     train_flags: str = key("", "of train.py: the branches', or dense training's", free_text=True)
     mix_flags: str = key("", "of mix.py", free_text=True)
     finetune_flags: str = key("", "of finetune.py", free_text=True)
 
     def __post_init__(self):
+        if self.train_flags and self.method == "upcycle":
+            raise UserError("train_flags: sparse upcycling trains no branches; use finetune_flags")
         for name, cls in {"train": TrainConfig, "mix": MixConfig, "finetune": FinetuneConfig}.items():
             flags = getattr(self, f"{name}_flags").split()
             if wrong := [flag for flag in flags if flag[:2] != "--" or flag[2:].partition("=")[0] in FIXED]:
@@ -49,11 +53,12 @@ class BoardConfig(StudyConfig):
     size: str = key("lesson", "which pipeline's settings are fixed: the folder config/SIZE")
     out_dir: str = key("out/leaderboard", "the folder of all entries")
     seeds: str = key("1,2,3", "the random seeds, a seed model each")
+    split: str = key("test", "the text to score: val while you choose settings, test for the board", HELD_OUT)
 
 
 def chain_for(config, entry, number):
     """The Chain of an entry and a random seed. Dense training's flags are no branches', of which BTX's FLOPs are."""
-    flags = {"finetune_flags": entry.finetune_flags, "dense_flags": ""}
+    flags = {"finetune_flags": entry.finetune_flags, "dense_flags": "", "upcycle_flags": ""}
     flags["dense_flags" if entry.method == "dense" else "expert_flags"] = entry.train_flags
     return chain_of(config, config.path(f"seed{number}"), number, **flags)
 
@@ -63,10 +68,12 @@ def planned_flops(chain, entry):
     budget = chain.budget
     if entry.method == "dense":
         return tokens_of(budget.dense) * budget.dense_flops
-    k = parse(MixConfig, [chain.config.stage("mix"), *entry.mix_flags.split()]).num_experts_per_tok
+    settings = [] if entry.method == "upcycle" else [chain.config.stage("mix")]
+    k = parse(MixConfig, [*settings, *entry.mix_flags.split()]).num_experts_per_tok
     mixed = dataclasses.replace(budget.mixed_config, num_experts_per_tok=budget.finetuning.num_experts_per_tok or k)
-    per_token = flops_per_token(budget.finetuning, mixed, budget.finetuning.freeze)
-    return budget.flops + budget.finetuning_tokens * (per_token - budget.mixture_flops)
+    finetuning = budget.finetuning_tokens * flops_per_token(budget.finetuning, mixed, budget.finetuning.freeze)
+    branches = budget.flops - budget.finetuning_tokens * budget.mixture_flops
+    return finetuning if entry.method == "upcycle" else branches + finetuning
 
 
 def check(name, flops, most):
@@ -75,21 +82,29 @@ def check(name, flops, most):
         raise UserError(f"{name} takes {flops:.4g} FLOPs after the seed, the budget is {most:.4g}; train fewer steps")
 
 
-def add(chain, name, entry):
-    """Add the entry's jobs, and its score; returns its model's folder."""
-    start, path = chain.seed(), chain.config.path
+def report_of(split):
+    """The folder of all entries' scores on some held-out text."""
+    return "report" if split == "test" else f"report-{split}"
+
+
+def add(chain, name, entry, split):
+    """Add the entry's jobs, and its score on some held-out text; returns its model's folder."""
+    start, budget = chain.seed(), chain.budget
+    folder, parts = chain.config.path(f"entries/{name}"), chain.config.path(f"parts/{name}")
+    mixed, mix_flags = f"{parts}/mixed", entry.mix_flags.split()
     if entry.method == "dense":
-        model = chain.dense(chain.budget.dense.max_steps, folder=path(f"entries/{name}"))
+        chain.dense(budget.dense.max_steps, folder=folder)
+    elif entry.method == "upcycle":
+        chain.upcycle(budget.upcycling.max_steps, folder=folder, copies=chain.copies(*mix_flags, folder=mixed))
     else:
-        parts = path(f"parts/{name}")
         experts = [chain.branch(domain, folder=f"{parts}/expert-{domain}") for domain in chain.branched]
-        mixed = chain.mix([*experts, start], *entry.mix_flags.split(), folder=f"{parts}/mixed")
-        model = chain.finetune(mixed, folder=path(f"entries/{name}"))
-    chain.score(model)
-    return model
+        chain.finetune(chain.mix([*experts, start], *mix_flags, folder=mixed), folder=folder)
+    report = (f"--split={split}", f"--out_dir={chain.config.path(report_of(split))}")
+    chain.add_score(f"scores/{name}-{split}", ("eval.py",), f"--model={folder}", *report, needs=[folder])
+    return folder
 
 
-def verdict(name, chains):
+def verdict(name, chains, split="test"):
     """The lines on an entry, from the rows of each random seed: its score and the paired test against the best other
     entry that has been run for the same random seeds. p is of both sides; see tables.lead."""
     rows = [{row["name"]: row["bpb"]["avg"] for row in rows} for rows in chains]
@@ -104,6 +119,7 @@ def verdict(name, chains):
         return f"{line}\n{best} has {others[best]:.4f}; a test takes two random seeds"
     [found] = tables.primary_contrasts(chains, [(name, best)])
     words = "a new record" if found["lead"] > 0 and found["p"] < ALPHA else "no record"
+    words = words if split == "test" else "validation text sets no record"
     against = f"{found['lead']:+.4f} ± {found['half']:.4f} saved against {best} ({others[best]:.4f})"
     return f"{line}\n{against}, p = {found['p']:.4f}: {words}"
 
@@ -118,12 +134,12 @@ def main():
     check(name, planned_flops(chains[0], entry), most)
     found = []
     for chain in chains:
-        model = add(chain, name, entry)
+        model = add(chain, name, entry, config.split)
         chain.run()
         behind = {run: cost for run, cost in read_run(model)["history"].items() if run != chain.seed_folder}
         check(name, total_cost(behind)["flops"], most)  # what the logs say, whatever the flags made of the plan
-        found.append(read_json(chain.config.path("report/results.json"), "run again")["rows"])
-    print(verdict(name, found))
+        found.append(read_json(chain.config.path(f"{report_of(config.split)}/results.json"), "run again")["rows"])
+    print(verdict(name, found, config.split))
 
 
 if __name__ == "__main__":

@@ -339,11 +339,15 @@ class Chain:
         flags = (*shlex.split(given), f"--max_steps={steps}", "--freeze=none", *flags)
         return self.train(folder, "train.py", "expert", self.seed_folder, self.budget.mixture, *flags)
 
-    def upcycle(self, steps, *flags, folder=None):
-        """Copies of the seed model as the experts (Komatsuzaki et al. 2022), with the data that BTX reads."""
-        copies = [self.seed_folder] * (len(self.branched) + 1)
-        flags_of_copies = f"--num_experts_per_tok={self.budget.experts_per_token}"
-        upcycled = self.mix(copies, flags_of_copies, folder=self.config.path("compare/upcycled"), stage="")
+    def copies(self, *flags, folder):
+        """The seed model as each of the experts."""
+        return self.mix([self.seed_folder] * (len(self.branched) + 1), *flags, folder=folder, stage="")
+
+    def upcycle(self, steps, *flags, folder=None, copies=None):
+        """Copies of the seed model as the experts (Komatsuzaki et al. 2022), with the data that BTX reads. copies: a
+        mixture of them with other settings than the usual ones."""
+        experts_per_token = f"--num_experts_per_tok={self.budget.experts_per_token}"
+        upcycled = copies or self.copies(experts_per_token, folder=self.config.path("compare/upcycled"))
         folder = folder or self.config.path("compare/upcycle-cm")
         splice = self.budget.splice_of(self.budget.upcycling, steps)
         given = f"{self.config.finetune_flags} --splice={splice} {self.config.upcycle_flags}"

@@ -303,7 +303,16 @@ def test_an_entry_runs_as_it_says_and_the_next_meets_it(chain_configs, in_this_p
     assert first.splitlines()[-1] == "no other entry has these random seeds"
     last = must(board(chain_configs, tmp_path / "out", tmp_path / "dense.py")).out.splitlines()[-1]
     assert re.fullmatch(r"short has \d\.\d{4}; a test takes two random seeds", last)
+    (tmp_path / "copies.py").write_text(
+        "method = 'upcycle'\nmix_flags = '--drop=0.25'\nfinetune_flags = '--max_steps=3'\n"
+    )
+    last = must(board(chain_configs, tmp_path / "out", tmp_path / "copies.py", "--split=val")).out.splitlines()[-1]
+    assert last == "no other entry has these random seeds"  # on validation text
     folder = tmp_path / "out" / "seed3"
+    assert read_json(folder / "report-val" / "results.json")["config"]["split"] == "val"
+    copies = [read_json(folder / name / "run.json")["recipe"] for name in ("parts/copies/mixed", "entries/copies")]
+    assert [recipe["config"].get("drop") for recipe in copies] == [0.25, None]
+    assert copies[0]["config"]["experts"].split(",") == [str(folder / "seed")] * 3
     recipes = {}
     for name in ("parts/short/expert-math", "parts/short/mixed", "entries/short", "entries/dense"):
         recipes[name] = read_json(folder / name / "run.json")["recipe"]["config"]
@@ -341,7 +350,12 @@ def test_what_is_fixed_is_not_for_an_entry(flags):
         leaderboard.Entry(train_flags=flags)
 
 
-@pytest.mark.parametrize("name", ["ours", "paper", "dense"])
+def test_upcycling_has_no_branches():
+    with pytest.raises(UserError, match="trains no branches; use finetune_flags"):
+        leaderboard.Entry(method="upcycle", train_flags="--max_steps=4")
+
+
+@pytest.mark.parametrize("name", ["ours", "paper", "dense", "upcycle"])
 def test_the_first_entries_spend_the_budget(name, monkeypatch):
     """All of it but for a thousandth: of the lesson's 512 tokens and three domains."""
     domains = ("code", "math", "wiki")
@@ -377,6 +391,7 @@ def test_a_record_takes_a_paired_test():
     saved, p, words = re.fullmatch(r"(\S+) ± \S+ saved against old \(1\.0000\), p = (\S+): (.*)", test).groups()
     assert float(saved) == pytest.approx(0.2) and float(p) == pytest.approx(0.0742, abs=0.004) and words == "no record"
     assert leaderboard.verdict("new", chains([0.2, 0.2, 0.21])).endswith(": a new record")
+    assert leaderboard.verdict("new", chains([0.2, 0.2, 0.21]), "val").endswith(": validation text sets no record")
     assert leaderboard.verdict("new", chains([-0.2, -0.2, -0.21])).endswith(": no record")
 
 
