@@ -278,8 +278,8 @@ def comparison_table(rows):
 
 def named_table(rows, shown, metrics, counts):
     """A table of some rows in plain words. shown: {row: what to call it}; metrics: of METRICS, those that rows have,
-    averages but for accuracy, which is of facts; counts: of COUNTS, those known of all of them (a published seed's FLOPs
-    are not)."""
+    averages but for accuracy, which is of facts; counts: of COUNTS, those that all rows have (a published
+    seed's FLOPs are unknown)."""
     words = {
         "bpb": "bits per byte",
         "unread": "unread text",
