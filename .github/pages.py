@@ -140,13 +140,13 @@ def build(folder):
         file = folder / file_of(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         text = markdown_of(path)
-        nav = navigation(path, tokens)
         style = f'<link rel="stylesheet" href="{os.path.relpath(STYLE.name, file_of(path).parent)}">'
+        nav = navigation(path, tokens)
         if text is not None:
             title, body, linked = render(path, text)
             file.write_text(PAGE.format(title=html.escape(title), style=style, nav=nav, body=body), encoding="utf-8")
             todo += linked
-        elif path.suffix == ".html":
+        elif path in tokens:  # it has a style of its own, which wins
             page = (ROOT / path).read_text(encoding="utf-8")
             page = page.replace("<style>", f"{style}\n<style>", 1).replace("<body>", f"<body>\n{nav}", 1)
             file.write_text(page, encoding="utf-8")
