@@ -18,6 +18,13 @@ from study.draw import plot_bpb, plot_curves
 
 RESAMPLED = """In bits per byte, with the interval that holds 95 % of the differences when the scored windows are drawn
 anew; bold where zero is outside. It knows which text was scored, not what another random seed of training would do."""
+TOPICS = {  # the sections of all rows' scores, and which of METRICS are in them: no table too wide to read
+    "Bits per byte": ("bpb", "unread"),
+    "Where domains meet": ("spliced",),
+    "Answers chosen": ("choice", "switched"),
+    "Two experts needed": ("together", "together_written"),
+    "Answers written": ("accuracy", "edit_similarity"),
+}
 
 
 @dataclasses.dataclass
@@ -26,6 +33,21 @@ class ReportConfig:
 
     report: str = key("out/cpu/report", "the folder with results.json, from eval.py")
     expected: str = key("", "a config's expected.json: says what is not as it should be, and ends with exit code 1")
+
+
+def without_note(table):
+    """A table without the line that says what its daggers mean: of all tables of a page, the first has it."""
+    return table.partition("\n\n†")[0]
+
+
+def score_sections(rows):
+    """The parts of report.md that show every score, by topic; those that rows have."""
+    text = []
+    for topic, metrics in TOPICS.items():
+        columns = [column for column in tables.columns_of(rows) if column[0] in metrics]
+        if columns:
+            text += [f"## {topic}\n", without_note(tables.score_table(rows, columns=columns)), ""]
+    return text
 
 
 def questions_in(folder):
@@ -101,19 +123,20 @@ def write_report(folder, results):
     rows = results["rows"]
     domains = list(rows[0]["bpb"])
     plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
-    text = ["# Results\n", tables.score_table(rows, tables.COUNTS)]
+    text = ["# Results\n", without_note(tables.headline_table(rows)) + tables.stale_line(rows)]
     text += [f"\nbpb: bits per byte on held-out text ({results['config']['split']}), lower is better.\n"]
+    text += ["![bits per byte](bpb.png)\n", *score_sections(rows)]
     if results["baselines"]:
         text += ["Scores of guesses, made without a model:\n", *tables.baseline_lines(results["baselines"]), ""]
-    text += ["![bits per byte](bpb.png)\n"]
     if all("bits" in row for row in rows) and any(row["name"] == "btx" for row in rows):
         text += ["## How sure\n", tables.resampled_table(rows), f"\n{RESAMPLED}\n"]
     text += ["## What was expected\n", *tables.claims(rows)]
     behind = dict.fromkeys(name for row in rows for name in row["runs"])
     folders = {name: read_run(name) for name in behind if os.path.exists(os.path.join(name, LOG))}
+    text += ["\n## What it cost\n", without_note(tables.cost_table(rows))]
     if folders:
         plot_curves(folders, domains, os.path.join(folder, "curves.png"))
-        text += ["\n## What it cost\n", tables.run_table(folders), "\n![training curves](curves.png)"]
+        text += ["\nEach run by itself:\n", tables.run_table(folders), "\n![training curves](curves.png)"]
     text += [*question_section(folder), *routing_section(folder), tables.versions_line(results, "results.json")]
     write_atomically(os.path.join(folder, "report.md"), "\n".join(text) + "\n")
 

@@ -254,7 +254,8 @@ def headline_table(rows):
         "btm-posterior-prefix": "Branch-Train-Merge",
         "btx": "**Branch-Train-MiX**",
     }
-    return named_table(rows, shown, ("bpb", "unread", "choice", "accuracy"), ("active_params",))
+    metrics = ("bpb", "unread", "spliced", "choice", "accuracy")
+    return named_table(rows, shown, metrics, ("active_params", "train_flops"))
 
 
 def comparison_table(rows):
@@ -277,7 +278,8 @@ def comparison_table(rows):
 
 def named_table(rows, shown, metrics, counts):
     """A table of some rows in plain words. shown: {row: what to call it}; metrics: of METRICS, those that rows have,
-    averages but for accuracy, which is of facts; counts: of COUNTS."""
+    averages but for accuracy, which is of facts; counts: of COUNTS, those that all rows have (a published
+    seed's FLOPs are unknown)."""
     words = {
         "bpb": "bits per byte",
         "unread": "unread text",
@@ -290,6 +292,7 @@ def named_table(rows, shown, metrics, counts):
     named = {row["name"]: row for row in rows}
     rows = [{**named[name], "name": words} for name, words in shown.items() if name in named]
     heads = {"active_params": "parameters per token", "train_flops": "training FLOPs"}
+    counts = [name for name in counts if all(row[name] for row in rows)]
 
     def cells(row):
         return [*(format_score(row, *column) for column in columns), *(short(row[name]) for name in counts)]

@@ -6,13 +6,13 @@ import json
 import math
 import os
 import re
-import subprocess
+import shutil
 
 import pytest
 
 from common.config import parse
 from mix import mix
-from study import compare, open_ends, tables
+from study import compare, open_ends, report, tables
 from study.damage import damage_table
 from study.drift import drift_table
 from study.regime import regime_table
@@ -107,9 +107,18 @@ def test_the_questions_for_two_experts_come_from_the_comparison():
     assert all(share == 0 for row in found["rows"] for share in row["together_written"].values())
 
 
-def test_the_page_of_one_run_comes_from_it():
-    rows = json.loads(read("results", "run", "results.json"))["rows"]
-    assert tables.score_table(tables.in_order(rows), tables.COUNTS) in read("results", "run", "report.md")
+def test_the_page_of_one_run_comes_from_it(tmp_path):
+    """All of it but what came from logs, which are not kept: each run's costs and their picture."""
+    shutil.copy(os.path.join(ROOT, "results", "run", "routing.json"), tmp_path)
+    found = json.loads(read("results", "run", "results.json"))
+    rows = tables.in_order(found["rows"])
+    report.write_report(tmp_path, {**found, "rows": rows})
+    page = read("results", "run", "report.md")
+    costs, logs, routers = re.split(r"(\n\nEach run by itself:\n.*?)(?=\n\n## )", page, flags=re.S)
+    assert costs + routers == (tmp_path / "report.md").read_text() and "![training curves](curves.png)" in logs
+    assert page.startswith(f"# Results\n\n{tables.headline_table(rows)}\n")
+    assert sorted(sum(report.TOPICS.values(), ())) == sorted(tables.METRICS)  # no score is left out
+    assert max(line.count(" | ") for line in page.splitlines() if line.startswith("|")) <= 8
 
 
 def test_the_settings_that_were_tried_come_from_the_sweep():
@@ -255,9 +264,3 @@ def test_links_lead_to_files_and_headings(page):
         target = os.path.normpath(os.path.join(os.path.dirname(page), name)) if name else page
         assert os.path.exists(os.path.join(ROOT, target)), link
         assert not anchor or anchor in anchors(read(target)), link
-
-
-def test_the_site_has_all_that_its_first_page_names(tmp_path):
-    subprocess.run(["bash", os.path.join(ROOT, ".github", "site.sh"), tmp_path], check=True)
-    named = re.findall(r'(?:href|src)="([^"]+)"', (tmp_path / "index.html").read_text())
-    assert {"index.html", *named} == set(os.listdir(tmp_path)) and len(named) == 4

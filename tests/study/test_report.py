@@ -39,11 +39,12 @@ def test_the_screen_ends_with_the_headline(results, report):
     folder, done = report()
     must(done)
     header, _, *rows = [line.strip("| ").split(" | ") for line in table_lines(done.out)]
-    assert header[:2] == ["bits per byte", "choices right"] and header[-1] == "parameters per token"
-    assert len(header) <= 4 and len(rows) == 2
+    scores = ["bits per byte", "where domains meet", "choices right"]
+    assert header == [*scores, "parameters per token", "training FLOPs"] and len(rows) == 2
     for row, name, scores in zip(results["rows"], ("seed model", "**Branch-Train-MiX**"), rows, strict=True):
-        assert scores[:3] == [name, f"{row['bpb']['avg']:.3f}", f"{row['choice']['avg']:.1%}"]
-        assert scores[-1] == tables.short(row["active_params"])
+        bits, spliced, choice = row["bpb"]["avg"], row["spliced"]["avg"], row["choice"]["avg"]
+        assert scores[:4] == [name, f"{bits:.3f}", f"{spliced:.3f}", f"{choice:.1%}"]
+        assert scores[4:] == [tables.short(row["active_params"]), tables.short(row["train_flops"])]
     assert done.out.strip().splitlines()[-1] == f"{folder}/report.md has every row, the costs and the pictures"
     assert "†" not in done.out and "†" not in read(f"{folder}/report.md").decode()
 
