@@ -7,15 +7,19 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from common.config import parse
+from data.prepare import DataConfig
 from mix import mix
-from study import compare, open_ends, report, tables
+from model import on_meta
+from study import bench, compare, open_ends, report, tables
 from study.damage import damage_table
 from study.drift import drift_table
 from study.regime import regime_table
+from train import TrainConfig, build_model
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -74,24 +78,69 @@ def test_the_contrasts_are_those_decided_before_the_run():
         assert [(one["ours"], one["theirs"]) for one in primary] == config.primary
 
 
-def test_readmes_comparison_and_what_it_says_of_it():
+SAID = [
+    ("ahead of the seed model by {} bits per byte", "btx", "seed"),
+    ("runs all four models for each token, by {}.", "btm-share-cm", "btx"),
+    ("the nearest expert alone is ahead by {},", "btm-top1-cm", "btx"),
+    ("As printed it is behind dense training by {}.", "dense-cm", "btx-paper"),
+    ("on the built-in domains, {} bits per byte in all", "btx", "btx-paper"),
+]
+
+
+def readmes_numbers():
+    """{what README's prose says: the numbers in it, from the results}"""
     found = json.loads(read("results", "cpu", "compare.json"))
-    text = read("README.md")
-    assert tables.comparison_table(found["rows"]) in text
-    words = " ".join(text.split())
-    for said, ours, theirs in [
-        ("ahead of the seed model by {} bits per byte", "btx", "seed"),
-        ("runs all four models for each token, by {}.", "btm-share-cm", "btx"),
-        ("the nearest expert alone is ahead by {},", "btm-top1-cm", "btx"),
-        ("As printed it is behind dense training by {},", "dense-cm", "btx-paper"),
-        ("on the built-in domains, {} bits per byte in all", "btx", "btx-paper"),
-    ]:
+    said = {}
+    for words, ours, theirs in SAID:
         ahead, half = tables.difference(found["chains"], theirs, "bpb", "avg", ours)
-        assert said.format(f"{ahead:.3f} ± {half:.3f}") in words
-    for rival in ("dense-cm", "upcycle-cm"):
+        said[words] = f"{ahead:.3f} ± {half:.3f}"
+    rows = {row["name"]: row for row in found["rows"]}
+    active = rows["btx"]["active_params"] / rows["seed"]["active_params"]
+    said["at {} times its parameters per token"] = f"{active:.1f}"
+    row = json.loads(read("results", "bench", "bench.json"))["rows"][0]
+    times = row["times"]["train"]
+    assert row["width"] == 64
+    mixtral = (bench.ratio(times, "mixture", f"HF Mixtral, {way}") for way in ("eager", "grouped_mm"))
+    said["({} times its speed dense,"] = f"{bench.ratio(times, 'dense', 'HF Llama'):.2f}"
+    said["{} as a mixture)"] = f"{min(mixtral):.2f}"
+    said["at {} of nanoGPT"] = f"{bench.ratio(times, 'dense', 'nanoGPT'):.2f}"
+    assert round(bench.ratio(times, "mixture", "nanoMoE")) == 8  # "eight times as fast"
+    config, text = (os.path.join(ROOT, "config", "gpu", name) for name in ("seed.py", "data.py"))
+    vocabulary = parse(DataConfig, [text]).vocab_size
+    corpus = SimpleNamespace(encoding=SimpleNamespace(n_vocab=vocabulary, eot_token=0))
+    with on_meta():
+        weights = build_model(parse(TrainConfig, [config]), corpus).parameters()
+    said["`bash run.sh gpu` is {} M parameters"] = f"{sum(weight.numel() for weight in weights) / 1e6:.1f}"
+    return said
+
+
+def test_every_number_in_readmes_prose_comes_from_the_results():
+    words = " ".join(re.sub(r"^\|.*$", "", prose(read("README.md")), flags=re.M).split())
+    numbers = readmes_numbers()
+    for said, number in numbers.items():
+        assert said.format(number) in words
+    known = {part for number in numbers.values() for part in number.split(" ± ")} | {"3.10"}  # of Python
+    plain = re.sub(r"\]\(.*?\)|`.*?`", "", words)
+    assert set(re.findall(r"\d+\.\d+", plain)) == known
+
+
+def test_what_readme_says_of_the_results_in_words():
+    found = json.loads(read("results", "cpu", "compare.json"))
+    assert tables.comparison_table(found["rows"]) in read("README.md") and len(found["chains"]) == 5
+    for rival in ("dense-cm", "upcycle-cm"):  # "level ..., a little ahead of both where domains meet"
         ahead, half = tables.difference(found["chains"], rival, "spliced", "avg")
         assert ahead > half
         assert next(one for one in found["primary"] if one["theirs"] == rival)["holm"] > 0.05
+    text = json.loads(read("results", "text", "compare.json"))
+    assert len(text["chains"]) == 3 and all(one["holm"] > 0.05 for one in text["primary"])  # "do not settle that"
+    behind = [tables.difference(text["chains"], "dense-cm", "bpb", "avg", ours)[0] for ours in ("btx", "btx-paper")]
+    assert behind[0] < behind[1] < 0  # "both forms trail it", "the printed recipe did better"
+    rows = {row["name"]: row for row in json.loads(read("results", "smollm", "results.json"))["rows"]}
+    seed, dense, btx = (rows[name]["unread"]["avg"] for name in ("seed", "dense-cm", "btx"))
+    assert btx - seed < (dense - seed) / 4  # "keeps most of what dense training forgets"
+    groups = json.loads(read("results", "smollm", "damage.json"))["groups"]
+    own, mixed = (groups[name]["averaged"]["avg"] for name in ("nothing", "all but feed-forward (mixing)"))
+    assert 0 < mixed - own < 0.03 * (rows["seed"]["bpb"]["avg"] - own)  # "averaging costs next to nothing"
 
 
 def test_the_questions_for_two_experts_come_from_the_comparison():

@@ -1,6 +1,7 @@
-"""BTX as printed: branches train all tensors, routers start at random, 15 % of the tokens are the finetuning's."""
+"""BTX as printed: branches train all tensors, routers start at random, 15 % of the tokens are the finetuning's. Its rates
+are the best of six on random seed 100."""
 
 method = "btx"
-train_flags = "--freeze=none --max_steps=633"
+train_flags = "--freeze=none --max_steps=633 --learning_rate=1.2e-2"
 mix_flags = "--router_init=normal"
-finetune_flags = "--max_steps=335"
+finetune_flags = "--max_steps=335 --learning_rate=6e-3"
