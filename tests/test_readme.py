@@ -56,7 +56,12 @@ def test_the_comparison_comes_from_its_chains(text, seeds):
     assert tables.score_table(rows, ("active_params",)) in page and tables.cost_table(rows) in page
     assert tables.verdict_table(rows, chains) in page and tables.comparison_table(rows) in page
     if text == "cpu":
-        assert tables.comparison_table(rows) in results
+        table = tables.comparison_table(rows)
+        assert part(table, *(column for column in cells_of(table)[0] if column != "training FLOPs")) in results
+        spent = {line[0]: float(line[-1]) for line in cells_of(table)[2:]}  # said in words
+        assert f"{spent.pop('seed model'):.1e}".replace("+", "") in results
+        more = [name for name, flops in spent.items() if f"{flops:.1e}" != "2.7e+13"]
+        assert "2.7e13" in results and more == ["sparse upcycling, 1.5 times the FLOPs"]
         ahead = [tables.difference(chains, rival, "spliced", "avg") for rival in ("dense-cm", "upcycle-cm")]
         dense, upcycling = (f"{lead:.3f} ± {half:.3f}" for lead, half in ahead)
         said = f"ahead of dense training by {dense} bits per byte, and of upcycling by {upcycling}"
@@ -235,10 +240,17 @@ def test_the_study_comes_from_its_points():
 
 @pytest.mark.parametrize("path", sorted(glob.glob("results/*/open_ends.json", root_dir=ROOT)))
 def test_the_open_ends_come_from_their_chains(path):
+    """The page shows a table of each, with some of its rows and columns."""
     found = json.loads(read(path))
+    page = read("docs", "open_ends.md")
+    shown = [cells_of(table.rstrip()) for table in re.findall(r"^(?:\|.*\n)+", page, re.M)]
     for one in found.values():
         assert open_ends.summary(one["chains"], one["base"]) == one["rows"] and len(one["chains"]) == 3
-        assert open_ends.table(one["rows"]) in read("docs", "open_ends.md")
+        table = open_ends.table(one["rows"])
+        assert table in read(path.replace(".json", ".md"))
+        [(columns, _, *lines)] = [lines for lines in shown if any(line[0] == one["base"] for line in lines)]
+        names = [line[0] for line in lines]
+        assert len(names) >= 3 and part(table, *columns, rows=names) in page
 
 
 def test_what_the_open_ends_say_in_words():
