@@ -325,3 +325,10 @@ def test_links_lead_to_files_and_headings(page):
         target = os.path.normpath(os.path.join(os.path.dirname(page), name)) if name else page
         assert os.path.exists(os.path.join(ROOT, target)), link
         assert not anchor or anchor in anchors(read(target)), link
+
+
+def test_the_logs_index_has_every_section_with_a_negative_result():
+    index, *sections = re.split(r"^## ", read("LOG.md").split("## What did not work\n")[1], flags=re.M)
+    for section in sections:
+        [anchor] = anchors(f"# {section.splitlines()[0]}")
+        assert ("negative" in section.lower()) <= (f"](#{anchor})" in index), anchor
