@@ -179,7 +179,7 @@ def test_another_tokenizer(seed, other_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [("", "nothing to mix"), ("{seed}", "there are only 1 experts"), ("{seed},{mixed}", "is a mixture already")],
+    [("", "nothing to mix"), ("{seed}", "there are only 1 experts"), ("{seed},{mixed}", "is already a mixture")],
 )
 def test_nothing_fit_to_mix(names, words, seed, mixed, tmp_path):
     names = names.format(seed=seed, mixed=mixed)
@@ -256,12 +256,12 @@ def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
     for command, words in (
         ([*train, "--num_attention_heads=5"], "hidden_size must be"),
         ([*train, "--num_key_value_heads=3"], "multiple of num_key_value_heads"),
-        ([*train, "--batch_size=6"], "--batch_size=6 is no multiple of --micro_batch_size=4"),
+        ([*train, "--batch_size=6"], "--batch_size=6 is not a multiple of --micro_batch_size=4"),
         (finetune, "--init_from is empty"),
         ([*finetune, f"--init_from={seed}"], "is a dense model"),
         ([*finetune, f"--init_from={mixed}", "--num_experts_per_tok=4"], "between 1 and the model's 3"),
-        ([*finetune, f"--init_from={mixed}", "--freeze=tail"], "freeze must be one of"),
-        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "this model has no head of its own"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=tail"], "is not a part of a model; choose from"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "this model has no separate head"),
         ([*train, "--freeze=embeddings,attention,norms,experts"], "leaves nothing to train"),
     ):
         assert words in error_line(run(*command))
@@ -283,7 +283,7 @@ def test_sampling(seed, mixed):
         assert first.startswith("Question: Tom") and first == must(run("sample.py", f"--model={folder}", *flags)).out
         assert first != must(run("sample.py", f"--model={folder}", *flags, "--seed=2", "--temperature=2.0")).out
     assert "--prompt is empty" in error_line(run("sample.py", f"--model={seed}", "--prompt="))
-    assert "the model takes 128" in error_line(run("sample.py", f"--model={seed}", f"--prompt={'x ' * 200}"))
+    assert "the model takes only 128" in error_line(run("sample.py", f"--model={seed}", f"--prompt={'x ' * 200}"))
 
 
 # ---- weights and shapes that nobody should compute with ----

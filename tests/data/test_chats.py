@@ -370,7 +370,7 @@ def test_a_long_conversation_loses_its_oldest_turns(seed, talk, capsys):
     assert len(prompts) == 9 and prompts[8][: len(parts[0])] != parts[0]
     captured = capsys.readouterr()
     assert captured.out == "So\n" * 9 and captured.err.count("the oldest turns are forgotten") == 1
-    with pytest.raises(UserError, match=r"this message makes .* the model takes 120; shorten it"):
+    with pytest.raises(UserError, match=r"this message has .* there is room for 120; shorten it"):
         talk(seed, ["x y " * 100])
 
 
