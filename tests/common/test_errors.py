@@ -84,17 +84,17 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is none that model.py reads: llama, "),
+        ({"model_type": "gpt2"}, "model.py does not read model_type 'gpt2'; it reads llama, "),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "needs a positive factor, it is -2"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "needs a positive low_freq_factor, it is None"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "needs a positive factor, not -2"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "needs a positive low_freq_factor, not None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"attention_bias": True}, "attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias true"),
         ({"sliding_window": 16}, "sliding_window 16"),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
         ({"quantization_config": {"quant_method": "gptq"}}, 'quantization_config {"quant_method": "gptq"}'),
-        ({"head_dim": "wide"}, "head_dim must be a whole number of at least 1, it is 'wide'"),
+        ({"head_dim": "wide"}, "head_dim must be a whole number of at least 1, not 'wide'"),
         ({"head_dim": 16}, "has shape"),
         ({"intermediate_size": 56}, "has shape"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2."),
@@ -205,7 +205,7 @@ def cut(path):
 BROKEN_DATA = {  # the file: (what happens to it, what is said)
     "train.bin": (cut, "train.bin has"),
     "val.bin": (cut, "copy the folder again"),
-    "meta.json": (lambda path: path.write_text("{}"), "meta.json is no meta.json of this project"),
+    "meta.json": (lambda path: path.write_text("{}"), "meta.json is not a meta.json of this project"),
 }
 
 
@@ -302,7 +302,7 @@ def test_poisoned_weights_are_named(value, foreign, data, tmp_path):
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = value
     save_file(tensors, foreign / "model.safetensors")
     for done in all_readers(foreign, data, tmp_path):
-        assert "model.layers.1.self_attn.q_proj.weight holds NaN or infinity" in error_line(done)
+        assert "model.layers.1.self_attn.q_proj.weight contains NaN or infinity" in error_line(done)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.float64])
@@ -348,7 +348,7 @@ def test_a_model_whose_vocabulary_is_not_the_datas(data, tmp_path):
     flags = f"--data_dir={data}", "--sequence_length=32", f"--out_dir={tmp_path}/out"
     assert "64 entries" in error_line(run("eval.py", f"--model={tmp_path}/small", *flags))
     message = error_line(run("train.py", *SHORT, f"--init_from={tmp_path}/small", *flags))
-    assert "token 319, the model has 64 entries" in message
+    assert "token 319, but the model has 64 entries" in message
 
 
 # ---- keys have ranges, files have encodings ----
@@ -415,7 +415,7 @@ def test_keys_have_ranges(script, data, mixed, seed, tmp_path):
         (b"max_steps = " + 5000 * b"(" + 5000 * b")" + b"\n", "config.py"),
         (b"max_steps = " + 3000 * b"-" + b"1\n", "config.py"),
         (b"max_steps = 9" + 4999 * b"9" + b"\n", "config.py"),
-        (b"out_dir = 'a\\x1b[31mb'\n", "holds a control character"),
+        (b"out_dir = 'a\\x1b[31mb'\n", "contains a control character"),
     ],
 )
 def test_config_files_of_every_kind(text, words, tmp_path):
@@ -429,7 +429,7 @@ def test_a_byte_order_mark_is_no_matter(flags, tmp_path):
 
 
 def test_names_cannot_reach_the_terminal(seed, tmp_path):
-    assert "holds a control character" in error_line(run("sample.py", "--model=\x1b[31mred"))
+    assert "contains a control character" in error_line(run("sample.py", "--model=\x1b[31mred"))
     assert "\x1b" not in error_line(run("sample.py", "--modell\x1b[31m=x"))
 
 

@@ -265,7 +265,7 @@ def test_what_is_wrong_is_one_line(chats, seed, btx, tmp_path):
     folder = shutil.copytree(chats, tmp_path / "data")
     (folder / "math-chat" / "train.answers.bin").write_bytes(b"1")
     flags = *SHORT, "--loss_on=answers", f"--data_dir={folder}", f"--init_from={seed}", f"--out_dir={tmp_path}/other"
-    assert "train.answers.bin is missing or has another size" in error_line(
+    assert "train.answers.bin is missing or does not match train.bin in size" in error_line(
         run("train.py", *flags, "--domain=math-chat")
     )
 
