@@ -137,7 +137,7 @@ class Corpus:
             highest = max(int(self.tokens(domain, split, 0).max()) for split in SPLITS)
             if highest >= vocab_size:
                 text = f"{domain} in {self.folder} holds token {highest}"
-                raise UserError(f"{text}, but {name} has {vocab_size} entries; prepare the text with the model's tokenizer")
+                raise UserError(f"{text}, but {name} has {vocab_size} entries; prepare it with the model's tokenizer")
 
     def tokens(self, domain, split, length):
         """The token ids of a domain's split as a memory map. UserError unless they fill a window of `length`."""
