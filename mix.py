@@ -10,7 +10,7 @@ Every tensor of the result is one of three things (`mix` below):
 
 The paper's variants, and some special cases:
 
-    --experts=SEED,SEED,SEED,SEED   mixes copies of one model: sparse upcycling (Komatsuzaki et al. 2022)
+    --experts=SEED,SEED,SEED,SEED   copies of one model: sparse upcycling (Komatsuzaki et al. 2022)
     --drop=0.5      on top of that, redraws half of each copy's hidden units: Drop-Upcycling (Nakamura et al. 2025)
     --method=soup   averages everything: a dense model
     --keep=embeddings   takes the embeddings of the last expert, the seed, and averages the rest (docs/mixing.md)

@@ -1,3 +1,3 @@
-"""Our recipe, as config/lesson has it: branches train their feed-forwards alone, routers start from contrasts."""
+"""Our recipe, from config/lesson: branches train only their feed-forwards, routers start from contrasts."""
 
 method = "btx"

@@ -1,4 +1,4 @@
-"""BTX as printed: branches train all tensors, routers start at random, 15 % of the tokens are the finetuning's."""
+"""BTX as printed: branches train all tensors, routers start at random, finetuning reads 15 % of the tokens."""
 
 method = "btx"
 train_flags = "--freeze=none --max_steps=633"
