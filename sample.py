@@ -45,7 +45,7 @@ class SampleConfig:
 class ChatConfig(SampleConfig):
     """Continue a prompt with a checkpoint, dense or mixed, or chat with it."""
 
-    chat: bool = key(False, "chat: answer each line of standard input, instead of continuing --prompt")
+    chat: bool = key(False, "answer each line of standard input, as a conversation, instead of continuing --prompt")
 
 
 def end_tokens(encoding, *settings):
