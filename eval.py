@@ -1,9 +1,9 @@
-"""Evaluate checkpoints: bits per byte on fixed windows, answers to held-out problems, where the router sends tokens.
+"""Evaluate checkpoints: bits per byte on fixed windows, answers to held-out problems, where routers send tokens.
 
     python eval.py config/cpu/eval.py --model=out/cpu/btx,out/cpu/seed
 
 Each model becomes a row of out_dir/results.json. Every model sees the same windows and the same problems.
-(`python -m study.btm` adds the rows of Branch-Train-Merge, the experts as an ensemble.)
+(`python -m study.btm` adds the rows of Branch-Train-Merge, which uses the experts as an ensemble.)
 """
 
 import dataclasses
@@ -28,43 +28,43 @@ from model import ModelConfig, Transformer, generate
 from sample import end_tokens, unknown_ids
 from train import validation_scores
 
-GENERATED_ROWS = 64  # problems answered together, of nearly the same length: a batch lasts as long as its longest
-PASSAGE_TOKENS = 64  # of other text before a question, or a quarter of what a model takes where that is less
-LINE_TOKENS = 48  # enough for a line to complete, and most of a context of 256 is left for what precedes it
+GENERATED_ROWS = 64  # problems answered together, of similar length: a batch takes as long as its longest
+PASSAGE_TOKENS = 64  # of other text before a question, or a quarter of the model's context if that is less
+LINE_TOKENS = 48  # enough to complete a line, and leaves most of a context of 256 for the lines before it
 SETTINGS = ("data_dir", "split", "sequence_length", "eval_windows", "task_problems", "max_new_tokens", "dtype")
 SETTINGS += ("spliced_windows", "unread")
 
 
 @dataclasses.dataclass
 class ReadingConfig:
-    """Which held-out text to read with a model, and how: the keys of all that scores or looks on."""
+    """Which held-out text a model reads, and how: the keys shared by all scripts that score or inspect models."""
 
     data_dir: str = key("out/cpu/data", "the folder that data/prepare.py wrote")
     domains: str = key("all", "the domains to read, separated by commas")
-    split: str = key("test", "held-out text and problems to read: val for searching, test for reporting", HELD_OUT)
+    split: str = key("test", "held-out text and problems to use: val for tuning, test for reporting", HELD_OUT)
     sequence_length: int = key(256, "tokens per window", within="[1, inf)")
     eval_windows: int = key(128, "windows per domain", within="[1, inf)")
-    device: str = key("auto", "where to compute; auto is cuda or mps where there is one", DEVICES)
+    device: str = key("auto", "where to compute; auto picks cuda or mps if available", DEVICES)
     dtype: str = key("float32", "precision of activations", ("float32", "bfloat16"))
-    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
+    threads: int = key(0, "CPU threads; 0 lets torch choose", within="[0, 1024]")
 
 
 @dataclasses.dataclass
 class EvalConfig(ReadingConfig):
     """Evaluate one or several checkpoints."""
 
-    model: str = key("", "checkpoints, FOLDER or hf:OWNER/NAME or ROW=FOLDER, separated by commas; a row each")
-    unread: str = key("", "those of the domains that nothing was trained on: scored apart from the average")
-    spliced_windows: int = key(512, "windows that change domain in the middle, in all; 0 is none", within="[0, inf)")
-    num_experts_per_tok: int = key(0, "experts per token of mixtures; 0 is what each says", within="[0, inf)")
-    out_dir: str = key("out/cpu/report", "where results.json goes; rows already there are kept")
+    model: str = key("", "checkpoints as FOLDER, hf:OWNER/NAME or ROW=FOLDER, separated by commas; one row each")
+    unread: str = key("", "the domains that no model was trained on; they do not count in the average")
+    spliced_windows: int = key(512, "windows that switch domain in the middle, in total; 0 for none", within="[0, inf)")
+    num_experts_per_tok: int = key(0, "experts per token of mixtures; 0 follows each checkpoint", within="[0, inf)")
+    out_dir: str = key("out/cpu/report", "where results.json goes; rows already in it are kept")
     task_problems: int = key(200, "held-out problems per task, answered by greedy decoding", within="[1, inf)")
     max_new_tokens: int = key(128, "the longest answer, in tokens", within="[1, inf)")
-    overwrite: bool = key(False, "discard the results.json that is there, and score everything anew")
+    overwrite: bool = key(False, "discard an existing results.json, and score everything again")
 
 
 def averaged(scores):
-    """{name: score} with their mean as "avg"; nothing for nothing."""
+    """{name: score} plus their mean as "avg"; {} stays {}."""
     return {**scores, "avg": sum(scores.values()) / len(scores)} if scores else {}
 
 
@@ -72,15 +72,15 @@ def read_domains(corpus, config):
     """The domains that models were trained on, a list."""
     unread = split_list(config.unread)
     if unknown := set(unread) - set(corpus.domains):
-        raise UserError(f"--unread={config.unread}: {min(unknown)!r} is not among the domains; name it there, too")
+        raise UserError(f"--unread={config.unread}: {min(unknown)!r} is not among the domains; name it there too")
     read = [domain for domain in corpus.domains if domain not in unread]
     if not read:
-        raise UserError(f"--unread={config.unread} leaves no domain that anything was trained on; leave one out")
+        raise UserError(f"--unread={config.unread} names all domains; leave out one that models were trained on")
     return read
 
 
 def answer_marks(model, corpus, config):
-    """{metric: {domain: [the mark of each held-out problem, 0 to 1]}} for greedy answers; see data/task.py."""
+    """{metric: {domain: [the mark of each held-out problem, from 0 to 1]}} for greedy answers; see data/task.py."""
     marks = {metric: {} for metric in METRICS}
     for domain, meta in corpus.metas.items():
         task = meta.get("task")
@@ -95,13 +95,15 @@ def answer_marks(model, corpus, config):
 
 
 def written_answers(model, encoding, problems, marker, max_new_tokens):
-    """What a model answers greedily to each of some problems; see data/task.py. A prompt too long to leave room for an
-    answer loses its beginning."""
+    """A model's greedy answer to each problem; see data/task.py. A prompt that leaves no room for an answer loses its
+    beginning."""
     line_ends = {token for token in range(encoding.n_vocab) if b"\n" in encoding.decode_single_token_bytes(token)}
     new_tokens = max_new_tokens if marker else min(LINE_TOKENS, max_new_tokens)
     room = model.max_length - new_tokens
     if room < 1:
-        raise UserError(f"--max_new_tokens={new_tokens} leaves no room to ask: the model takes {model.max_length}")
+        raise UserError(
+            f"--max_new_tokens={new_tokens} leaves no room for the question: the model takes {model.max_length} tokens"
+        )
     ends = end_tokens(encoding, model.config.eos_token_id)
     stop = ends if marker else ends | line_ends
     unknown = unknown_ids(encoding, model.config.vocab_size)
@@ -117,9 +119,10 @@ def written_answers(model, encoding, problems, marker, max_new_tokens):
 
 
 def choice_marks(model, corpus, config, after_text=False):
-    """{domain: [1 for each held-out question where the right one of four continuations is the likeliest per byte, else
-    0]}. after_text: put PASSAGE_TOKENS tokens of another domain's held-out text before each question, so that text and
-    question need two experts. The questions are the same with and without."""
+    """{domain: [1 for each held-out question whose right continuation is the likeliest of four per byte, else 0]}.
+
+    after_text: put PASSAGE_TOKENS tokens of another domain's held-out text before each question, so that text and
+    question need two experts. The questions are the same either way."""
     marks = {}
     for domain in (name for name, meta in corpus.metas.items() if "task" in meta):
         problems = corpus.problems(domain, config.split, config.task_problems)
@@ -130,8 +133,8 @@ def choice_marks(model, corpus, config, after_text=False):
 
 
 def together_marks(model, corpus, config):
-    """Marks of the questions that need two experts at once (data/two_experts.py), for pairs of built-in domains: two of
-    {"math + wiki": [1 or 0 of each question], ...}, chosen among four and written."""
+    """Marks of the questions that need two experts at once (data/two_experts.py), for pairs of built-in domains:
+    {"math + wiki": [1 or 0 for each question], ...} twice, for answers chosen from four and for written ones."""
     asked = {domain for domain, meta in corpus.metas.items() if "task" in meta}
     chosen, written = {}, {}
     for kind, problems in two_expert_questions(config.task_problems, asked).items():
@@ -143,19 +146,19 @@ def together_marks(model, corpus, config):
 
 
 def passage_length(model):
-    """How many tokens of other text stand before a question: PASSAGE_TOKENS, or a quarter of what the model takes."""
+    """How many tokens of other text to put before a question: PASSAGE_TOKENS, or a quarter of the context if less."""
     return min(PASSAGE_TOKENS, model.max_length // 4)
 
 
 @torch.no_grad()
 def choose(model, encoding, problems, before, batch_size=32):
-    """[1 for each problem whose first choice, the right one, is the likeliest per byte of its four, else 0].
+    """[1 for each problem whose first choice, the right one, is the likeliest of its four per byte, else 0].
 
-    before: token ids of the text before each. A prompt that is too long loses its beginning, as much for each of its
-    choices as the longest one and a passage of passage_length need, whether there is a passage or not.
+    before: token ids of the text before each problem. A prompt that is too long loses its beginning: for all choices
+    alike it makes room for the longest one and for a passage of passage_length tokens, even if there is no passage.
     """
     device = next(model.parameters()).device
-    rows, own = [], []  # token ids of each continuation and what stands before it; how many are its own
+    rows, own = [], []  # token ids of each continuation with everything before it; how many are its own
     for passage, problem in zip(before, problems, strict=True):
         choices = [encode_continuation(encoding, choice) for choice in problem["choices"]]
         room = model.max_length + 1 - passage_length(model) - max(map(len, choices))
@@ -170,7 +173,7 @@ def choose(model, encoding, problems, before, batch_size=32):
         ids = torch.tensor([row + [0] * (width - len(row)) for row in batch], device=device)  # (B, T + 1)
         losses = model(ids[:, :-1], ids[:, 1:]).losses  # (B, T)
         for i, row in enumerate(batch, start):
-            # the continuation's own tokens, without what stands before it and without padding
+            # the continuation's own tokens, without those before it and without padding
             nats = losses[i - start, len(row) - 1 - own[i] : len(row) - 1].sum().item()
             nats_per_byte.append(nats / sizes[i])
     questions = [nats_per_byte[i : i + CHOICES] for i in range(0, len(nats_per_byte), CHOICES)]
@@ -178,8 +181,8 @@ def choose(model, encoding, problems, before, batch_size=32):
 
 
 def passages(corpus, domain, split, length, count):
-    """`count` lists of `length` tokens of held-out text, from the other domains in turn; empty ones where there are
-    none."""
+    """`count` lists of `length` tokens of held-out text, from the other domains in turn; empty lists if there is no
+    other domain."""
     others = [name for name in corpus.domains if name != domain]
     if not length or not others:
         return [[]] * count
@@ -189,7 +192,7 @@ def passages(corpus, domain, split, length, count):
 
 
 class Entry(NamedTuple):
-    """A row to make: its name, what identifies its weights, the training behind them, and how to load the model."""
+    """A row to make: its name, an id of its weights, the history of training behind them, and a loader of the model."""
 
     name: str
     id: str
@@ -198,10 +201,10 @@ class Entry(NamedTuple):
 
 
 def checkpoint_entry(model, k=0):
-    """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER for a row of another name. k: the
-    experts per token of a mixture, 0 for as many as it says."""
+    """(the Entry of a finished checkpoint, its folder). model: FOLDER, or ROW=FOLDER to name the row. k: a mixture's
+    experts per token; 0 keeps the checkpoint's own number."""
     name, equals, folder = model.partition("=")
-    if os.path.isdir(model) or not equals:  # a path may have a =
+    if os.path.isdir(model) or not equals:  # a path may contain =
         name, folder = model.removeprefix("hf:"), model
     folder = local_folder(folder)
     identity, history = parent_of(folder)
@@ -214,7 +217,7 @@ def checkpoint_entry(model, k=0):
 def score(entry, model, windows, spliced, corpus, config):
     """One row of results.json: scores, parameters, and the cost of all training behind the weights.
 
-    windows, spliced: {name: (inputs, targets)}, those of Corpus.windows by domain and those of Corpus.spliced.
+    windows, spliced: {name: (inputs, targets)}, from Corpus.windows for each domain and from Corpus.spliced.
     """
     cost = total_cost(entry.history)
     active, total = model.num_parameters()
@@ -261,12 +264,13 @@ def read_results(path):
     rows = found.get("rows") if isinstance(found, dict) else None
     needed = {"name", "id", "bpb", "accuracy", "runs"}
     if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        raise UserError(f"{path} is no results.json of eval.py; choose another folder or move it away")
+        raise UserError(f"{path} was not written by eval.py; choose another folder or move it away")
     return found
 
 
 def results_so_far(path, corpus, config, keep):
-    """results.json as it stands, or an empty one, also unless `keep`; refused when its settings or data differ."""
+    """The existing results.json, or an empty one if there is none or not `keep`. UserError if its settings or data
+    differ."""
     tasks = {domain: meta["task"] for domain, meta in corpus.metas.items() if "task" in meta}
     fresh = {
         "rows": [],
@@ -287,25 +291,25 @@ def results_so_far(path, corpus, config, keep):
 
 
 def check_fits(entry, model, corpus, config):
-    """Raise UserError unless the model takes the windows and knows the tokens that occur."""
+    """Raise UserError unless the windows fit the model and it knows all tokens that occur in them."""
     if config.sequence_length > model.max_length:
         raise UserError(
-            f"--sequence_length={config.sequence_length} is longer than {entry.name} takes: {model.max_length}"
+            f"--sequence_length={config.sequence_length} is longer than {entry.name} takes, {model.max_length} tokens"
         )
     corpus.check_vocabulary(entry.name, model.config.vocab_size)
 
 
 def evaluate(config, corpus, entries):
-    """Bring results.json up to date with a row for each Entry, scoring only those that are not there yet. Several
-    processes may do so at once."""
+    """Bring results.json up to date with a row for each Entry, scoring only those it does not have yet. Several
+    processes may do this at once."""
     if len({entry.name for entry in entries}) < len(entries):
-        raise UserError(f"--model={config.model}: two rows would have one name; evaluate them into different --out_dir")
+        raise UserError(f"--model={config.model}: two rows would share a name; name one with ROW=FOLDER")
     device = pick_device(config.device, config.threads)
     path = os.path.join(config.out_dir, "results.json")
-    with locked(config.out_dir, wait=True):  # a place where nothing can be written is told now, not after hours
+    with locked(config.out_dir, wait=True):  # report a folder that cannot be written now, not after hours
         if not os.access(config.out_dir, os.W_OK):
             raise UserError(f"{config.out_dir} is read-only; choose another --out_dir")
-    keep = not config.overwrite  # until the first new row replaces what is there
+    keep = not config.overwrite  # False only until the first new row has replaced the old results
     rows = {row["name"]: row for row in results_so_far(path, corpus, config, keep)["rows"]}
     todo = [entry for entry in entries if rows.get(entry.name, {}).get("id") != entry.id]
     length, count = config.sequence_length, config.eval_windows
@@ -325,7 +329,7 @@ def evaluate(config, corpus, entries):
         row = rows[entry.name]
         if files := changed_files(row.get("source", {})):
             names = " and ".join(files)
-            print(f"{path}: {entry.name} was scored before {names} changed; --overwrite=True scores all rows anew")
+            print(f"{path}: {entry.name} was scored before {names} changed; --overwrite=True scores all rows again")
         scores = {f"{domain} bits per byte": value for domain, value in row["bpb"].items()}
         scores |= {f"{task} accuracy": value for task, value in row["accuracy"].items()}
         print(f"{entry.name:14s} " + "  ".join(f"{what} {value:.3f}" for what, value in scores.items()))

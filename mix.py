@@ -4,32 +4,32 @@
 
 Every tensor of the result is one of three things (`mix` below):
 
-    stacked    the feed-forward weights of expert e become expert e of the layer's MoE, untouched
-    averaged   attention, norms, embeddings and output head are the mean over all experts
+    stacked    the feed-forward weights of dense model e, which become expert e of the layer's MoE, untouched
+    averaged   attention, norms, embeddings and output head: the mean over all experts
     new        one router per layer, (E, D): the only parameters that nobody has trained
 
-Around it, the paper's variants and special cases:
+The paper's variants, and some special cases:
 
     --experts=SEED,SEED,SEED,SEED   copies of one model: sparse upcycling (Komatsuzaki et al. 2022)
-    --drop=0.5      with that, draws half of each copy's hidden units anew: Drop-Upcycling (Nakamura et al. 2025)
+    --drop=0.5      on top of that, redraws half of each copy's hidden units: Drop-Upcycling (Nakamura et al. 2025)
     --method=soup   averages everything: a dense model
     --keep=embeddings   takes the embeddings of the last expert, the seed, and averages the rest (docs/mixing.md)
     --split=C       cuts each feed-forward network into C chunks of F / C hidden units: N C small experts
-    --blend=True    cuts each into N chunks and makes expert n from chunk n of everyone: N experts of full size
+    --blend=True    cuts each into N chunks and makes expert n from chunk n of all of them: N experts of full size
 
-A feed-forward network is a sum over its hidden units, so its chunks, each with gate 1, add up to it. With --split=C
-give --num_experts_per_tok=k C to keep the active size. Gates then share 1 among C times as many terms, and their sum is
-C times too small; the paper describes no correction, --rescale=True is one.
+A feed-forward network is a sum over its hidden units, so its chunks, each with gate 1, add up to it. With --split=C,
+give --num_experts_per_tok=k C to keep the active size. The gates still sum to 1, now over C times as many terms, so the
+output is C times too small; the paper describes no correction, --rescale=True is one.
 
-Experts come and go later, for the regression behind ridge routers is kept beside the mixture (docs/open_ends.md):
+You can add and remove experts later: a mixture keeps the regression behind its ridge routers (docs/open_ends.md).
 
     python mix.py --mixture=out/cpu/btx --add=out/cpu/expert-poems --out_dir=out/cpu/btx-poems
     python mix.py --mixture=out/cpu/btx-poems --remove=expert-poems --out_dir=out/cpu/btx-again
 
-Parents need not be quite alike: --dry_run says what differs and writes nothing, --config_from=FOLDER names the parent
-that decides (docs/published.md).
+The experts' configs may differ a little: --dry_run shows where and writes nothing, --config_from=FOLDER names the
+expert whose values count (docs/published.md).
 
-Tensors are streamed from the experts' files to the new one, so memory stays at one tensor of each expert. Only
+Tensors are streamed from the experts' files to the new one, so memory holds one tensor of each expert at a time. Only
 --router_init=contrast and ridge hold a model in memory (new_routers below).
 """
 
@@ -72,44 +72,44 @@ from model import WIDTH, ModelConfig, Transformer, on_meta
 
 FROM_TEXT = ("contrast", "ridge")  # router starts that read training text
 STARTS = ("normal", "zero", *FROM_TEXT)
-MARGIN = 4.0  # how far the logit of an expert's own text stands above that of average text, with contrast
-WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 tokens is steady enough
-RIDGE_WINDOWS = 64  # a regression asks for more
+MARGIN = 4.0  # contrast: how far an expert's logit for its own text exceeds its logit for average text
+WINDOWS, LENGTH = 16, 256  # of training text per domain; a mean over 4,096 tokens is stable enough
+RIDGE_WINDOWS = 64  # a regression needs more
 RIDGE = 1e-2  # lambda, as a share of the states' mean square
 RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values commit harder and learn less
-# of config.json, what no tensor's shape depends on: --config_from chooses where parents differ
+# keys of config.json that no tensor's shape depends on: --config_from chooses where experts differ
 CHOICES = ("bos_token_id", "eos_token_id", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps")
-STRANGER = 0.5  # a cosine that no branch has come near
+STRANGER = 0.5  # a cosine of embeddings below this means unrelated models; no branch has come near it
 
 
 @dataclasses.dataclass
 class MixConfig:
     """Mix N dense checkpoints of one shape into a mixture of N experts, or average them."""
 
-    experts: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas; their order is the experts'")
+    experts: str = key("", "checkpoint folders or hf:OWNER/NAME, separated by commas, in the order of the experts")
     out_dir: str = key("out/mixed", "where the mixed checkpoint goes")
     method: str = key(
-        "btx", "btx stacks feed-forward networks and averages the rest, soup averages all", ("btx", "soup")
+        "btx", "btx stacks feed-forward networks and averages the rest; soup averages everything", ("btx", "soup")
     )
     num_experts_per_tok: int = key(2, "experts that each token is sent to", within="[1, inf)")
-    split: int = key(1, "chunks that each feed-forward network is cut into, each its own expert", within="[1, inf)")
-    rescale: bool = key(False, "with --split: multiply the chunks' output by their number")
+    split: int = key(1, "cut each feed-forward network into this many chunks, each an expert", within="[1, inf)")
+    rescale: bool = key(False, "with --split: multiply each chunk's output by the number of chunks")
     blend: bool = key(False, "make expert n from chunk n of every feed-forward network")
-    keep: str = key("none", "parts that the last expert, the seed, gives instead of an average, such as embeddings")
-    drop: float = key(0.0, "fraction of each expert's hidden units to draw anew", within="[0, 1]")
+    keep: str = key("none", "parts to take from the last expert, the seed, instead of averaging, such as embeddings")
+    drop: float = key(0.0, "fraction of each expert's hidden units to redraw at random", within="[0, 1]")
     router_init: str = key(
-        "normal", "normal, zero, or from each expert's training text: contrast, ridge (see new_routers)", STARTS
+        "normal", "how routers start; contrast and ridge read the experts' training text (see new_routers)", STARTS
     )
     router_std: float = key(0.02, "standard deviation of the new routers' weights", within="[0, inf)")
     data_dir: str = key("out/cpu/data", "where --router_init=contrast and ridge find the training text")
-    published_on: str = key("", "for these two: domains that published experts read; empty is what the others did")
+    published_on: str = key("", "for these two: the domains published experts were trained on; empty: the others' own")
     seed: int = key(1, "random seed of routers and redrawn units", within="[0, inf)")
     mixture: str = key("", "instead of --experts: a mixture made with --router_init=ridge, for --add and --remove")
-    add: str = key("", "experts to add to it: their feed-forwards; all else stays as the mixture has it")
-    remove: str = key("", "names of experts to take out of it")
-    config_from: str = key("", "the expert that decides where stop tokens, context length or added tokens differ")
-    dry_run: bool = key(False, "say what would be mixed, and write nothing")
-    overwrite: bool = key(False, "mix anew, discarding the checkpoint that --out_dir holds")
+    add: str = key("", "experts to add to it: their feed-forward networks; all else stays as it is in the mixture")
+    remove: str = key("", "names of experts to remove from it")
+    config_from: str = key("", "the expert to follow where stop tokens, context length or added tokens differ")
+    dry_run: bool = key(False, "show what would be mixed, and write nothing")
+    overwrite: bool = key(False, "mix again, discarding the checkpoint in --out_dir")
 
 
 # ---- the method ----
@@ -131,8 +131,8 @@ def mix(experts, shapes, routers, config):
 
 @torch.no_grad()
 def mean(tensors):
-    """The mean of equally shaped tensors in their own dtype, computed in float64, so precisely that the mean of N
-    copies is the copy; in pieces that fit a CPU's cache, so that large ones need little time and memory."""
+    """The mean of equally shaped tensors, in their own dtype. Computed in float64, so precisely that the mean of N
+    copies is the copy; and in pieces that fit a CPU's cache, so large tensors need little time and memory."""
     result = torch.empty(tensors[0].shape, dtype=functools.reduce(torch.promote_types, (t.dtype for t in tensors)))
     for piece, *parts in zip(*(tensor.flatten().split(2**15) for tensor in (result, *tensors)), strict=True):
         total = torch.zeros(piece.shape, dtype=torch.float64)
@@ -143,14 +143,14 @@ def mean(tensors):
 
 
 def feed_forward(name, experts, config):
-    """The matrix `name` ("model.layers.0.block_sparse_moe.experts.3.w1.weight") of the mixture: that of dense expert 3,
-    or what the variants make of it."""
+    """The matrix `name` ("model.layers.0.block_sparse_moe.experts.3.w1.weight") of the mixture: dense model 3's, or
+    what --blend, --split, --rescale and --drop make of it."""
     prefix, number, matrix, _ = name.rsplit(".", 3)
     layer, number = prefix.removesuffix(".block_sparse_moe.experts"), int(number)
     source = next(f"{layer}.mlp.{dense}.weight" for dense, ours in FEED_FORWARD.items() if ours == matrix)
     dim, n = hidden_dim(name), len(experts)
     if config.blend:
-        # chunk `number` of everyone, joined along the hidden units
+        # chunk `number` of every expert, joined along the hidden units
         return torch.cat([expert[source].chunk(n, dim)[number] for expert in experts], dim)
     expert, chunk = divmod(number, config.split)
     tensor = experts[expert][source].chunk(config.split, dim)[chunk]
@@ -160,13 +160,13 @@ def feed_forward(name, experts, config):
 
 
 def generator(seed, name):
-    """Random numbers that depend on a seed and a tensor's name alone, not on what was drawn before."""
+    """A source of random numbers that depend only on a seed and a tensor's name, not on earlier draws."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 def redraw(name, tensor, share, seed):
-    """Draw max(1, round(share * units)) of an expert's hidden units anew (Drop-Upcycling, section 3): each matrix's new
-    weights from one normal, with the mean and std of all the weights that it drops.
+    """Redraw max(1, round(share * units)) of an expert's hidden units (Drop-Upcycling, section 3): each matrix's new
+    weights come from one normal, with the mean and std of all the weights that it drops.
 
     A unit is a row of w1 and w3 and the same column of w2. name: "...experts.3.w1.weight".
     """
@@ -183,17 +183,17 @@ def redraw(name, tensor, share, seed):
 
 
 def new_routers(config, shapes, parents, experts, dense):
-    """({name: (E, D)} of the routers, which no expert has; the Regression behind them, or None).
+    """Make the routers, which no expert has: ({name: (E, D)}, the Regression behind them or None).
 
         normal    drawn from a normal distribution, as in the BTX paper
         zero      all logits are equal: every gate starts at 1 / k, and ties decide until training breaks them
         contrast  row i is what sets expert i's mean hidden state apart from the mean over all experts
-        ridge     the linear map that best tells a token's expert from its hidden state (ridge regression)
+        ridge     the linear map that best predicts a token's expert from its hidden state (ridge regression)
 
-    contrast and ridge send most of a domain's tokens to its own expert from the first step. They need the averaged
-    model in memory, which is small beside the mixture, and some of the training text. The chunks of a split expert
-    share its row. Where experts join or leave a mixture, trained rows move by as much as the regression's do: a mixture
-    that was never finetuned becomes what mixing all from scratch makes.
+    contrast and ridge send most of a domain's tokens to its own expert from the first step. They need some training
+    text, and the averaged model in memory, which is small compared with the mixture. The chunks of a split expert
+    share its row. When experts join or leave a mixture, its trained rows move by as much as the regression's do: a
+    mixture that was never finetuned becomes what mixing everything from scratch would make.
     shapes: those of the result. parents: a list of Parent. dense: the experts' ModelConfig.
     """
     shapes = {name: shape for name, shape in shapes.items() if name.endswith("block_sparse_moe.gate.weight")}
@@ -226,7 +226,7 @@ def new_routers(config, shapes, parents, experts, dense):
 
 @torch.no_grad()
 def hidden_states(model, corpus, domain, count):
-    """L tensors (S, D): what enters each layer's feed-forward sublayer in `count` windows of a domain's train text."""
+    """L tensors (S, D): the input of each layer's feed-forward sublayer on `count` windows of a domain's train text."""
     length = min(LENGTH, model.max_length)
     windows, _ = corpus.windows(domain, "train", length, count)
     states = []
@@ -239,8 +239,8 @@ def hidden_states(model, corpus, domain, count):
 
 
 def contrast_routers(averaged, experts, mixtures, corpus):
-    """L of (N, D). With m_i the averaged model's mean state on expert i's text and c_i = m_i - mean over i of m_i, row
-    i is c_i MARGIN / (mean over i of |c_i|^2): on its own text, its logit is MARGIN above that on average text."""
+    """L tensors (N, D). Let m_i be the averaged model's mean state on expert i's text, c_i = m_i - mean over i of m_i.
+    Row i is c_i MARGIN / (mean over i of |c_i|^2): its logit on its own text is MARGIN above that on average text."""
     states = {}  # (L, D) of each domain
     for domain in dict.fromkeys(domain for mixture in mixtures for domain in mixture):
         layers = hidden_states(averaged, corpus, domain, WINDOWS)
@@ -252,10 +252,10 @@ def contrast_routers(averaged, experts, mixtures, corpus):
 
 
 class Regression(NamedTuple):
-    """What ridge routers are solved from.
+    """The statistics from which ridge routers are solved.
 
-    names: the experts'. mixtures: for each of them the {domain: share} it was trained on. sums: of the hidden states X
-    of each domain, as the named expert reads it: {("code", "expert-code"): (X'X (L, D, D), the rows' sum (L, D))}.
+    names: the experts'. mixtures: for each expert, the {domain: share} it was trained on. sums: over the hidden states
+    X of each domain, as read by the named expert: {("code", "expert-code"): (X'X (L, D, D), the rows' sum (L, D))}.
     """
 
     names: list
@@ -264,11 +264,11 @@ class Regression(NamedTuple):
 
 
 def sums_of(averaged, experts, names, mixtures, corpus, known):
-    """Regression.sums; those that are `known` are not read again.
+    """Compute Regression.sums; those that are `known` are not computed again.
 
-    The closed form is DUME's (arXiv 2603.29765). Theirs reads the averaged model; here a domain's text is read with the
-    feed-forwards of its own expert in the averaged model, since those are the states of a mixture that routes right.
-    averaged: a Transformer, left with other feed-forwards. experts: a list of {name: tensor}.
+    The closed form is DUME's (arXiv 2603.29765). DUME uses the states of the averaged model; here each domain is read
+    with its own expert's feed-forwards in the averaged model, as a mixture that routes correctly would read it.
+    averaged: a Transformer, whose feed-forwards are overwritten. experts: a list of {name: tensor}.
     """
     parameters = dict(averaged.named_parameters())
     sums = {}
@@ -287,10 +287,10 @@ def sums_of(averaged, experts, names, mixtures, corpus, known):
 
 
 def ridge_routers(found):
-    """L of (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
+    """L tensors (N, D): W = (X'X + lambda I)^-1 X'Y, scaled; rows of X are states, rows of Y say whose they are.
 
-    Y's entry for expert i is the domain's share of its training, over the largest such share, less the mean over
-    experts: the seed, trained on all N domains, gets 1 / N of what a domain's own expert gets, all where that has left.
+    Y's entry for expert i is the domain's share of its training over the largest such share, centred over experts.
+    Where a domain's own expert has 1, a seed trained on all N domains has 1 / N; once that expert is gone, it has 1.
     """
     squares = 0.0
     products = 0.0
@@ -304,7 +304,7 @@ def ridge_routers(found):
 
 
 def training_of(config):
-    """For each expert of the result the {domain: share} that it was trained on."""
+    """For each expert of the result, the {domain: share} it was trained on."""
     published = Corpus(config.data_dir).mixture(config.published_on) if config.published_on else None
     kept = Regression(**read_sums(config.mixture))[:2] if config.mixture else ([], [])
     stay = [mixture for name, mixture in zip(*kept, strict=True) if name not in split_list(config.remove)]
@@ -319,27 +319,27 @@ def check_options(config):
     if bool(config.mixture) != bool(config.add or config.remove):
         raise UserError("--add and --remove change a mixture; give --mixture=DIR and one of them")
     if bool(config.mixture) == bool(config.experts):
-        raise UserError("nothing to mix; give --experts=DIR,DIR,... or --mixture=DIR, one of them")
+        raise UserError("nothing to mix; give either --experts=DIR,DIR,... or --mixture=DIR")
     kept = set() if config.keep == "none" else set(split_list(config.keep))
     if unknown := kept - set(GROUPS):
-        raise UserError(f"--keep={config.keep}: {min(unknown)!r} is no part of a model; use {', '.join(GROUPS)}")
+        raise UserError(f"--keep={config.keep}: {min(unknown)!r} is not a part of a model; use {', '.join(GROUPS)}")
     variants = {"--split": config.split > 1, "--blend": config.blend, "--drop": config.drop > 0}
     variants[f"--router_init={config.router_init}"] = config.router_init in FROM_TEXT
     chosen = [name for name, present in variants.items() if present]
     given = f"--method={config.method}", f"--router_init={config.router_init}"
     if config.mixture and (anew := [*chosen, *({*given} & {"--method=soup", "--router_init=zero"})]):
-        raise UserError(f"{anew[0]} is for mixing anew; leave it out with --mixture")
+        raise UserError(f"{anew[0]} does not go with --mixture; leave it out")
     if config.method == "soup" and chosen:
         raise UserError(f"{' and '.join(chosen)}: a soup has no experts; use --method=btx")
     if config.blend and len(chosen) > 1:
         others = " and ".join(name for name in chosen if name != "--blend")
         raise UserError(
-            f"--blend makes every expert of chunks of all the others, so it cannot go with {others}; give one of them"
+            f"--blend makes each expert from chunks of all of them, so it does not go with {others}; give one of them"
         )
 
 
 def read_parents(config, folders):
-    """A list of Parent: a checkpoint each; or the experts of a mixture but for those to remove, and those to add."""
+    """A list of Parent: the checkpoints to mix; or a mixture's experts, without those removed and with those added."""
     shapes = [ModelConfig.from_pretrained(folder) for folder in folders]
     files = [WeightFiles(folder, shape) for folder, shape in zip(folders, shapes, strict=True)]
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
@@ -349,39 +349,39 @@ def read_parents(config, folders):
         return list(map(Parent, names, folders, shapes, files))
     has, gone = read_sums(config.mixture)["names"], split_list(config.remove)
     if unknown := [name for name in gone if name not in has]:
-        raise UserError(f"--remove={unknown[0]}: {config.mixture} has {', '.join(has)}; name some of them")
+        raise UserError(f"--remove={unknown[0]}: {config.mixture} has {', '.join(has)}; name one of them")
     routing = {name: getattr(shapes[0], name) for name in MIXTURE_KEYS} | {"num_local_experts": 0}
     dense = dataclasses.replace(shapes[0], num_local_experts=0)
     parents = [Parent(n, folders[0], dense, files[0], files[0], i) for i, n in enumerate(has) if n not in gone]
     for name, folder, shape, own in list(zip(names, folders, shapes, files, strict=True))[1:]:
         if name in has and name not in gone:
-            raise UserError(f"--add={folder}: {config.mixture} has an expert {name} already; rename the folder")
+            raise UserError(f"--add={folder}: {config.mixture} already has an expert {name}; rename the folder")
         parents.append(Parent(name, folder, dataclasses.replace(shape, **routing), own, files[0]))
     return parents
 
 
 def common_shape(config, parents):
-    """(the ModelConfig that all experts take, [what was chosen where theirs differ]); UserError where nothing can be
-    chosen."""
+    """(one ModelConfig for all experts, [notes on what was chosen where theirs differ]). UserError where they cannot
+    be reconciled."""
     folders, configs = [parent.folder for parent in parents], [parent.shape for parent in parents]
     chosen, notes = 0, []
     if config.config_from:
         source = local_folder(config.config_from)
         if source not in folders:
-            raise UserError(f"--config_from={config.config_from} is none of the experts; name one of them")
+            raise UserError(f"--config_from={config.config_from} is not one of the experts; name one of them")
         chosen = folders.index(source)
     widths = [one.intermediate_size for one in configs]
     for name, values in differing(configs).items():
         if name == "intermediate_size" and config.method == "btx":
-            notes.append(f"feed-forwards of width {', '.join(map(str, widths))}: zeros fill up the narrower ones")
+            notes.append(f"feed-forwards of width {', '.join(map(str, widths))}: the narrower ones are zero-padded")
             continue
         other = next(i for i, value in enumerate(values) if value != values[0])
         differ = f"{folders[other]} has {name} {values[other]}, but {folders[0]} has {values[0]}"
         if name not in CHOICES:
-            raise UserError(f"{differ}; experts are branches of one seed")
+            raise UserError(f"{differ}; experts must be branches of one seed")
         if not config.config_from:
-            raise UserError(f"{differ}; give --config_from=FOLDER, the expert whose values count")
-        notes.append(f"{name} is {values[chosen]}, as {model_name(folders[chosen])} has it: {differ}")
+            raise UserError(f"{differ}; give --config_from=FOLDER, the expert whose values to use")
+        notes.append(f"{name} is {values[chosen]}, as in {model_name(folders[chosen])}: {differ}")
     width = max(widths)
     if config.method == "btx":
         width = math.ceil(width / WIDTH) * WIDTH
@@ -389,7 +389,7 @@ def common_shape(config, parents):
 
 
 def mixed_config(config, dense, names):
-    """The shape of the result, from that of the experts."""
+    """The shape of the result, given the experts' shape `dense`."""
     if config.method == "soup":
         return dense
     split, size = len(names) if config.blend else config.split, dense.intermediate_size
@@ -410,7 +410,7 @@ def mixed_config(config, dense, names):
 
 
 def print_counts(shapes, config):
-    """Print how much was averaged (or kept, of a mixture), stacked and newly made."""
+    """Print how many tensors were averaged (or kept, with --mixture), stacked and newly made."""
     kinds = {"kept" if config.mixture else "averaged": [], "stacked": [], "new": []}
     for name in shapes:
         kinds["new" if ".gate." in name else "stacked" if ".experts." in name else next(iter(kinds))].append(name)
@@ -421,13 +421,13 @@ def print_counts(shapes, config):
 
 
 def make_recipe(config, folders):
-    """Everything but source code that decides the result."""
+    """Everything that decides the result, except source code."""
     left_out = ("overwrite", "dry_run", *(() if config.mixture else ("mixture", "add", "remove")))
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
     recipe = {"config": settings, "parents": {folder: parent_of(folder)[0] for folder in folders}}
     for folder in folders[bool(config.mixture) :]:
         if ModelConfig.from_pretrained(folder).num_local_experts:
-            raise UserError(f"{folder} is a mixture already; mix.py takes dense checkpoints")
+            raise UserError(f"{folder} is already a mixture; mix.py takes dense checkpoints")
     if config.router_init in FROM_TEXT or config.mixture:
         domains = {domain for mixture in training_of(config) for domain in mixture}
         recipe["data"] = Corpus(config.data_dir).hashes(sorted(domains))
@@ -436,8 +436,8 @@ def make_recipe(config, folders):
 
 
 class Plan(NamedTuple):
-    """What is to be made: the ModelConfig of an expert and of the result, the Parents, their tensors, the dtype to
-    store, the cosines of `likeness`, and what the reader of a model card should know."""
+    """What to make: the ModelConfig of an expert and of the result, the Parents, their tensors, the dtype to store,
+    the cosines of `likeness`, and notes for the model card."""
 
     dense: ModelConfig
     result: ModelConfig
@@ -449,7 +449,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(config, folders):
-    """Look at all experts; UserError where they cannot be mixed."""
+    """Examine all experts; UserError if they cannot be mixed."""
     parents = read_parents(config, folders)
     if config.dry_run:
         for name, values in differing([parent.shape for parent in parents]).items():
@@ -462,7 +462,7 @@ def make_plan(config, folders):
     for parent, cosine in zip(parents, cosines, strict=True):
         if cosine < STRANGER:
             name, first = model_name(parent.folder), model_name(parents[0].folder)
-            notes.append(f"{name} is no relative of {first} (cosine of embeddings {cosine:.2f}): their mean is noise")
+            notes.append(f"{name} is unrelated to {first} (cosine of embeddings {cosine:.2f}): their mean is noise")
         if left := left_behind(parent):
             others = f"{len(left)} other tensors, such as {left[0]}"
             notes.append(f"{parent.name} brings its feed-forwards; {others}, differ and stay behind")
@@ -491,7 +491,7 @@ def main():
     check_options(config)
     lists = {name: [*map(local_folder, split_list(getattr(config, name)))] for name in ("experts", "mixture", "add")}
     folders = [folder for some in lists.values() for folder in some]
-    # a slash at the end makes no other mixture
+    # a trailing slash does not make it a different mixture
     config = dataclasses.replace(config, **{name: ",".join(some) for name, some in lists.items()})
     recipe = make_recipe(config, folders)
     if config.dry_run:
@@ -502,7 +502,7 @@ def main():
         return
     with Run(config.out_dir, recipe, config.overwrite) as run:
         if run.finished:
-            print(f"{config.out_dir} is finished, nothing to do")
+            print(f"{config.out_dir} is finished; nothing to do")
             return
         plan = make_plan(config, folders)
         shapes = expected_tensors(plan.result)

@@ -1,6 +1,6 @@
 """The transformer: a Llama-shaped dense model, or a Mixtral-shaped mixture of experts.
 
-Configuration keys and parameter names are Hugging Face's, so a checkpoint loads on either side.
+Configuration keys and parameter names are Hugging Face's, so either library loads the other's checkpoints.
 Tensor sizes in comments:
 
     B sequences   T tokens   S = B * T   D hidden_size   V vocab_size   L layers
@@ -36,16 +36,16 @@ from common.hf import (
 from common.ops import IGNORE, head_loss, token_losses
 
 BALANCES = ("gates", "tokens")
-WIDTH = 8  # experts' matrices are so many numbers wide, or a multiple of it: grouped_mm's alignment
-ANNEALING_RATE = 1e-4  # sample: how fast the temperature falls, per step
+WIDTH = 8  # the sizes of experts' matrices are multiples of this: grouped_mm's alignment
+ANNEALING_RATE = 1e-4  # of the sample router's temperature, per step
 FINAL_TEMPERATURE = 0.5
 
 
 @dataclasses.dataclass
 class ModelConfig:
-    """The shape of a model, in Hugging Face's words. `num_local_experts = 0` is a dense model.
+    """The shape of a model, under Hugging Face's names. `num_local_experts = 0` means a dense model.
 
-    ValueError for sizes that do not fit each other."""
+    Raises ValueError for sizes that do not fit together."""
 
     vocab_size: int
     hidden_size: int
@@ -57,19 +57,19 @@ class ModelConfig:
     head_dim: int | None = None  # None: hidden_size over num_attention_heads
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # of models stretched to longer texts; see SCALINGS
+    rope_scaling: dict | None = None  # for models stretched to longer texts; see SCALINGS
     qk_norm: bool = False  # norms on queries and keys, as in Qwen3
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None  # the token that ends a document
     num_local_experts: int = 0
-    # of mixtures alone; transformers knows the first two and ignores the rest, so it computes topk and soft as we do
+    # for mixtures only; transformers reads the first two and ignores the rest, so it computes topk and soft as we do
     num_experts_per_tok: int = 2
     router_aux_loss_coef: float = 0.01  # alpha of the balancing loss
     router_z_loss_coef: float = 0.0
     router: str = "topk"  # Mixtral's; see ROUTERS for the others
     balance: str = "gates"  # what the balancing loss counts: gate weights or tokens
-    expert_names: tuple = ()  # for pictures
+    expert_names: tuple = ()  # labels for pictures
 
     def __post_init__(self):
         if self.head_dim is None:
@@ -77,7 +77,7 @@ class ModelConfig:
             if rest:
                 raise ValueError("hidden_size must be a multiple of num_attention_heads")
         if self.head_dim % 2:
-            raise ValueError(f"the size of an attention head must be even, it is {self.head_dim}")
+            raise ValueError(f"the size of an attention head must be even, not {self.head_dim}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
         if self.router not in ROUTERS or self.balance not in BALANCES:
@@ -97,8 +97,8 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, folder, **changes):
-        """The shape of a checkpoint folder, ours or Hugging Face's, with some values changed. A changed router brings
-        its own number of experts per token, unless that is among the changes."""
+        """Read the shape of a checkpoint folder, ours or Hugging Face's, with some values changed. A new router brings
+        its own number of experts per token, unless `changes` sets that too."""
         found = {**read_config(folder), **changes}
         names = [field.name for field in dataclasses.fields(cls)]
         try:
@@ -113,12 +113,12 @@ class ModelConfig:
 class Output(NamedTuple):
     """What a forward pass returns.
 
-    logits: (B, T, V) in compute dtype, or None with targets, where only the loss is wanted.
-    loss: mean negative log-likelihood in nats, or None without targets.
-    losses: (B, T) negative log-likelihood of each target in fp32, or None where gradients are wanted.
-    aux_loss: the routers' losses summed over layers, times their coefficients; 0 for a dense model.
-    gates: (L, B, T, E) gate weights in fp32, zero where an expert was not used; None for a dense model.
-    stats: {name: (L,)} what the routers have to say, for the log (see MoE.forward); empty for a dense model.
+    logits: (B, T, V) in compute dtype; None with targets, when only the loss is needed.
+    loss: mean negative log-likelihood in nats; None without targets.
+    losses: (B, T) negative log-likelihood of each target in fp32; None without targets, or with gradients enabled.
+    aux_loss: the routers' losses, times their coefficients and summed over layers; 0 for a dense model.
+    gates: (L, B, T, E) gate weights in fp32, zero for unused experts; None for a dense model.
+    stats: {name: (L,)} the routers' statistics for the log (see MoE.forward); empty for a dense model.
     """
 
     logits: torch.Tensor | None
@@ -130,7 +130,7 @@ class Output(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """A linear map without bias. Weights stay in fp32 and are cast to the input's dtype where they are used."""
+    """A linear map without bias. Weights stay in fp32 and are cast to the input's dtype when used."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features, bias=False)
@@ -140,7 +140,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm (Zhang and Sennrich 2019), its weights cast as Linear's are."""
+    """Root-mean-square norm (Zhang and Sennrich 2019), with weights cast as in Linear."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -150,13 +150,13 @@ class RMSNorm(nn.RMSNorm):
 
 
 def linear(frequencies, factor):
-    """Position interpolation (Chen et al. 2023): every angle is `factor` times smaller."""
+    """Position interpolation (Chen et al. 2023): divide every angle by `factor`."""
     return frequencies / factor
 
 
 def llama3(frequencies, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
-    """Llama 3.1's: divide the low frequencies by `factor`, keep the high ones, and interpolate in between."""
-    # how often a feature turns within the length that the model was trained on
+    """Llama 3.1's scaling: divide the low frequencies by `factor`, keep the high ones, interpolate in between."""
+    # full turns within the length that the model was trained on
     turns = original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / factor
@@ -179,7 +179,7 @@ def rotary_table(config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + K/2}), Hugging Face's pairing, by its position's angle.
+    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle. The pairing is Hugging Face's.
 
     x: (B, heads, T, K); cos, sin: (T, K / 2).
     """
@@ -187,7 +187,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-# ---- a layer's two sublayers, dense ----
+# ---- the two sublayers of a dense layer ----
 
 
 class Attention(nn.Module):
@@ -207,7 +207,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, cache=None):
-        """x: (B, T, D); cos, sin: (T, K / 2); cache: the layer's LayerCache, of the tokens before these."""
+        """x: (B, T, D); cos, sin: (T, K / 2); cache: the layer's LayerCache, which holds the earlier tokens."""
         heads = *x.shape[:2], -1, self.config.head_dim
         q = self.q_proj(x).view(heads)  # (B, T, H, K)
         k = self.k_proj(x).view(heads)  # (B, T, G, K)
@@ -220,7 +220,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, G, all tokens so far, K)
-        # a single new token may look at everything before it, so it needs no mask
+        # a single new token may attend to everything before it, so it needs no mask
         grouped = self.config.num_key_value_heads < self.config.num_attention_heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1, enable_gqa=grouped)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -242,35 +242,35 @@ class MLP(nn.Module):
 # ---- routers: the choice of g in FF_MoE(x) = sum_i g_i(W x) FF_i(x)   (Branch-Train-MiX, section 3.2) ----
 #
 # Each is a function (logits W x (S, E), k, step) -> gates (S, k) and the experts they belong to (S, k).
-# step: the number of the training step as a tensor; None in evaluation, where there is no noise.
+# step: the training step as a tensor; None in evaluation, which adds no noise.
 
 
 def topk(logits, k, step):
-    """SoftMax(TopK(W x)): the k largest logits of each token and the softmax over these alone, so gates sum to 1."""
+    """SoftMax(TopK(W x)): keep each token's k largest logits and take the softmax over those alone: gates sum to 1."""
     top_logits, experts = logits.topk(k, dim=-1)  # (S, k)
     return top_logits.softmax(dim=-1), experts
 
 
 def switch(logits, k, step):
-    """Top-1 with the full softmax's value as gate, which gives the router a gradient (Fedus et al. 2022, eq. 2)."""
+    """Top-1, gated by its value in the full softmax, which gives the router a gradient (Fedus et al. 2022, eq. 2)."""
     return logits.softmax(dim=-1).max(dim=-1, keepdim=True)  # (S, 1), (S, 1)
 
 
 def temperature(step):
     """max(0.5, exp(-r t)) with r = 1e-4, as in Jang et al. 2016; the BTX paper prints max(0.5, -r t), a slip.
 
-    step: a 0-dimensional tensor, so that torch.compile does not compile anew for each number.
+    step: a 0-dimensional tensor, so that torch.compile does not recompile at every step.
     """
     return torch.exp(-ANNEALING_RATE * step).clamp(min=FINAL_TEMPERATURE)
 
 
 def sample(logits, k, step):
-    """Top-1 of a Gumbel-softmax sample (Jang et al. 2016) in training; without noise, and with gate 1, elsewhere.
+    """In training, the top-1 of a Gumbel-softmax sample (Jang et al. 2016); in evaluation, the argmax with gate 1.
 
-    In training, noise = -log(-log(uniform)) makes the largest of logits + noise a draw from SoftMax(logits). The
-    gate is the largest entry of SoftMax((logits + noise) / temperature), the other entries count as zero.
-    In evaluation the choice is hard, as the paper has it: the one-hot vector that the softmax comes near to as the
-    temperature falls, so the gate is 1, and annealing brings training closer to evaluation.
+    With noise = -log(-log(uniform)), the argmax of logits + noise is a draw from SoftMax(logits). The gate is the
+    largest entry of SoftMax((logits + noise) / temperature); the other entries count as zero.
+    In evaluation the choice is hard, as in the paper: a one-hot vector, which the softmax approaches as the
+    temperature falls. So annealing brings training closer to evaluation.
     """
     if step is None:
         return torch.ones_like(logits[:, :1]), logits.argmax(dim=-1, keepdim=True)  # (S, 1), (S, 1)
@@ -280,9 +280,9 @@ def sample(logits, k, step):
 class Router(NamedTuple):
     """A row of ROUTERS: how tokens find their experts.
 
-    choose: one of the functions above. k: how many experts it picks: a number, "all" of them, or None where
-    num_experts_per_tok says. capacity: in training an expert takes at most this many times its fair share of the
-    tokens, and drops the rest. first_layer: the router of the first layer, where that is another.
+    choose: one of the functions above. k: how many experts it picks: a number, "all", or None if num_experts_per_tok
+    decides. capacity: in training, an expert takes at most this many times its fair share of the tokens and drops
+    the rest. first_layer: the first layer's router, if it is a different one.
     """
 
     choose: Callable
@@ -291,7 +291,7 @@ class Router(NamedTuple):
     first_layer: str | None = None
 
     def experts_per_token(self, k, num_experts):
-        """Its own number, or k where it leaves the choice."""
+        """This router's own number of experts per token, or k if it leaves the choice open."""
         return {None: k, "all": num_experts}.get(self.k, self.k)
 
 
@@ -304,27 +304,27 @@ ROUTERS = {
 
 
 def within_capacity(used, factor):
-    """used: (S, E) bool, who goes where. Returns (S, E) bool: True for the first floor(factor S / E) of each expert's
-    tokens, False for later ones; what it says where `used` is False does not matter.
+    """used: (S, E) bool, which tokens go to which experts. Returns (S, E) bool: True for each expert's first
+    floor(factor S / E) tokens, False for later ones; entries where `used` is False do not matter.
 
-    S counts one forward pass, so it is a micro-batch that must keep the balance, not the whole batch.
+    S is the tokens of one forward pass, so the limit applies to each micro-batch, not to the whole batch.
     """
     return used.cumsum(dim=0) <= int(factor * len(used) / used.size(1))  # (S, E)
 
 
-# ---- losses of a router, each a number, computed in fp32 and without its coefficient ----
+# ---- a router's losses: scalars, computed in fp32, without their coefficients ----
 
 
 def load_balancing_loss(gates, probs, balance="gates"):
     """N * sum_i u_i * p_i: 1 when both are even over the N experts, and N when one expert has everything. It can fall
-    below 1 where the two disagree, so it is a push, not a measure.
+    below 1 when the two disagree, so it pushes towards balance but does not measure it.
 
         p_i = 1/S sum_x SoftMax_i(W x)                      the mean probability of expert i
         u_i = 1/S sum_x g_i(W x)                            "gates": its mean gate weight (BTX, section 3.3)
         u_i = 1/S sum_x [expert i is chosen for x] / k      "tokens": its share of choices (Switch, eqs. 4 to 6)
 
-    gates, probs: (S, E). k: how many gates of a token are above zero; count them. With "gates" the gradient flows
-    through both factors; counts have none. Where gates sum to less than 1 (switch, sample) so do the u_i.
+    gates, probs: (S, E). k: how many of a token's gates are above zero; count them. With "gates" the gradient flows
+    through both factors; counts have none. If gates sum to less than 1 (switch, sample), so do the u_i.
     """
     if balance == "tokens":
         choices = (gates > 0).sum(dim=0)  # (E,)
@@ -339,9 +339,9 @@ def router_z_loss(logits):
     return logits.logsumexp(dim=-1).square().mean()
 
 
-# ---- the mixture of experts: N feed-forward networks in the place of one ----
+# ---- the mixture of experts: N feed-forward networks in place of one ----
 
-LOOP_ON = ("mps",)  # kinds of device where experts take turns
+LOOP_ON = ("mps",)  # device types on which experts run one after another
 
 
 def grouped_mm(x, weights, ends):
@@ -375,7 +375,7 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """FF_MoE(x) = sum_i g_i(W x) FF_i(x), with one routing decision per token.
 
-    An expert may get any number of rows; only switch in training drops tokens, by choice.
+    An expert may get any number of rows; only the switch router drops tokens, by design, and only in training.
     """
 
     def __init__(self, config):
@@ -387,11 +387,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x, step=None):
-        """x: (B, T, D). step: the training step as a tensor; None elsewhere: no noise, no capacity.
+        """x: (B, T, D). step: the training step as a tensor; None otherwise: no noise, no capacity limit.
 
-        Returns y (B, T, D), gates (S, E) in fp32, zero where an expert was not used, and a dict of numbers: the
-        router's losses and, in training with a limited capacity, the share of (token, expert) pairs that were dropped.
-        The balancing loss is of the gates before anything is dropped.
+        Returns y (B, T, D), gates (S, E) in fp32, zero for unused experts, and a dict of scalars: the router's losses
+        and, in training with a limited capacity, `dropped`, the share of (token, expert) pairs that were dropped.
+        The balancing loss is computed from the gates before anything is dropped.
         """
         shape = x.shape
         x = x.flatten(0, 1)  # (S, D)
@@ -406,7 +406,7 @@ class MoE(nn.Module):
             top_gates = gates.gather(1, top_experts)
             stats["dropped"] = (top_gates == 0).to(gates.dtype).mean()
 
-        # every (token, expert) pair is a row; sort the rows by expert, so that each expert's lie side by side
+        # every (token, expert) pair is a row; sort the rows by expert, so that each expert's are contiguous
         order = top_experts.flatten().argsort(stable=True)  # (S * k,)
         ends = F.one_hot(top_experts.flatten(), logits.size(-1)).sum(dim=0).cumsum(dim=0).int()  # (E,)
         rows = self.experts(x.index_select(0, order // self.k), ends)  # (S * k, D), by expert
@@ -416,7 +416,7 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    """One transformer block. Its feed-forward sublayer is an MLP or a MoE; all the rest is the same."""
+    """One transformer block. Its feed-forward sublayer is an MLP or an MoE; everything else is the same."""
 
     def __init__(self, config):
         super().__init__()
@@ -429,7 +429,7 @@ class Layer(nn.Module):
             self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, cache=None, step=None):
-        """x: (B, T, D). Returns the new x and the router's (gates, stats), or None where there is no router."""
+        """x: (B, T, D). Returns the new x and the router's (gates, stats), or None if there is no router."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         h = self.post_attention_layernorm(x)
         if hasattr(self, "mlp"):
@@ -439,8 +439,8 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """LlamaForCausalLM or, with experts, MixtralForCausalLM; with qk_norm Qwen3's. `compute_dtype`: the activations'
-    dtype. `recompute`: keep no activations inside a layer, but compute them again in the backward pass."""
+    """LlamaForCausalLM or, with experts, MixtralForCausalLM; with qk_norm, their Qwen3 versions. `compute_dtype`: the
+    dtype of activations. `recompute`: keep no activations inside a layer; compute them again in the backward pass."""
 
     def __init__(self, config):
         super().__init__()
@@ -449,7 +449,7 @@ class Transformer(nn.Module):
         self.compute_dtype = torch.float32
         self.recompute = False
         first = config
-        other = ROUTERS[config.router].first_layer  # sample wants a soft first layer (BTX, section 3.3)
+        other = ROUTERS[config.router].first_layer  # sample needs a soft first layer (BTX, section 3.3)
         if config.num_local_experts and other:
             k = ROUTERS[other].experts_per_token(config.num_experts_per_tok, config.num_local_experts)
             first = dataclasses.replace(config, router=other, num_experts_per_tok=k)
@@ -468,15 +468,15 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def set_up(self):
-        """What no checkpoint holds: the rotary tables, and the head where it is the embedding matrix."""
+        """Make what no checkpoint stores: the rotary tables and, if it is tied to the embeddings, the head."""
         self.cos, self.sin = rotary_table(self.config)
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
     def init_weights(self):
-        """All matrices normal with std = 0.02 sqrt(768 / D): GPT-2's 0.02 at its width, and the same size of outputs at
-        any other. Those that write to the residual stream have std / sqrt(2 L); norms are 1."""
+        """Draw all matrices from a normal with std = 0.02 sqrt(768 / D): GPT-2's 0.02 at its width, and outputs of the
+        same size at any other. Those that write to the residual stream get std / sqrt(2 L); norms are 1."""
         std = 0.02 * math.sqrt(768 / self.config.hidden_size)
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -484,10 +484,10 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * len(self.model.layers)) if to_residual else std)
 
     def forward(self, ids, targets=None, cache=None, step=None):
-        """ids, targets: (B, T) integers; a target of IGNORE does not count. See Output for what comes back.
+        """ids, targets: (B, T) integers; a target of IGNORE does not count. Returns an Output.
 
-        step: in training, the number of the step, a 0-dimensional tensor; a router's noise and capacity exist only
-        then. The noise is drawn from torch's global generator. cache: from new_cache, of the tokens before these; a
+        step: the training step, a 0-dimensional tensor, or None outside training: then routers have no noise and no
+        capacity limit. Noise comes from torch's global generator. cache: from new_cache, holds the earlier tokens; the
         first call may have any number of tokens, later ones have one each.
         """
         start = cache[0].length if cache else 0
@@ -524,14 +524,14 @@ class Transformer(nn.Module):
             gates = torch.stack([gates.unflatten(0, ids.shape) for gates, _ in routed])  # (L, B, T, E)
             stats = {name: torch.stack([stats[name] for _, stats in routed]) for name in routed[0][1]}  # (L,) each
             aux_loss = self.config.router_aux_loss_coef * stats["balance_loss"].sum()
-            if self.config.router_z_loss_coef:  # else it is for the log alone, and needs no backward pass
+            if self.config.router_z_loss_coef:  # otherwise it is only logged, and needs no backward pass
                 aux_loss = aux_loss + self.config.router_z_loss_coef * stats["z_loss"].sum()
         return Output(logits, loss, losses, aux_loss, gates, stats)
 
     @classmethod
     def from_pretrained(cls, folder, **changes):
-        """A checkpoint folder, ours or Hugging Face's, as a model in fp32 on the CPU. changes: values of ModelConfig
-        to use instead of the folder's own, such as another router."""
+        """Load a checkpoint folder, ours or Hugging Face's, in fp32 on the CPU. changes: values of ModelConfig to use
+        instead of the folder's own, such as another router."""
         files = WeightFiles(folder, ModelConfig.from_pretrained(folder))
         check_memory(folder, 4 * sum(torch.Size(shape).numel() for shape in expected_tensors(files.config).values()))
         with on_meta():  # weights are about to be read
@@ -541,14 +541,14 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder, weights=None):
-        """Write model.safetensors and config.json, which `from_pretrained` of transformers loads, too. weights: what
-        state_dict() would give, where this process holds only a part of it."""
+        """Write model.safetensors and config.json, which transformers' `from_pretrained` loads too. weights: the whole
+        state_dict(), if this process holds only a part of it."""
         tensors = to_disk(weights or self.state_dict())
         write_weights(folder, self.config, ((name, tensors[name]) for name in expected_tensors(self.config)))
         write_config(folder, self.config)
 
     def new_cache(self, batch_size, length):
-        """What a model has read of `batch_size` texts of at most `length` tokens: a LayerCache for each layer."""
+        """An empty LayerCache for each layer, with room for `batch_size` texts of at most `length` tokens."""
         shape = batch_size, self.config.num_key_value_heads, length, self.config.head_dim
         like = torch.empty(0, device=self.cos.device, dtype=self.compute_dtype)
         return [LayerCache(shape, like) for _ in self.model.layers]
@@ -561,13 +561,13 @@ class Transformer(nn.Module):
         return parameter.numel() * self.model.layers[layer].block_sparse_moe.k // self.config.num_local_experts
 
     def num_parameters(self):
-        """(active for one token, total); tied embeddings count once."""
+        """(parameters active for one token, all parameters); tied embeddings count once."""
         named = list(self.named_parameters())
         return sum(self.active_numel(*pair) for pair in named), sum(parameter.numel() for _, parameter in named)
 
     def flops_per_token(self, sequence_length):
         """Training FLOPs per token: 2 each for forward, activation gradient and weight gradient, per active weight in
-        a matmul (head and routers included, embedding look-up not; frozen weights need no weight gradient), plus
+        a matmul (including head and routers, but no embedding look-up; frozen weights need no weight gradient), plus
         12 L H K T for attention, with no discount for the causal mask (Chowdhery et al. 2022, appendix B)."""
         attention_size = self.config.num_attention_heads * self.config.head_dim
         flops = 12 * self.config.num_hidden_layers * attention_size * sequence_length
@@ -582,7 +582,7 @@ class Transformer(nn.Module):
 def on_meta():
     """Build modules on the meta device: shapes only, no memory, no numbers.
 
-    nn.init.normal_ is patched meanwhile: on the meta device it would load torch's compiler, which takes a second.
+    nn.init.normal_ is patched for as long: on the meta device it would load torch's compiler, which takes a second.
     """
     draw = nn.init.normal_
     nn.init.normal_ = lambda tensor, *_, **__: tensor
@@ -597,16 +597,16 @@ def on_meta():
 
 
 class LayerCache:
-    """One layer's keys and values of B texts, with room for `length` tokens, so that each token is read once."""
+    """One layer's keys and values for B texts, with room for `length` tokens, so that each token is read only once."""
 
     def __init__(self, shape, like):
-        """shape: (B, G, length, K). like: a tensor whose device and dtype are right."""
+        """shape: (B, G, length, K). like: a tensor with the right device and dtype."""
         self.keys = like.new_zeros(shape)
         self.values = like.new_zeros(shape)
         self.length = 0  # tokens so far
 
     def extend(self, k, v):
-        """Store k, v (B, G, T, K) behind what is there. Returns all keys and values so far."""
+        """Append k, v (B, G, T, K). Returns all keys and values so far."""
         start, self.length = self.length, self.length + k.size(2)
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
@@ -618,8 +618,8 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, 
     """Continue each prompt (a list of token ids) until one of the ids in `stop`; return the new ids, a list per prompt.
 
     All sequences advance together, one position per step, from the end of the shortest prompt; a longer prompt's own
-    tokens take precedence over sampled ones, so no padding is needed. temperature 0 is greedy; top_k 0 is no limit.
-    unknown: a list of ids that are never chosen, such as rows that the model has and the tokenizer has not.
+    tokens take precedence over sampled ones, so no padding is needed. temperature 0 is greedy; top_k 0 means no limit.
+    unknown: a list of ids that are never chosen, such as vocabulary rows for which the tokenizer has no token.
     model: anything with `new_cache` and the forward pass of Transformer.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -635,7 +635,7 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, 
         if unknown:
             logits[:, barred] = -math.inf
         if temperature > 0:
-            logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no temperature is too low
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: never overflows
             if top_k:
                 smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
                 logits[logits < smallest] = -math.inf
@@ -655,5 +655,5 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_k=0, 
 
 
 def likeliest(logits):
-    """The index of each row's largest logit, a list. On a CPU by numpy: torch's argmax would take a tenth of a step."""
+    """The index of each row's largest logit, a list. By numpy on a CPU: torch's argmax would take a tenth of a step."""
     return (logits.numpy() if logits.device.type == "cpu" else logits).argmax(-1).tolist()

@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# The whole pipeline. study/chain.py starts its stages, each a plain command that also works when typed alone.
+# The whole pipeline. study/chain.py runs its stages; each is a plain command that you can also type yourself.
 #
 #   bash run.sh          config/cpu: 17 minutes on two cores of an AMD EPYC
 #   bash run.sh smoke    every stage at toy size: a minute
 #   bash run.sh lesson   the course's size: 5 minutes
-#   bash run.sh gpu      config/gpu: one CUDA GPU, or several
-#   bash run.sh smollm   from a published model, on whatever machine: docs/real.md (llama2-7b: its README.md)
+#   bash run.sh gpu      config/gpu: one or more CUDA GPUs
+#   bash run.sh smollm   starts from a published model, on any machine: docs/real.md (llama2-7b: its README.md)
 #   bash run.sh cpu quick     without the rivals, dense training and upcycling
-#   bash run.sh cpu chain     train only: nothing is evaluated
+#   bash run.sh cpu chain     trains only, evaluates nothing
 #   bash run.sh cpu compare   the paper's comparison: several random seeds, more baselines
-#   bash run.sh cpu ablate    every variant of the paper, from the same experts
-#   bash run.sh cpu regime    when does branching pay? Smaller chains of their own, at many budgets
+#   bash run.sh cpu ablate    every variant in the paper, from the same experts
+#   bash run.sh cpu regime    when does branching pay? Trains smaller chains of its own, at many budgets
 #
-# Finished stages are skipped and killed ones go on from their last checkpoint. What may be set in front of it:
+# Finished stages are skipped, and killed ones resume from their last checkpoint. Variables you can set in front of it:
 #
 #   DOMAINS="code poems=~/poems"    the domains
-#   TOKENS=1e8                      tokens that a branch reads; steps, batches, finetuning and rivals follow
-#   UNREAD="mail=~/mail"            more text, to score all models on what none of them reads (smollm, llama2-7b)
-#   SEED_MODEL=FOLDER               what takes the published model's place (smollm, llama2-7b)
-#   GENERALIST=web                  one of the domains that gets no branch: the seed's own kind of text (the same two)
+#   TOKENS=1e8                      tokens that a branch reads; steps, batches, finetuning and rivals follow from it
+#   UNREAD="mail=~/mail"            text that no model is trained on, to score all of them on (smollm, llama2-7b)
+#   SEED_MODEL=FOLDER               another seed in place of the published model (smollm, llama2-7b)
+#   GENERALIST=web                  a domain that gets no branch, being the seed's own kind of text (the same two)
 #   DATA=out/trial/data             the folder of the prepared text, instead of out/SIZE/data
-#   SEED=2, SEEDS="1 2"             the random seed of all training; those of compare
-#   OUT=out/trial                   the folder of the checkpoints and the report, instead of out/SIZE or out/SIZE/seed2
+#   SEED=2, SEEDS="1 2"             the random seed of all training; the random seeds of compare
+#   OUT=out/trial                   the folder for checkpoints and report, instead of out/SIZE or out/SIZE/seed2
 #   SEED_FLAGS, EXPERT_FLAGS, FINETUNE_FLAGS    more flags for that stage, such as SEED_FLAGS="--max_steps=100"; dense
-#                                   training takes those of the branches, too, and upcycling those of the finetuning
+#                                   training also gets the branches' flags, and upcycling the finetuning's
 #   FLAGS="--dtype=float32"         more flags for every stage that trains or evaluates
-#   JOBS=1                          how many stages run side by side; as many as there are GPUs, or cores
-#   LAUNCH="torchrun --nproc_per_node=8"    what starts train.py and finetune.py, one after the other
+#   JOBS=1                          how many stages run side by side; by default one for each GPU, or each core
+#   LAUNCH="torchrun --nproc_per_node=8"    what starts train.py and finetune.py; stages then run one after another
 #   PYTHON=python3                  an environment of your own instead of .venv
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
@@ -39,12 +39,12 @@ published="" generalist="" mixture="" unread="" rivals="" report=True
 names_of() { printf '%s\n' "${@%%=*}" | paste -sd, -; }
 case $task in
     "" | quick | chain | ablate | compare | regime) ;;
-    *) echo "error: '$task' is no task; choose quick, chain, ablate, compare or regime" >&2; exit 2 ;;
+    *) echo "error: there is no task '$task'; choose quick, chain, ablate, compare or regime" >&2; exit 2 ;;
 esac
 [ -d "$config" ] || { echo "error: no $config; choose one of: $(cd config && echo *)" >&2; exit 2; }
-[ -n "${domains// /}" ] || { echo "error: DOMAINS is blank; name some, or leave it out" >&2; exit 2; }
+[ -n "${domains// /}" ] || { echo "error: DOMAINS is blank; name some domains, or leave it out" >&2; exit 2; }
 if [ -e "$config/published.sh" ]; then source "$config/published.sh"; fi  # sets the first four, and $domains
-all=$(names_of $domains)  # these domains and no others that the data folder may hold
+all=$(names_of $domains)  # only these, whatever else the data folder may hold
 out=out/$size
 [ "$random_seed" = 1 ] || out=$out/seed$random_seed
 out=${OUT:-$out}

@@ -1,4 +1,4 @@
-"""Let any checkpoint continue a text, or talk with it.
+"""Let a checkpoint continue a text, or chat with it.
 
     python sample.py --model=out/cpu/btx --prompt="Question: Tom has 3 apples"
     python sample.py --model=out/cpu/btx-chat --chat
@@ -28,47 +28,47 @@ class SampleConfig:
 
     model: str = key("out/cpu/btx", "the checkpoint, a folder or hf:OWNER/NAME")
     prompt: str = key("Question:", "the text to continue", free_text=True)
-    special_tokens: bool = key(False, "the prompt has special tokens, such as <|im_start|> of a chat")
+    special_tokens: bool = key(False, "read special tokens in the prompt as such, for example <|im_start|> in a chat")
     num_samples: int = key(1, "how many continuations", within="[1, 10000]")
     max_new_tokens: int = key(
-        120, "tokens to add at most; a continuation also ends with its document", within="[1, inf)"
+        120, "the most tokens to add; a continuation also ends where its document ends", within="[1, inf)"
     )
     temperature: float = key(0.8, "0 always takes the likeliest token", within="[0, inf)")
-    top_k: int = key(50, "sample among the k likeliest tokens; 0 is all of them", within="[0, inf)")
+    top_k: int = key(50, "sample from the k likeliest tokens; 0 means all of them", within="[0, inf)")
     seed: int = key(1, "random seed", within="[0, inf)")
-    device: str = key("auto", "where to compute; auto is cuda or mps where there is one", DEVICES)
-    dtype: str = key("auto", "precision of activations; auto is bfloat16 where it is faster", DTYPES)
-    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
+    device: str = key("auto", "where to compute; auto picks cuda or mps if available", DEVICES)
+    dtype: str = key("auto", "precision of activations; auto picks bfloat16 where it is faster", DTYPES)
+    threads: int = key(0, "CPU threads; 0 lets torch choose", within="[0, 1024]")
 
 
 @dataclasses.dataclass
 class ChatConfig(SampleConfig):
-    """Continue a prompt with a checkpoint, dense or mixed, or talk with it."""
+    """Continue a prompt with a checkpoint, dense or mixed, or chat with it."""
 
-    chat: bool = key(False, "answer the lines of standard input, a conversation, instead of continuing --prompt")
+    chat: bool = key(False, "answer each line of standard input, as a conversation, instead of continuing --prompt")
 
 
 def end_tokens(encoding, *settings):
-    """The ids that end a text: the tokenizer's, and those of `settings`, each an eos_token_id as config.json has it: a
+    """The ids that end a text: the tokenizer's own, and those in `settings`, each an eos_token_id as in config.json: a
     number, a list or None."""
     ids = [one for found in settings for one in (found if isinstance(found, list) else [found])]
     return {encoding.eot_token, *(one for one in ids if isinstance(one, int))}
 
 
 def unknown_ids(encoding, vocab_size):
-    """The model's ids that the tokenizer cannot spell, a list: padded rows, gaps in a vocabulary."""
+    """The list of the model's ids that the tokenizer cannot decode: padded rows, gaps in a vocabulary."""
     known = {token for token in range(encoding.n_vocab) if encoding.decode_single_token_bytes(token)}
     return [token for token in range(vocab_size) if token not in known]
 
 
 def read_generation_config(folder):
-    """What a folder's generation_config.json says, Hugging Face's settings for writing text; {} without one."""
+    """The contents of a folder's generation_config.json, Hugging Face's settings for generation; {} without one."""
     path = os.path.join(folder, "generation_config.json")
     return read_json(path, "copy it again or delete it") if os.path.exists(path) else {}
 
 
 def open_model(config):
-    """(model, encoding, options of generate: what ends a text, how to draw tokens)."""
+    """(model, encoding, options for generate: what ends a text, how to draw tokens)."""
     device = pick_device(config.device, config.threads)
     folder = local_folder(config.model)
     encoding = load_tokenizer(folder)
@@ -81,10 +81,10 @@ def open_model(config):
 
 
 def check_known(model, encoding, ids, what):
-    """Raise UserError unless the model knows the ids of a text: a tokenizer may have more, which no text needs."""
+    """Raise UserError if the model lacks one of a text's ids: a tokenizer may have extra ones that few texts use."""
     if max(ids) >= model.config.vocab_size:
         piece = encoding.decode([max(ids)])
-        raise UserError(f"{what} holds {piece!r}, token {max(ids)}, which the model lacks; leave it out")
+        raise UserError(f"{what} contains {piece!r}, token {max(ids)}, which the model lacks; leave it out")
 
 
 def continue_prompt(config):
@@ -96,17 +96,17 @@ def continue_prompt(config):
     check_known(model, encoding, ids, "--prompt")
     room = model.max_length - len(ids)
     if room < 1:
-        raise UserError(f"--prompt has {len(ids)} tokens, the model takes {model.max_length}; shorten it")
+        raise UserError(f"--prompt has {len(ids)} tokens, but the model takes only {model.max_length}; shorten it")
     new_tokens = min(room, config.max_new_tokens)
     answers = generate(model, [ids] * config.num_samples, new_tokens, **options)
     if new_tokens < config.max_new_tokens and any(len(answer) == new_tokens for answer in answers):
         cut = f"cut after {new_tokens} of --max_new_tokens={config.max_new_tokens}"
-        print(f"{cut}: the model takes {model.max_length} tokens, the prompt has {len(ids)}", file=sys.stderr)
+        print(f"{cut}: the model takes {model.max_length} tokens and the prompt has {len(ids)}", file=sys.stderr)
     return model, encoding, ids, answers
 
 
 def read_line():
-    """The next line of standard input that is not blank, "" at its end; with a prompt where a person types it."""
+    """The next nonblank line of standard input, or "" at its end; with a prompt if a person is typing."""
     line = ""
     with contextlib.suppress(EOFError):
         while not line:
@@ -115,13 +115,13 @@ def read_line():
 
 
 def chat(config):
-    """Answer the lines of standard input as one conversation, written as training has its chats. One that is too long
-    for the model loses its oldest turns."""
+    """Answer the lines of standard input as one conversation, in the form that chats have in training. When it gets too
+    long for the model, it loses its oldest turns."""
     model, encoding, options = open_model(config)
     render, _ = chat_renderer(local_folder(config.model))
     example = [{"role": role, "content": "a"} for role in ("user", "assistant")]
     ids, answers = text_ids(encoding, render_chat(render, example))
-    last = ids[answers == 1][-1:].tolist()  # what ends an answer, where that is a token of its own
+    last = ids[answers == 1][-1:].tolist()  # what ends an answer, if that is a special token
     options["stop"].update(filter(encoding.is_special_token, last))
     room = model.max_length - min(config.max_new_tokens, model.max_length // 2)  # for the conversation
     messages, told = [], False
@@ -129,7 +129,7 @@ def chat(config):
         messages.append({"role": "user", "content": line})
         while len(ids := text_ids(encoding, render_chat(render, messages, add_generation_prompt=True))[0]) > room:
             if len(messages) == 1:
-                raise UserError(f"this message makes {len(ids)} tokens, the model takes {room}; shorten it")
+                raise UserError(f"this message has {len(ids)} tokens, but there is room for {room}; shorten it")
             del messages[:2]
             if not told:
                 print(f"the model takes {model.max_length} tokens: the oldest turns are forgotten", file=sys.stderr)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests, at most 4 minutes on 2 CPU cores; arguments go to pytest: bash test.sh -k mix
+# Runs the tests, in at most 4 minutes on 2 CPU cores. Arguments go to pytest: bash test.sh -k mix
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -7,7 +7,7 @@ source setup.sh
 if [ $# -gt 0 ]; then
     exec "$python" -m pytest "$@"
 fi
-# all of them: two halves side by side, since a test takes one core
+# all of them, as two halves side by side, since a test uses one core
 printed=$(mktemp)
 trap 'rm -f "$printed"' EXIT
 "$python" -m pytest tests/common tests/study > "$printed" 2>&1 & other=$!

@@ -22,8 +22,8 @@ def key(default, help, choices=None, within=None, free_text=False):
     """A dataclass field with a default and a help text.
 
     choices: the values it may take. within: an interval in mathematical notation, such as "[0, 1)" or "[1, inf)".
-    free_text: a string that may hold anything; others are names and paths, without control characters, where ~/ is the
-    home folder.
+    free_text: whether a string may hold anything; other strings are names and paths, have no control characters, and
+    may use ~/ for the home folder.
     """
     extras = {"help": help, "choices": choices, "within": within, "free_text": free_text}
     return dataclasses.field(default=default, metadata=extras)
@@ -53,7 +53,7 @@ def parse(cls, argv=None):
         elif position == 0:
             values = _read_file(argument, fields)
         else:
-            raise UserError(f"{argument}: one config file comes first, then only --key=value")
+            raise UserError(f"{argument}: give one config file first, then only --key=value")
     return cls(**values)
 
 
@@ -62,7 +62,7 @@ def _read_file(path, fields):
     try:
         with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
             statements = ast.parse(file.read()).body
-    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # no Python, or no UTF-8
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:  # not Python, or not UTF-8
         where = f"{path}:{getattr(error, 'lineno', None) or 1}"
         raise UserError(f"{where}: {getattr(error, 'msg', error)}; write `key = value` lines in UTF-8") from None
     values, lines = {}, {}
@@ -76,7 +76,7 @@ def _read_file(path, fields):
             case _:
                 raise UserError(f"{where}: a config file holds only lines of the form `key = value`")
         if name in values:
-            raise UserError(f"{where}: {name} is set a second time (first on line {lines[name]})")
+            raise UserError(f"{where}: {name} is set twice (first on line {lines[name]})")
         try:
             value = ast.literal_eval(statement.value)
         except (ValueError, TypeError, MemoryError, RecursionError):
@@ -86,7 +86,7 @@ def _read_file(path, fields):
 
 
 def _checked(field, value, where):
-    """Return `value` as the field's type, or raise UserError. An int is a fine float, nothing else mixes."""
+    """Return `value` as the field's type, or raise UserError. An int is accepted for a float; nothing else mixes."""
     kind, choices, within = field.type, field.metadata["choices"], field.metadata["within"]
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**63 else math.inf
@@ -97,28 +97,28 @@ def _checked(field, value, where):
     if kind is float and not math.isfinite(value):
         raise UserError(f"{where}: {field.name} must be a finite number, got {value}")
     if kind is int and abs(value) >= 2**63:
-        raise UserError(f"{where}: {field.name} must fit 64 bits, got {value}")
+        raise UserError(f"{where}: {field.name} must fit in 64 bits, got {value}")
     if within:
         low, high = (float(end) for end in within[1:-1].split(","))
         inside = low <= value <= high and (value > low or within[0] == "[") and (value < high or within[-1] == "]")
         if not inside:
             raise UserError(f"{where}: {field.name} must lie in {within}, got {value!r}")
     if kind is str and not value.isprintable():
-        surrogates = any("\ud800" <= character <= "\udfff" for character in value)  # bytes that are no UTF-8
-        what = "is not UTF-8; write it in UTF-8" if surrogates else "holds a control character; use a plain name"
+        surrogates = any("\ud800" <= character <= "\udfff" for character in value)  # bytes that are not UTF-8
+        what = "is not UTF-8; write it in UTF-8" if surrogates else "contains a control character; use a plain name"
         if surrogates or not field.metadata["free_text"]:
             raise UserError(f"{printable(where)}: {field.name} {what}")
-    if kind is str and not field.metadata["free_text"]:  # a shell expands ~ at the beginning of a word alone
+    if kind is str and not field.metadata["free_text"]:  # a shell expands ~ only at the beginning of a word
         value = re.sub(r"(^|[,=])~(?=/|$|,)", lambda match: match[1] + os.path.expanduser("~"), value)
-        value = plain_path(value) if field.name.endswith("_dir") else value  # so that a slash makes no other run
+        value = plain_path(value) if field.name.endswith("_dir") else value  # a trailing slash is the same run
     return value
 
 
-# ---- what is not as it should be ----
+# ---- wrong input, and --help ----
 
 
 def _literal(text):
-    """The number or boolean that a flag's text stands for, or the text itself: the type check says what is wrong."""
+    """The number or boolean that a flag's text spells, or else the text itself, for the type check to report."""
     if text.strip("+-").lower() in ("nan", "inf", "infinity"):
         return float(text)
     try:
@@ -128,7 +128,7 @@ def _literal(text):
 
 
 def _unknown(name, fields, where):
-    """Raise UserError for a key that no field has, with the nearest one."""
+    """Raise UserError for an unknown key, suggesting the nearest known one."""
     near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
     raise UserError(f"{where}: unknown key {name!r}; {hint}")

@@ -14,14 +14,14 @@ COMPILE = ("auto", "on", "off")
 
 
 def pick_device(name, threads=0):
-    """The torch device for a config's `device`: under torchrun each process gets its own GPU. auto: cuda, or mps (a
-    Mac's GPU, for one process), or cpu."""
+    """The torch device for a config's `device`; under torchrun each process gets its own GPU. auto: cuda, else mps (a
+    Mac's GPU, for a single process), else cpu."""
     if threads:
         torch.set_num_threads(threads)
-    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")  # common/parallel.py says what is no launch
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")  # common/parallel.py checks the other variables
     has_mps = torch.backends.mps.is_available() and alone
     if name == "mps" and not has_mps:
-        why = "torch finds no GPU of a Mac" if alone else "torchrun's processes cannot share a Mac's GPU"
+        why = "torch finds no Mac GPU" if alone else "torchrun's processes cannot share a Mac's GPU"
         raise UserError(f"--device=mps, but {why}; use --device=cpu or --device=auto")
     if name == "cuda" and not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a CPU build"
@@ -41,8 +41,8 @@ def pick_device(name, threads=0):
 def pick_dtype(name, device, config):
     """The activations' dtype for a config's `dtype`.
 
-    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for models wide enough to gain: 1.2 times at width 128. Nobody
-    has measured MPS, which gets float32.
+    auto: bfloat16 on CUDA, and on a CPU with avx512_bf16 for models wide enough to gain (1.2 times as fast at width
+    128). MPS gets float32; nobody has measured it.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -55,19 +55,19 @@ def pick_dtype(name, device, config):
 
 
 def widest_float(device):
-    """The dtype of sums over many numbers: float64, which MPS does not have."""
+    """The dtype for sums over many numbers: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def place(model, device, dtype):
-    """Move a model to its device, and set the precision it computes in."""
+    """Move a model to its device and set its compute precision."""
     model.compute_dtype = pick_dtype(dtype, device, model.config)
     return model.to(device)
 
 
 def compiled(model, choice, device):
-    """The model for training steps: as torch.compile makes it where `choice` says so ("auto": on CUDA), or itself.
-    Where torch.compile lacks a tool, "on" is a UserError and "auto" says that the model stays as it is."""
+    """The model to use in training steps: compiled by torch.compile if `choice` says so ("auto": on CUDA), or as it is.
+    If torch.compile lacks a tool, "on" raises UserError and "auto" prints a line and leaves the model as it is."""
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return model
     if why := compiler_error(device):
@@ -81,8 +81,8 @@ def compiled(model, choice, device):
 
 
 def compiler_error(device):
-    """Why torch.compile fails on a device, in a line; "" where it works. One small function is compiled to see: what it
-    needs of a machine depends on the versions of torch, triton and Python. The real model starts the sooner for it."""
+    """Why torch.compile fails on a device, in one line; "" if it works. To find out, it compiles one small function:
+    what it needs depends on the versions of torch, triton and Python. The real model then compiles sooner."""
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # torch has dozens of kinds
@@ -92,8 +92,8 @@ def compiler_error(device):
 
 
 def compile_model(model):
-    """Compile a model as a whole, or layer by layer where no graph may reach: between layers, where several processes
-    gather weights, and into experts in float32, whose grouped_mm torch.compile takes in bfloat16 alone."""
+    """Compile a model as a whole; or layer by layer if several processes gather weights between layers, or experts
+    compute in float32. Those experts are left out: torch.compile takes grouped_mm only in bfloat16."""
     plain_experts = model.config.num_local_experts and model.compute_dtype != torch.bfloat16
     if not (plain_experts or dist.is_initialized()):
         return torch.compile(model)
@@ -106,7 +106,7 @@ def compile_model(model):
 
 
 def compiled_in_training(forward):
-    """A layer's forward pass that is compiled where gradients are wanted, and plain in evaluations, which are short."""
+    """A layer's forward pass, compiled when gradients are enabled, and plain in evaluations, which are short."""
     quick = torch.compile(forward)
     return lambda *arguments: (quick if torch.is_grad_enabled() else forward)(*arguments)
 
@@ -117,13 +117,13 @@ def send(tensor, device):
 
 
 def gpu_count():
-    """How many GPUs there are to run jobs on: CUDA's, or the one of a Mac."""
+    """How many GPUs there are to run jobs on: CUDA GPUs, or a Mac's one."""
     return torch.cuda.device_count() or int(torch.backends.mps.is_available())
 
 
 def catch_signals():
-    """A list to which SIGTERM, Ctrl-C and a closed terminal append their numbers from here on, to be looked at between
-    two steps, so that no step is cut in half."""
+    """A list to which SIGTERM, Ctrl-C and a closed terminal append their signal numbers from now on. The training loop
+    looks at it between steps, so that no step is cut in half."""
     caught = []
     for number in stopping_signals():
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -131,6 +131,6 @@ def catch_signals():
 
 
 def stopping_signals():
-    """The numbers of the signals that ask a process to end; a closed terminal's unless nohup has it ignored."""
+    """The signals that ask a process to end; a closed terminal's only if nohup does not have it ignored."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * (not ignored)

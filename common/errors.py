@@ -1,4 +1,4 @@
-"""Mistakes that the user can mend, reported in one line without a traceback; and files written whole or not at all."""
+"""Mistakes that the user can fix, reported in one line without a traceback; and files written whole or not at all."""
 
 import contextlib
 import errno
@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its text names the thing and the remedy."""
+    """A mistake the user can fix; its text says what is wrong and what to do."""
 
 
 def printable(text):
-    """The text with control characters written out, so that no name can move the cursor or colour the terminal."""
+    """The text with control characters escaped, so that no name can move the cursor or colour the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
@@ -26,29 +26,29 @@ def _complain(message):
 
 
 def _is_out_of_memory(error):
-    """True for Python's MemoryError and for what torch raises when a CPU or a GPU has no room."""
+    """True for Python's MemoryError, and for what torch raises when a CPU or GPU runs out of memory."""
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def command(main):
-    """Run a script's main function; a mistake that the user can mend becomes one line on stderr and exit code 2."""
+    """Run a script's main function; a mistake that the user can fix becomes one line on stderr and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError):  # of a stream that is no terminal and no file
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show is written out, as \xe9
+        with contextlib.suppress(AttributeError, OSError):  # if a stream is neither a terminal nor a file
+            stream.reconfigure(errors="backslashreplace")  # escapes what a terminal cannot show, as \xe9
     try:
         main()
-        sys.stdout.flush()  # a full disk shows here, and not when Python has ended
+        sys.stdout.flush()  # so that a full disk shows here, not when Python has ended
     except (Exception, KeyboardInterrupt) as error:
         _end(error)
 
 
 def _end(error):
-    """End the process as the error asks for, or raise it again."""
+    """End the process as the error demands, or raise it again."""
     code = 2
     if isinstance(error, UserError):
         _complain(f"error: {error}")
     elif isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `python sample.py ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still buffered
         code = 1
     elif isinstance(error, OSError):  # a folder that cannot be made or read, say
         _complain(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
@@ -56,7 +56,7 @@ def _end(error):
         sizes = "--micro_batch_size, --sequence_length or the model's sizes, or use --checkpoint_activations=True"
         _complain(f"error: out of memory; lower {sizes} (whichever this script has)")
     elif isinstance(error, KeyboardInterrupt):
-        _complain("stopped; the same command continues")
+        _complain("stopped; run the same command to continue")
         code = 130
     else:
         raise error
@@ -65,11 +65,11 @@ def _end(error):
 
 # ---- files ----
 
-NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # more space is no help
+NOT_HERE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # not a lack of space
 
 
 def plain_path(path):
-    """A path without what makes no difference: "./out/seed/" -> "out/seed"; from here where it is below."""
+    """The shortest form of a path, relative if it is below the current folder: "./out/seed/" -> "out/seed"."""
     here = os.getcwd() + os.sep
     return os.path.normpath(path.removeprefix(here)) if path else path
 
@@ -81,13 +81,13 @@ def read_json(path, remedy):
             return json.load(file)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {remedy}") from None
-    except (ValueError, RecursionError) as error:  # an OSError, such as a file of another user, has another remedy
+    except (ValueError, RecursionError) as error:  # not OSError: the remedy does not help with another user's file
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
 
 
 @contextlib.contextmanager
 def atomic_file(path):
-    """A binary file to write whose content replaces `path` at the end: a crash leaves the old content or the new."""
+    """A binary file to write, which replaces `path` at the end: a crash leaves either the old content or the new."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:

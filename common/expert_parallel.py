@@ -1,8 +1,8 @@
 """A mixture's experts on different processes: `torchrun --nproc_per_node=2 finetune.py ... --expert_parallel=2`.
 
-N neighbours hold the E experts between them, E / N each, which Branch-Train-MiX names and leaves open. In each layer a
-token's rows travel to the processes of its experts and back: two exchanges (all-to-all) forwards and two backwards, as
-in GShard (Lepikhin et al. 2021).
+N neighbouring processes hold E / N of the E experts each, which the Branch-Train-MiX paper mentions and leaves open.
+In each layer a token's rows travel to the processes of its experts and back: two exchanges (all-to-all) in the forward
+pass and two in the backward pass, as in GShard (Lepikhin et al. 2021).
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 
 class Exchange(Function):
-    """Rows go to the processes that want them; backwards, their gradients come home.
+    """Send rows to the processes that need them; in the backward pass, their gradients return.
 
     rows: (R, D), by receiver; sent, received: N numbers, how many go to and come from each. Returns (R', D), by sender.
     """
@@ -37,8 +37,8 @@ class Exchange(Function):
 
 
 def distribute_experts(experts, mesh):
-    """Leave to this process its E / N of a layer's stacked experts (model.Experts), in place: from here on parameters
-    are DTensors (E, F, D) of which it holds a part, and forward takes and returns what it did.
+    """Leave this process its E / N of a layer's stacked experts (model.Experts), in place. From now on parameters are
+    DTensors (E, F, D) of which it holds a part; forward takes and returns the same as before.
 
     mesh: the DeviceMesh of the N processes that hold one copy of the experts between them.
     """
@@ -50,8 +50,8 @@ def distribute_experts(experts, mesh):
 
 @torch.compiler.disable
 def run_experts(experts, run, mesh, x, ends):
-    """What model.Experts.forward does, `run`, on rows that others send. x: (R, D), sorted by expert; ends: (E,) int32,
-    the row behind each expert's last. Returns (R, D)."""
+    """model.Experts.forward, passed as `run`, with each row computed where its expert is. x: (R, D), sorted by expert;
+    ends: (E,) int32, where each expert's rows end. Returns (R, D)."""
     group = mesh.get_group()
     counts = ends.diff(prepend=ends.new_zeros(1)).view(mesh.size(), -1)  # (N, E / N): rows that we send, by receiver
     asked = torch.empty_like(counts)  # (N, E / N): rows for each of our experts, by sender
@@ -60,7 +60,7 @@ def run_experts(experts, run, mesh, x, ends):
     rows = Exchange.apply(x, sent, received, group)  # (R', D): by sender, and of each by expert
     own = torch.arange(asked.size(1), device=x.device).repeat(mesh.size())
     own = own.repeat_interleave(asked.flatten(), output_size=len(rows))  # (R',): the expert of each row
-    if not len(rows):  # nobody asks: a row of zeros, so that our experts take part in the backward pass, too
+    if not len(rows):  # nobody asks: use a row of zeros, so that our experts take part in the backward pass too
         rows, own = F.pad(rows, (0, 0, 0, 1)), own.new_zeros(1)
     order = own.argsort(stable=True)  # (R',): by expert
     ends = F.one_hot(own, asked.size(1)).sum(dim=0).cumsum(dim=0).int()  # (E / N,)
@@ -71,8 +71,8 @@ def run_experts(experts, run, mesh, x, ends):
 def own_experts(experts, processes):
     """The weights that this process holds, (E / N, F, D) each, under the names that model.Experts.forward reads.
 
-    Their gradients come from the rows of N processes, each of which has a mean loss of its own. What averages gradients
-    over those that hold the same experts does not know of these N means, so they are averaged here.
+    Their gradients add up over rows from N processes, each with a mean loss of its own. FSDP averages only over the
+    processes that hold the same experts, so the mean over these N is taken here.
     """
     parts = {name: parameter.to_local() for name, parameter in experts.named_parameters()}
     for part in parts.values():

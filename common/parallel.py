@@ -1,13 +1,13 @@
 """Training on several processes: `torchrun --nproc_per_node=8 train.py ...`, on one machine or many.
 
-PyTorch's own engine does it: fully_shard (FSDP2; the idea is ZeRO, Rajbhandari et al. 2020) keeps weights, gradients
-and optimizer in pieces, gathers each layer's weights just before it runs and frees them after, and averages gradients
-during the backward pass. --shard_size says how many processes share one copy: 1 is plain data parallelism, a copy for
-each; all of them is the least memory; in between, copies lie within a machine and only gradients pass between machines.
---expert_parallel=N puts a mixture's experts on different processes: see expert_parallel.py.
+PyTorch does the work: fully_shard (FSDP2; the idea is ZeRO, Rajbhandari et al. 2020) keeps weights, gradients and
+optimizer state in pieces, gathers each layer's weights just before it runs, frees them afterwards, and averages
+gradients in the backward pass. --shard_size says how many processes share one copy: 1 is plain data parallelism, a
+copy for each; all of them needs the least memory; in between, a copy can stay within one machine, so that only
+gradients travel between machines. --expert_parallel=N spreads a mixture's experts over processes: expert_parallel.py.
 
-Reading order: Processes, which is all that train.py knows; the sharded model. The parts of torch that only several
-processes need take seconds to load, so the functions that use them import them.
+Reading order: Processes, which is all that train.py sees; then the sharded model. The parts of torch needed only by
+several processes take seconds to load, so they are imported inside functions.
 """
 
 import os
@@ -23,8 +23,8 @@ LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun s
 
 
 def place_in_launch():
-    """(the number of this process, how many there are), as torchrun's variables say; (0, 1) without them. UserError
-    where they are there in part, as a cluster's own scripts leave them."""
+    """(the number of this process, how many there are), from torchrun's variables; (0, 1) without them. UserError if
+    only some are set, as a cluster's own scripts may leave them."""
     given = {name: os.environ[name] for name in LAUNCH if os.environ.get(name)}
     try:
         rank, world = (int(given.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
@@ -34,14 +34,14 @@ def place_in_launch():
     if not 0 <= rank < world or (world > 1 and missing):
         found = " ".join(f"{name}={value}" for name, value in given.items())
         lacks = f" without {', '.join(missing)}" if missing else ""
-        raise UserError(f"{found}{lacks} is no launch of processes; start with torchrun, or unset these")
+        raise UserError(f"{found}{lacks} does not describe a launch; start with torchrun, or unset these variables")
     return rank, world
 
 
 class Processes:
-    """The processes of one training run: one alone, or `world` of them under torchrun (gloo on CPU, NCCL on GPU).
+    """The processes of one training run: a single one, or `world` of them under torchrun (gloo on CPU, NCCL on GPU).
 
-    To be used in a `with`, which ends the connection. Only the first process prints, but for errors.
+    Use it in a `with` statement, which closes the connection. Only the first process prints, except for errors.
     """
 
     def __init__(self, device=None):
@@ -54,8 +54,8 @@ class Processes:
             except dist.DistNetworkError as error:  # before `with`, so __exit__ does not see it
                 place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 reason = str(error).splitlines()[0]
-                remedy = "give torchrun another --master_port, or look at the network"
-                raise UserError(f"processes cannot meet at {place} ({reason}); {remedy}") from None
+                remedy = "give torchrun another --master_port, or check the network"
+                raise UserError(f"processes cannot connect at {place} ({reason}); {remedy}") from None
 
     def __enter__(self):
         if not self.first:
@@ -68,36 +68,36 @@ class Processes:
         dist.destroy_process_group()
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             reason = f"process {self.rank} lost touch with the others: one of them has ended, or the network failed"
-            raise UserError(f"{reason}; the same command goes on from the last checkpoint") from None
+            raise UserError(f"{reason}; run the same command to resume from the last checkpoint") from None
 
     def from_first(self, function, *arguments):
-        """What a function returns in the first process, in all of them; the others wait for it."""
+        """Call a function in the first process only, and return its result in all of them; the others wait."""
         found = [function(*arguments) if self.first else None]
         if self.world > 1:
             dist.broadcast_object_list(found)
         return found[0]
 
     def shard(self, model, shard_size, expert_parallel):
-        """Distribute a model over the processes, in place: every `shard_size` neighbours, 0 for all, share one copy,
-        every `expert_parallel` divide its experts. A model on the CPU moves to the device layer by layer. Its
-        parameters are DTensors from here on."""
+        """Distribute a model over the processes, in place: each group of `shard_size` neighbours (0: all) shares one
+        copy, each group of `expert_parallel` divides its experts. A model on the CPU moves to the device layer by
+        layer. Afterwards its parameters are DTensors."""
         shard(model, self.device, self.world, shard_size or self.world, expert_parallel)
 
     def micro_batches(self, batch_size, micro_batch_size):
-        """The rows of a batch that this process takes: (start, stop) of each forward pass. A process whose share is
-        smaller than the micro-batch takes it at once."""
+        """The rows of a batch that this process takes: (start, stop) for each forward pass. A share smaller than the
+        micro-batch is taken in one pass."""
         share = batch_size // self.world
         begin, size = self.rank * share, min(micro_batch_size, share)
         return [(start, start + size) for start in range(begin, begin + share, size)]
 
     def clip_gradients(self, model, max_norm):
-        """Scale the gradients down to a norm of max_norm at most; returns the norm that they had, a tensor."""
+        """Scale the gradients down to a norm of at most max_norm; returns the norm before that, a tensor."""
         if self.world == 1:
             return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         return clip_sharded_gradients(model, max_norm)
 
     def mean(self, metrics):
-        """{name: mean over the processes} of tensors on the device; one message for all of them."""
+        """{name: mean over the processes} of tensors on the device, sent as a single message."""
         if self.world == 1:
             return metrics
         vector = torch.cat([value.double().flatten() for value in metrics.values()])
@@ -106,7 +106,7 @@ class Processes:
         return {name: part.view(metrics[name].shape) for name, part in zip(metrics, parts, strict=True)}
 
     def whole_weights(self, model):
-        """{name: tensor} of all weights, in the first process and on the CPU; {} in the others."""
+        """{name: tensor} of all weights, on the CPU of the first process; {} in the others."""
         if self.world == 1:
             return model.state_dict()
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -137,25 +137,25 @@ def shard(model, device, world, shard_size, expert_parallel):
             experts = layer.block_sparse_moe.experts
             distribute_experts(experts, cube["experts"])
             _shard(experts, cube["copies", "shards"])
-    for module in (*model.model.layers, model):  # the model itself holds what no layer does
+    for module in (*model.model.layers, model):  # last, the model itself with what is in no layer
         _shard(module, mesh)
 
 
 def _shard(module, mesh):
-    """fully_shard over the mesh's second dimension, whatever of a module is not distributed yet."""
+    """fully_shard the parameters of a module that are not distributed yet, over the mesh's second dimension."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard
 
-    def placement(parameter):  # stacked experts (E, F, D) are cut within each expert: E may be less than the shards
+    def placement(parameter):  # cut stacked experts (E, F, D) within each expert: there may be fewer than shards
         return Shard(1) if parameter.dim() == 3 and parameter.size(1) % mesh.size(1) == 0 else Shard(0)
 
     fully_shard(module, mesh=mesh, shard_placement_fn=placement)
-    module.set_force_sum_reduction_for_comms(True)  # gloo can add; not every version of it has a mean
+    module.set_force_sum_reduction_for_comms(True)  # gloo can add, but not every version of it can average
 
 
 def clip_sharded_gradients(model, max_norm):
-    """See Processes.clip_gradients. Experts may lie on another mesh than the rest, and no operation takes both; the
-    first dimension of either counts the copies of a piece."""
+    """See Processes.clip_gradients. Experts may be on another mesh than the rest, and no operation takes both; the
+    first dimension of each mesh is the number of copies of a piece."""
     from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
     meshes = {}
@@ -171,8 +171,8 @@ def clip_sharded_gradients(model, max_norm):
 
 
 def own_parts(weights, moments, model, optimizer):
-    """This process's parts of what a single process has saved: (weights, the optimizer's state), as DTensors that are
-    distributed as the model is."""
+    """This process's parts of a single process's checkpoint: (weights, the optimizer's state), as DTensors distributed
+    like the model."""
     from torch.distributed.tensor import distribute_tensor
 
     def part_of(tensor, like):
@@ -183,12 +183,12 @@ def own_parts(weights, moments, model, optimizer):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in moments["state"].items():
         for name, value in values.items():
-            values[name] = part_of(value, parameters[number]) if value.dim() else value  # but the count of steps
+            values[name] = part_of(value, parameters[number]) if value.dim() else value  # the step count is a scalar
     return weights, moments
 
 
 def _contents(model, optimizer, step):
-    """What the shards of a checkpoint hold. Before the first step the optimizer has nothing to keep yet."""
+    """What the shards of a checkpoint contain. Before the first step the optimizer has no state yet."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 
     if step == 0:
@@ -197,7 +197,7 @@ def _contents(model, optimizer, step):
 
 
 def save_shards(path, step, model, optimizer):
-    """Write weights and optimizer into a folder of shards (torch.distributed.checkpoint); all processes call it
+    """Write weights and optimizer state into a folder of shards (torch.distributed.checkpoint); all processes call it
     together."""
     import torch.distributed.checkpoint as dcp
 
@@ -205,12 +205,12 @@ def save_shards(path, step, model, optimizer):
 
 
 def load_shards(path, step, model, optimizer):
-    """Read a folder of shards into model and optimizer, with any number of processes. ValueError when it is damaged."""
+    """Read a folder of shards into model and optimizer, on any number of processes. ValueError if it is damaged."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import set_state_dict
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that nothing is distributed, where a single process reads
+        warnings.simplefilter("ignore", UserWarning)  # a single process is told that nothing is distributed
         state = _contents(model, optimizer, step)
         try:
             dcp.load(state, checkpoint_id=path)

@@ -1,18 +1,18 @@
 """A run on disk: its folder, its run.json, and what it needs to resume.
 
-    run.json        settings, progress and parents of the run, and the source code of each leg of it
-    state.pt        position, log and averages; and weights and optimizer, where one process trains
-    shards.0        weights and optimizer, where several do, each writing its own part (torch's checkpoints)
+    run.json        settings, progress and parents of the run, and hashes of the source code in each of its legs
+    state.pt        step, log and averages; with one process also the weights and the optimizer state
+    shards.0        with several processes, weights and optimizer state, each process writing its own part
     log.jsonl       one line per evaluation
-    router_sums.pt  of a mixture: what its routers were solved from
+    router_sums.pt  in a mixture's folder: what its routers were solved from
 
 A recipe is a run's config with the hashes of its data and of its parents. A folder that holds a run of another recipe
-is refused, so nothing is overwritten. Source code is different: this repository is there to be changed. A run that was
-made before a file changed is used, with one line that says so. A finished run whose weights are missing or damaged
-counts as unfinished.
+is refused, so nothing is overwritten. Source code is different: you are meant to change this repository. A run made
+before a file changed is still used, and one line says so. A finished run whose weights are missing or damaged counts
+as unfinished.
 
-state.pt alone decides where a run resumes, and it is replaced in one move. It names the folder of shards that belongs
-to it, and the next save writes into the other one of shards.0 and shards.1. Any number of processes reads either kind.
+state.pt alone decides where a run resumes, and it is replaced atomically. It names the folder of shards that belongs
+to it; the next save writes to the other of shards.0 and shards.1. Either kind can be read by any number of processes.
 """
 
 import ast
@@ -38,12 +38,12 @@ from common.hf import CARD, WEIGHTS, copy_tokenizer, fingerprint, read_config, r
 
 LOG = "log.jsonl"
 RECORD = "run.json"
-SUMS = "router_sums.pt"  # beside a mixture: what its routers were solved from
+SUMS = "router_sums.pt"
 STATE = "state.pt"
 SHARDS = ("shards.0", "shards.1")
-TYPES = {"step": int, "seconds": float, "log": str, "sums": dict, "shards": str}  # of what state.pt holds,
-WHOLE = {"model": dict, "optimizer": dict}  # where one process trains,
-IN_SHARDS = {"files": dict}  # or several
+TYPES = {"step": int, "seconds": float, "log": str, "sums": dict, "shards": str}  # in every state.pt;
+WHOLE = {"model": dict, "optimizer": dict}  # in addition, with one process,
+IN_SHARDS = {"files": dict}  # or with several
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -51,13 +51,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def hash_of(value):
-    """16 hex digits that are equal for equal values: for a recipe, they stand for the weights that it leads to."""
+    """16 hex digits, equal for equal values; those of a recipe identify the weights it leads to."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @functools.cache
 def source_hash(path):
-    """The hash of one of the project's files without comments and docstrings; None where it is gone or no Python."""
+    """The hash of one of the project's files without comments and docstrings; None if it is gone or not Python."""
     try:
         with open(os.path.join(ROOT, path), encoding="utf-8") as file:
             tree = ast.parse(file.read())
@@ -77,21 +77,21 @@ def source():
         if name.endswith(".py") and folder in ("", "common", "data", "study"):
             path = os.path.join(folder, name)
             found[path] = source_hash(path)
-    return {path: value for path, value in sorted(found.items()) if value}  # torch has modules whose file is no path
+    return {path: value for path, value in sorted(found.items()) if value}  # some torch modules' files are not paths
 
 
 def changed_files(files):
-    """The names in {file: source_hash}, as `source` gave it some time ago, whose code is another one today."""
+    """Those names in an earlier result of `source`, {file: source_hash}, whose code has changed since."""
     return [name for name, value in files.items() if source_hash(name) != value]
 
 
 def versions():
-    """{name: version} of what decides a run's digits."""
+    """{name: version} of the packages that affect a run's digits."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("torch", "numpy")}}
 
 
 def _flatten(recipe):
-    """{"a": {"b": 1}} -> {"a.b": 1}, to name what differs between two recipes."""
+    """{"a": {"b": 1}} -> {"a.b": 1}, to name the places where two recipes differ."""
     flat = {}
     for name, value in recipe.items():
         inner = _flatten(value) if isinstance(value, dict) else {"": value}
@@ -100,12 +100,12 @@ def _flatten(recipe):
 
 
 def differing_settings(old, new):
-    """The names of what two recipes do not have alike, a list."""
+    """The names of the settings in which two recipes differ, a list."""
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def _difference(old, new):
-    """'a 1 -> 2, b.c 3 -> 4': where two recipes differ, three places at most; '' for equal ones."""
+    """'a 1 -> 2, b.c 3 -> 4': up to three places where two recipes differ; '' if they are equal."""
     old, new = _flatten(old), _flatten(new)
     names = differing_settings(old, new)
     return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names[:3])
@@ -115,7 +115,7 @@ def _difference(old, new):
 
 
 def read_run(folder):
-    """run.json of a folder, or None. A foreign checkpoint has none."""
+    """The run.json of a folder, or None: a foreign checkpoint has none."""
     path = os.path.join(folder, RECORD)
     if not os.path.exists(path):
         return None
@@ -123,26 +123,26 @@ def read_run(folder):
     needed = {"id": str, "recipe": dict, "step": int, "finished": bool, "history": dict}
     well_formed = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in needed.items())
     if not well_formed or not all(isinstance(cost, dict) for cost in record["history"].values()):
-        raise UserError(f"{path} is no run.json of this project; delete the folder and run again")
+        raise UserError(f"{path} is not a run.json of this project; delete the folder and run again")
     return record
 
 
 def parent_of(folder):
-    """(id, history) of a finished checkpoint. The id stands for its recipe and its weights, since the same recipe may
-    give others when source code has changed; a foreign checkpoint is known by its config and its weights."""
+    """(id, history) of a finished checkpoint. The id identifies its recipe and its weights, since the same recipe may
+    give other weights after a change of source code; for a foreign checkpoint, its config and its weights."""
     record = read_run(folder)
     if record is None:
         config = {**read_config(folder)}
         files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
         return hash_of([config, *(fingerprint(os.path.join(folder, name)) for name in files)]), {}
     if not record["finished"]:
-        raise UserError(f"{folder} is not finished (step {record['step']}); run its command again, it resumes")
+        raise UserError(f"{folder} is not finished (step {record['step']}); run its command again to resume it")
     return hash_of([record["id"], record.get("weights")]), record["history"]
 
 
 def history_of(folders):
-    """The runs behind some checkpoints, {folder: cost}. A run behind several of them counts once, two runs that were
-    made in folders of one name count twice."""
+    """The runs behind some checkpoints, {folder: cost}. A run behind several of them counts once; two runs in folders
+    of the same name count twice."""
     found = {}
     for name, cost in [run for folder in folders for run in parent_of(folder)[1].items()]:
         while found.setdefault(name, cost) != cost:
@@ -159,19 +159,19 @@ def trained_on(folder):
     """{domain: share} that a checkpoint's own run was trained on."""
     recipe = (read_run(folder) or {}).get("recipe", {})
     if "mixture" not in recipe:
-        raise UserError(f"{folder} does not say what it was trained on (no training run.json), which is needed here")
+        raise UserError(f"{folder} does not say what it was trained on (no training run's run.json); name another")
     return recipe["mixture"]
 
 
 def mixtures_of(folders, published=None):
-    """[{domain: share}] that checkpoints were trained on. Nobody knows what a model without a run.json has read, a
-    published one: it counts as trained on `published`, {domain: share}, or else on all that the others read, evenly."""
+    """For each checkpoint, the {domain: share} it was trained on. Without a run.json (a published model) nobody knows:
+    it counts as trained on `published`, {domain: share}, or else evenly on all domains that the others read."""
     found = {folder: trained_on(folder) for folder in folders if read_run(folder)}
     foreign = dict.fromkeys(folder for folder in folders if folder not in found)
     if foreign and not published:
         domains = sorted({domain for mixture in found.values() for domain in mixture})
         if not domains:
-            trained_on(next(iter(foreign)))  # which says what is missing
+            trained_on(next(iter(foreign)))  # raises the error
         published = {domain: 1 / len(domains) for domain in domains}
     for folder in foreign:
         print(f"{folder} has no record of its training: it counts as trained on {', '.join(published)}")
@@ -191,7 +191,7 @@ def read_log(folder):
 
 
 def _open_and_lock(folder, wait):
-    """A descriptor of a folder that holds its lock; see `locked`."""
+    """A file descriptor that holds a folder's lock; see `locked`."""
     try:
         os.makedirs(folder, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -204,15 +204,15 @@ def _open_and_lock(folder, wait):
         if isinstance(error, BlockingIOError):
             remedy = "let it finish, or choose another --out_dir"
             raise UserError(f"another process is writing into {folder}; {remedy}") from None
-        # some network drives; without a lock two runs could write into one folder
+        # some network drives have no locks; without one, two runs could write into one folder
         raise UserError(f"{folder} cannot be locked ({error.strerror}); choose an --out_dir on another drive") from None
     return descriptor
 
 
 @contextlib.contextmanager
 def locked(folder, wait=False):
-    """Keep other processes out of a folder, which is made where it is missing; UserError when one is in there, or
-    wait for it. The lock ends with its process, even a killed one. A folder that stays empty is removed again."""
+    """Keep other processes out of a folder, creating it if it is missing. If another process is in it: UserError, or
+    with `wait` wait for it. A lock ends with its process, even if that is killed. An empty folder is removed again."""
     descriptor = _open_and_lock(folder, wait)
     while not os.path.exists(folder) or not os.path.samestat(os.fstat(descriptor), os.stat(folder)):
         os.close(descriptor)  # the process before us has removed the folder, as below
@@ -229,13 +229,13 @@ def locked(folder, wait=False):
 
 
 class Run:
-    """A run of a recipe into a folder, which is locked as long as the `with` lasts.
+    """A run of a recipe in a folder, which stays locked for the duration of the `with` statement.
 
-    processes: a parallel.Processes, where several may train. All of them take part, since each may hold but a piece of
-    the weights; the first one looks at the folder and writes.
+    processes: a parallel.Processes, if several may train. All of them take part, since each may hold only a piece of
+    the weights; the first one reads and writes the folder.
 
-    Refused with a UserError: a folder that holds another run, unless `overwrite`, which always starts anew; one that
-    the run itself starts from; and files that are not of a run.
+    UserError for a folder that holds another run, unless `overwrite`, which always starts over; for one that the run
+    itself starts from; and for one with files that do not belong to a run.
     """
 
     def __init__(self, folder, recipe, overwrite=False, processes=None):
@@ -244,8 +244,8 @@ class Run:
         self.first = processes is None or processes.first  # the one that writes
         self.lock = contextlib.ExitStack()
         self.log = ""  # the text of log.jsonl
-        self.sums = {}  # of the metrics of all steps since the last line of it
-        self.shards = ""  # the folder that state.pt names
+        self.sums = {}  # of the metrics, over all steps since its last line
+        self.shards = ""  # the folder of shards that state.pt names
         self.before = history_of(recipe["parents"])  # the runs before this one
         self.stage = len(self.before)
 
@@ -264,7 +264,7 @@ class Run:
         return self.lock.__exit__(*error)
 
     def _find(self):
-        """(run.json of a folder that holds a run of this recipe, True), or (a fresh one, not written yet, False)."""
+        """(the folder's run.json, True) if it holds a run of this recipe, else (a new one, not written yet, False)."""
         for name in {*self.recipe["parents"], *self.before}:
             if os.path.realpath(name) == os.path.realpath(self.folder):
                 raise UserError(f"--out_dir={self.folder} holds weights that this run starts from; choose another one")
@@ -274,12 +274,12 @@ class Run:
         if record is None:
             if set(os.listdir(self.folder)) - {f"{RECORD}.tmp"}:  # left by a kill in _write
                 raise UserError(
-                    f"{self.folder} holds files that are not of a run; choose another --out_dir or empty it"
+                    f"{self.folder} holds files that do not belong to a run; choose another --out_dir or empty it"
                 )
             return fresh, False
         if self.overwrite:
             return fresh, False
-        record["recipe"].pop("code", None)  # of runs made when a change of source was refused
+        record["recipe"].pop("code", None)  # in runs from when a change of source code was refused
         if difference := _difference(record["recipe"], self.recipe):
             raise UserError(f"{self.folder} holds another run ({difference}); {self._remedy(record)}")
         if record["finished"] and not _is_intact(self.folder, record):
@@ -289,33 +289,33 @@ class Run:
         return record, True
 
     def _remedy(self, record):
-        """What to do about a folder that holds another run than this one."""
+        """What to do about a folder that holds a different run."""
         if "init_from" not in record["recipe"].get("config", {}):
             return "use --overwrite=True or another --out_dir"
         if record["finished"]:
-            keep = f"--init_from={self.folder} with another --out_dir trains its weights further"
+            keep = f"to train its weights further, use --init_from={self.folder} with another --out_dir"
         else:
-            keep = "the settings it began with finish it"
-        return f"{keep}, --overwrite=True discards it"
+            keep = "to finish it, use the settings it began with"
+        return f"{keep}; --overwrite=True discards it"
 
     def _note_source(self, record):
-        """Say which files have changed since a run was made; what it goes on with is a new leg of it."""
+        """Print which source files have changed since the run was made; it continues with them as a new leg."""
         legs = record.setdefault("source", [{"step": 0, "files": {}}])
         if files := sorted({name for leg in legs for name in changed_files(leg["files"])}):
             names = " and ".join(files)
-            print(f"{self.folder}: made before {names} changed; --overwrite=True makes it anew")
+            print(f"{self.folder}: made before {names} changed; --overwrite=True makes it again")
         if not record["finished"] and legs[-1]["files"] != source():
             legs.append({"step": record["step"], "files": source()})
 
     @property
     def seconds(self):
-        """How long the run has trained, in all of its legs."""
+        """How long the run has trained, over all of its legs."""
         return time.monotonic() - self.started
 
     def begin(self):
-        """Claim the folder for a fresh run, and clear what an overwritten one left.
+        """Claim the folder for a new run, and clear what an overwritten one left.
 
-        A kill in between leaves the old run without state.pt, or the new one without it: both can be started again.
+        A kill in between leaves a run.json, old or new, without state.pt: either can be started again.
         """
         if not self.first:
             return
@@ -327,16 +327,16 @@ class Run:
             clear(self.folder)
 
     def resume(self, model, optimizer, last_step):
-        """Put a saved state into model and optimizer. Returns the step at which the run goes on, 0 for a fresh one."""
+        """Load a saved state into model and optimizer. Returns the step at which the run resumes, 0 for a new one."""
         state = load_state(self.folder, last_step, model, optimizer) if self.resumed else None
         if self.processes.world > 1:
             self.processes.barrier()  # all have read the folder before the first one changes it
-        self.started = time.monotonic()  # of training: loading a model is not part of its speed
+        self.started = time.monotonic()  # of training: loading a model does not count in its speed
         if state is None or state["step"] == 0:
             self.begin()
             return 0
         self.log, self.shards = state["log"], state["shards"]
-        from common.device import widest_float  # mix.py, which has runs, too, needs no device
+        from common.device import widest_float  # not at the top: mix.py has runs too, and needs no device
 
         device = next(model.parameters()).device
         self.sums = {name: value.to(device, widest_float(device)) for name, value in state["sums"].items()}
@@ -346,7 +346,7 @@ class Run:
         return state["step"]
 
     def add(self, line):
-        """Append a line to log.jsonl, and start new sums."""
+        """Append a line to log.jsonl, and reset the sums."""
         self.log += json.dumps(line) + "\n"
         self.sums = {}
         if self.first:
@@ -354,7 +354,7 @@ class Run:
 
     def save(self, step, model, optimizer, tokenizer, cost, finished=False):
         """Write a checkpoint: the training state, which decides where a killed run resumes, then the model. tokenizer:
-        the folder of the model's. cost: the tokens, FLOPs and seconds of this run so far."""
+        the folder with the model's tokenizer. cost: the tokens, FLOPs and seconds of this run so far."""
         state = {"step": step, "seconds": self.seconds, "log": self.log, "sums": self.sums, "shards": self.shards}
         self.shards = save_state(self.folder, state, model, optimizer, self.processes)
         weights = self.processes.whole_weights(model)
@@ -366,8 +366,8 @@ class Run:
             self.finish() if finished else self._write()
 
     def finish(self, weights=None, notes=()):
-        """Mark the run as finished; a mixture gets its model card, with the `notes` on it. weights: the weights' hash,
-        where the caller knows it, since large files take long to read."""
+        """Mark the run as finished; a mixture gets its model card, with `notes` on it. weights: the weights' hash, if
+        the caller knows it, since large files take long to read."""
         if read_config(self.folder)["num_local_experts"]:
             tokens = total_cost(self.record["history"])["tokens"]
             write_card(self.folder, list(self.recipe["parents"]), tokens, list(self.recipe.get("mixture", ())), notes)
@@ -379,13 +379,13 @@ class Run:
 
 
 def _is_intact(folder, record):
-    """Whether the weights of a finished run are there and as they were written."""
+    """Whether the weights of a finished run are present and unchanged."""
     found = weights_hash(folder)
     return found is not None and found == record.get("weights")
 
 
 def clear(folder):
-    """Remove what a run wrote besides its state and run.json."""
+    """Remove everything a run wrote except its state and run.json."""
     for name in (LOG, CARD, SUMS):
         if os.path.exists(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
@@ -397,13 +397,13 @@ def clear(folder):
 
 
 def write_sums(folder, sums):
-    """Keep the fields of mix.Regression beside a mixture."""
+    """Store the fields of a mix.Regression in a mixture's folder."""
     with atomic_file(os.path.join(folder, SUMS)) as file:
         torch.save(sums, file)
 
 
 def read_sums(folder):
-    """The fields of the mix.Regression that is beside a mixture, or beside the one that it was finetuned from."""
+    """The fields of the mix.Regression in the folder of a mixture, or of the one it was finetuned from."""
     names = list(read_config(folder)["expert_names"])
     for place in (folder, *(read_run(folder) or {"recipe": {"parents": {}}})["recipe"]["parents"]):
         path = os.path.join(place, SUMS)
@@ -413,17 +413,17 @@ def read_sums(folder):
             except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
                 raise UserError(f"{path} is damaged ({type(error).__name__}); mix {place} again") from None
             if found["names"] != names:
-                raise UserError(f"{path} is of {', '.join(found['names'])}, but {folder} has {', '.join(names)}")
+                raise UserError(f"{path} is for {', '.join(found['names'])}, but {folder} has {', '.join(names)}")
             return found
-    raise UserError(f"{folder} has no {SUMS}, nor has what it was finetuned from; mix anew with --router_init=ridge")
+    raise UserError(f"neither {folder} nor the mixture behind it has {SUMS}; mix again with --router_init=ridge")
 
 
 # ---- the training state ----
 
 
 def save_state(folder, state, model, optimizer, processes):
-    """Replace the training state in one move; all processes call it together. state: what TYPES names, with the
-    "shards" of the state before this one. Returns the new "shards": their folder, or "" where state.pt holds all."""
+    """Replace the training state atomically; all processes call it together. state: the keys of TYPES, with the
+    "shards" of the previous state. Returns the new "shards": their folder, or "" if everything is in state.pt."""
     if processes.world == 1:
         state = {**state, "shards": "", "model": model.state_dict(), "optimizer": optimizer.state_dict()}
     else:
@@ -445,19 +445,19 @@ def save_state(folder, state, model, optimizer, processes):
 
 
 def load_state(folder, last_step, model, optimizer):
-    """Put a saved training state into model and optimizer; returns the rest of it, or None where there is none.
-    UserError when it is damaged."""
+    """Load a saved training state into model and optimizer; returns the rest of it, or None if there is none.
+    UserError if it is damaged."""
     path = os.path.join(folder, STATE)
     if not os.path.exists(path):
         return None
     try:
-        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not check checksums
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         where = state.setdefault("shards", "")
         for name, kind in (TYPES | (IN_SHARDS if where else WHOLE)).items():
             if not isinstance(state.get(name), kind):
-                raise ValueError(f"{name} is no {kind.__name__}")
+                raise ValueError(f"{name} is not of type {kind.__name__}")
         if not 0 <= state["step"] <= last_step:
             raise ValueError(f"step {state['step']} is beyond the last, {last_step}")
         if not where:
@@ -467,18 +467,18 @@ def load_state(folder, last_step, model, optimizer):
 
             load_shards(os.path.join(folder, where), state["step"], model, optimizer)
         else:
-            raise ValueError(f"{where}, which belongs to it, is not as it was written")
+            raise ValueError(f"{where}, which belongs to it, has changed since it was written")
     except (
         *(RuntimeError, OSError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError),
         *(pickle.UnpicklingError, zipfile.BadZipFile),
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged ({reason}); delete it to start the run anew") from None
+        raise UserError(f"{path} is damaged ({reason}); delete it to start the run again") from None
     return state
 
 
 def _load_whole(weights, moments, model, optimizer):
-    """Load what a single process has saved; of a model that is distributed, each process takes its part."""
+    """Load what a single process saved; if the model is distributed, each process takes its part."""
     if dist.is_initialized():
         from common.parallel import own_parts
 
@@ -488,13 +488,13 @@ def _load_whole(weights, moments, model, optimizer):
 
 
 def _fingerprints(folder, name):
-    """{file: fingerprint} of a folder of shards."""
+    """{file: fingerprint} for a folder of shards."""
     where = os.path.join(folder, name)
     return {file: fingerprint(os.path.join(where, file)) for file in sorted(os.listdir(where))}
 
 
 def remove_shards(folder, keep=""):
-    """Remove the shards that no state.pt names any more."""
+    """Remove the shards that state.pt no longer names."""
     for name in SHARDS:
         if name != keep:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)

@@ -1,8 +1,8 @@
-"""The tokenizer of a folder, used through tiktoken or, where a published model brings its own, through `tokenizers`.
+"""The tokenizer of a folder, used through tiktoken or, if a published model brings its own, through `tokenizers`.
 
-A folder with `tiktoken.json` and `tokenizer.tiktoken` (tiktoken's own rank format) is a tokenizer: data folders hold
-one (data/bpe.py trains it), and every checkpoint carries a copy. So is a folder with `tokenizer.json`, Hugging Face's
-format. Ours hold both, which give the same ids.
+A folder with `tiktoken.json` and `tokenizer.tiktoken` (tiktoken's own rank format) has a tokenizer: data folders hold
+one (data/bpe.py trains it), and every checkpoint carries a copy. So does a folder with `tokenizer.json`, in Hugging
+Face's format. Our folders have both, which give the same ids.
 """
 
 import base64
@@ -19,11 +19,11 @@ import tiktoken
 from common.errors import UserError, read_json
 
 TOKENIZER_FILES = ("tiktoken.json", "tokenizer.tiktoken")
-REMEDY = "prepare the data first (python -m data.prepare), or copy both tokenizer files from where it was prepared"
+REMEDY = "prepare the data first (python -m data.prepare), or copy both tokenizer files from the folder it is in"
 
 
 def is_published(folder):
-    """Whether a folder's tokenizer is a published model's, in tokenizer.json alone."""
+    """Whether a folder has only a tokenizer.json, as published models do."""
     ours = any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZER_FILES)
     return not ours and os.path.exists(os.path.join(folder, FILE))
 
@@ -33,14 +33,14 @@ def has_tokenizer(folder):
 
 
 def content_hash(description, rank_lines):
-    """The hash that identifies a tokenizer, from its tiktoken.json and the text of its tokenizer.tiktoken."""
+    """The hash of a tokenizer, from its tiktoken.json and the text of its tokenizer.tiktoken."""
     content = [description["pattern"], description["special_tokens"], rank_lines]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_tokenizer(folder):
-    """The tiktoken.Encoding of a data or checkpoint folder, or the JsonEncoding that has its methods. UserError when a
-    file is missing or damaged."""
+    """The tiktoken.Encoding of a data or checkpoint folder, or a JsonEncoding, which has the same methods. UserError if
+    a file is missing or damaged."""
     if is_published(folder):
         return JsonEncoding(folder)
     description = read_description(folder)
@@ -63,38 +63,38 @@ def load_tokenizer(folder):
 
 
 def read_description(folder):
-    """tiktoken.json of a folder."""
+    """The tiktoken.json of a folder."""
     path = os.path.join(folder, "tiktoken.json")
     found = read_json(path, REMEDY)
     if not isinstance(found, dict) or not found.keys() >= {"name", "pattern", "special_tokens", "vocab_size", "hash"}:
-        raise UserError(f"{path} is no tiktoken.json of this project; {REMEDY}")
+        raise UserError(f"{path} is not a tiktoken.json of this project; {REMEDY}")
     return found
 
 
 def tokenizer_hash(folder, added=True):
-    """The hash (hex) that identifies a folder's tokenizer: two folders with the same one share all ids; without
-    `added`, all but those of tokens that were added to the vocabulary, such as a chat's."""
+    """The hash (hex) of a folder's tokenizer: equal hashes mean equal ids. Without `added`, tokens that were added to
+    the vocabulary, such as a chat's, do not count."""
     if is_published(folder):
         return json_hash(folder, added)
     return read_description(folder)["hash"]
 
 
 def token_bytes(encoding):
-    """How many bytes of text each id stands for: int64 array [n_vocab], 0 for special tokens."""
+    """How many bytes of text each id spells: int64 array [n_vocab], 0 for special tokens."""
     lengths = [len(encoding.decode_single_token_bytes(token)) for token in range(encoding.n_vocab)]
     special = [encoding.is_special_token(token) for token in range(encoding.n_vocab)]
     return np.where(special, 0, lengths)
 
 
 def encode_continuation(encoding, text, special=False):
-    """The ids of a text that goes on from another, a list: without the space that SentencePiece puts before a text."""
+    """The list of ids of a text that continues another: without the space that SentencePiece puts before a text."""
     first = encode(encoding, "a")
     before = "\n" if len(first) and encoding.decode_single_token_bytes(first[0]).startswith(b" ") else ""
     return encode(encoding, before + text, special)[len(encode(encoding, before)) :].tolist()
 
 
 def encode(encoding, text, special=False):
-    """The ids of a text, an array. special: whether special tokens are meant as such where the text spells them."""
+    """The ids of a text, an array. special: whether to read special tokens as such where the text spells them."""
     try:
         return encoding.encode_to_numpy(text, allowed_special="all" if special else set(), disallowed_special=())
     except ValueError:  # a million spaces in a row are too much for tiktoken's regular expressions, not for Python's
@@ -104,7 +104,7 @@ def encode(encoding, text, special=False):
 
 
 def spelled_bytes(encoding):
-    """(V,): how many bytes of text each id spells, special tokens their names, <unk> none."""
+    """(V,): how many bytes each id spells; a special token spells its name, <unk> nothing."""
     unknown = getattr(encoding, "unknown", None)
     return np.array(
         [len(encoding.decode_single_token_bytes(id)) * (id != unknown) for id in range(encoding.n_vocab)], np.int64
@@ -127,10 +127,10 @@ def byte_characters():
 
 
 class JsonEncoding:
-    """The tokenizer.json of a folder, used like a tiktoken.Encoding.
+    """The tokenizer.json of a folder, with the interface of a tiktoken.Encoding.
 
-    Special tokens in a text are text. A SentencePiece tokenizer puts a space before a text, which counts as one of its
-    bytes.
+    Special tokens in a text are read as plain text. A SentencePiece tokenizer puts a space before a text, which counts
+    as one of its bytes.
     """
 
     name = FILE
@@ -149,7 +149,7 @@ class JsonEncoding:
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # "<s>" in a text is three characters
         vocab, spell = self.tokenizer.get_vocab(with_added_tokens=True), speller(path)
-        self.unknown = unknown_token(path, vocab)  # what stands for text that has no piece; None where there is none
+        self.unknown = unknown_token(path, vocab)
         self.n_vocab = max(vocab.values(), default=-1) + 1
         self.eot_token = end_of_text(folder, vocab)
         self.added = self.tokenizer.get_added_tokens_decoder()
@@ -176,7 +176,7 @@ class JsonEncoding:
 
 
 def speller(path):
-    """A function from a piece of the vocabulary to the bytes it stands for, as tokenizer.json's decoder has it."""
+    """A function from a piece of the vocabulary to the bytes it spells, according to tokenizer.json's decoder."""
     decoder = read_json(path, "copy it again").get("decoder") or {}
     steps = {step.get("type"): step for step in decoder.get("decoders", [decoder])}
     if "ByteLevel" in steps:
@@ -185,7 +185,7 @@ def speller(path):
     space = steps.get("Metaspace", {}).get("replacement") or steps.get("Replace", {}).get("pattern", {}).get("String")
     if space is None:
         kinds = ", ".join(map(str, steps))
-        raise UserError(f"{path} has the decoder {kinds}; bytes are known of byte-level and SentencePiece tokenizers")
+        raise UserError(f"{path} has the decoder {kinds}; only byte-level and SentencePiece tokenizers can be read")
 
     def spell(piece):
         if "ByteFallback" in steps and (byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece)):
@@ -196,7 +196,7 @@ def speller(path):
 
 
 def unknown_token(path, vocab):
-    """The id that stands for text without a piece, None where there is none."""
+    """The id for text that no piece spells, or None if there is no such id."""
     model = read_json(path, "copy it again").get("model") or {}
     return vocab.get(model.get("unk_token"), model.get("unk_id"))
 
@@ -215,7 +215,7 @@ def end_of_text(folder, vocab):
 
 
 def json_hash(folder, added=True):
-    """The hash that identifies a tokenizer.json: of all that decides ids, in whatever layout it was written."""
+    """The hash of a tokenizer.json: of everything that decides ids, whatever the file's layout."""
     found = read_json(os.path.join(folder, FILE), "copy it again")
     found = found if isinstance(found, dict) else {}
     names = ("added_tokens",) * added + ("normalizer", "pre_tokenizer", "decoder")

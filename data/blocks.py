@@ -1,12 +1,12 @@
-"""Reads the files that generated text is worded by: math_templates.txt and wiki.txt."""
+"""Reads the files with the wordings of generated text: math_templates.txt and wiki.txt."""
 
 import os
 from collections import defaultdict
 
 
 def read_blocks(name):
-    """The blocks of a file in this folder, each with its lines by their first word: [(title, {word: [the rest of each
-    such line]})]. A block begins with its [title]; the first one, before any title, has the title ""."""
+    """The blocks of a file in this folder, with their lines grouped by first word: [(title, {word: [the rest of each
+    such line]})]. A block begins with its [title]; the lines before any title are a block titled ""."""
     blocks = [("", defaultdict(list))]
     with open(os.path.join(os.path.dirname(__file__), name), encoding="utf-8") as file:
         for line in file.read().splitlines():

@@ -1,6 +1,6 @@
-"""A short trainer for byte-level BPE, and the files it leaves; common/tokenizer.py reads them.
+"""A short trainer for byte-level BPE, and the files it writes; common/tokenizer.py reads them.
 
-A tokenizer is written twice: in tiktoken's format, and as the tokenizer.json of Hugging Face's `tokenizers`, so that
+Each tokenizer is written twice: in tiktoken's format, and as the tokenizer.json of Hugging Face's `tokenizers`, so that
 AutoTokenizer gives the same ids.
 """
 
@@ -17,13 +17,13 @@ from tqdm import tqdm
 from common.errors import UserError, write_atomically, write_json
 from common.tokenizer import END_OF_TEXT, FILE, SETTINGS, byte_characters, content_hash
 
-# What a token may not cross. In this order: a line break with the blank lines and the indentation
-# around it; a word, with the one space, dot or underscore before it; a single digit, so that numbers
+# Tokens do not cross the boundaries of these pieces. In this order: a line break with the blank lines and
+# the indentation around it; a word, with one space, dot or underscore before it; a single digit, so that numbers
 # always look the same; a run of punctuation; any other space, leaving the last one to the next word.
 PATTERN = r"\s*\n\s*|[ ._]?\p{L}+|[0-9]| ?[^\s\p{L}0-9]+|\s+(?!\S)|\s"
 
-# The same for counting, where a run is cut: text without spaces would be one word of a million letters. The limits are
-# above what stands in ordinary text.
+# The same for counting, with long runs cut: otherwise text without spaces would be one word of a million letters. The
+# limits are above anything in ordinary text.
 LONGEST_WORD, LONGEST_RUN = 64, 256
 COUNTED = (
     PATTERN.replace(r"\p{L}+", rf"\p{{L}}{{1,{LONGEST_WORD}}}")
@@ -31,12 +31,12 @@ COUNTED = (
     .replace(r"\s+", rf"\s{{1,{LONGEST_RUN}}}")
     .replace(r"\s*", rf"\s{{0,{LONGEST_RUN}}}")
 )
-LONG = 20  # characters: of different words that are longer, such as the lines of a genome, there may be no end,
-LONG_BYTES = 2**16  # so that no more of them are counted
+LONG = 20  # characters: there may be no end of different longer words, such as the lines of a genome,
+LONG_BYTES = 2**16  # so no more of them than this are counted
 
 
 def count_words(texts):
-    """{word: how often it stands in the texts}, in the order in which they come first."""
+    """{word: how often it occurs in the texts}, in order of first occurrence."""
     frequency = Counter()
     for text in texts:
         frequency.update(regex.findall(COUNTED, text))
@@ -63,11 +63,11 @@ def train_bpe(texts, vocab_size):
     """Learn byte-pair merges from an iterable of strings.
 
     Returns ranks: {token bytes: id}, ids 0..vocab_size-2 (the 256 bytes first, then the merges in the
-    order learned); the last id of the vocabulary is left to END_OF_TEXT. Each merge takes the most
-    frequent pair of neighbours; of equally frequent ones the first in byte order. A pair is
-    identified by the bytes it spells, as tiktoken does when it encodes.
+    order learned); the last id of the vocabulary is reserved for END_OF_TEXT. Each merge takes the most
+    frequent pair of neighbours or, of equally frequent ones, the first in byte order. A pair is
+    identified by the bytes it spells, as in tiktoken's encoding.
 
-    vocab_size is 257 or more. Raises UserError when the text has too few pairs for it.
+    vocab_size is 257 or more. Raises UserError if the text has too few pairs for it.
     """
     frequency = count_words(texts)
     words = [[bytes([byte]) for byte in word.encode()] for word in frequency]
@@ -91,7 +91,7 @@ def train_bpe(texts, vocab_size):
     while len(ranks) < vocab_size - 1:
         if not heap:
             raise UserError(
-                f"vocab_size={vocab_size} is too large for this little text; --vocab_size={len(ranks) + 1} or less"
+                f"vocab_size={vocab_size} is too large for so little text; use --vocab_size={len(ranks) + 1} or less"
             )
         count, target = heapq.heappop(heap)
         if -count != counts[target] or not count:
@@ -115,7 +115,7 @@ def train_bpe(texts, vocab_size):
 
 
 def last_merge(token, ranks):
-    """The two tokens that byte-pair encoding joins last to spell `token` (bytes); None where it never gets there."""
+    """The two tokens that byte-pair encoding merges last to spell `token` (bytes); None if it never gets there."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
@@ -153,8 +153,8 @@ def from_ranks(ranks):
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,  # as GPT-2's users have it: no id is free for another
-        "padding_side": "left",  # a model goes on at the right
+        "pad_token": END_OF_TEXT,  # as usual with GPT-2: no id is free for another token
+        "padding_side": "left",  # generation continues at the right
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
@@ -162,7 +162,7 @@ def from_ranks(ranks):
 
 
 def save_tokenizer(folder, vocab_size, texts):
-    """Train a tokenizer of vocab_size entries on `texts` (strings), and write both its formats into a folder."""
+    """Train a tokenizer of vocab_size entries on `texts` (strings), and write it to a folder in both formats."""
     ranks = train_bpe(texts, vocab_size)
     lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     description = {

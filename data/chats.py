@@ -4,9 +4,9 @@
     chats=math-chat=out/cpu/chats/math.jsonl,wiki-chat=out/cpu/chats/wiki.jsonl
     python -m data.prepare config/cpu/data.py --domains=$chats
 
-A row of math.jsonl is a word problem and its worked solution, a row of wiki.jsonl one to three questions of a quiz and
-their answers. All is training text: no problem shares its equations with a held-out one, and no question is about a
-fact that quizzes never ask, or in words that held-out text keeps for itself.
+A row of math.jsonl is a word problem and its worked solution; a row of wiki.jsonl is one to three quiz questions and
+their answers. All of it is training text: no problem shares its equations with a held-out one, and no question asks
+for a fact that quizzes never ask, or uses a wording reserved for held-out text.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ from data.math_problems import math_documents
 
 @dataclasses.dataclass
 class ChatsConfig:
-    """Write chats about word problems and the encyclopedia."""
+    """Write chats about word problems and the generated encyclopedia."""
 
     out_dir: str = key("out/cpu/chats", "folder for math.jsonl and wiki.jsonl")
     count: int = key(4000, "chats of each kind", within="[1, inf)")
-    seed: int = key(1, "decides which problems and questions; 0 has those that data.prepare generates by default")
+    seed: int = key(1, "random seed of problems and questions; 0 gives the ones in data.prepare's default text")
 
 
 def as_chat(text):
-    """The messages of a text of questions and answers, as the built-in domains write them."""
+    """The messages in a text of questions and answers, in the form of the built-in domains."""
     pairs = [part.split("\nAnswer: ") for part in text.split("Question: ")[1:]]
     roles = "user", "assistant"
     return [{"role": role, "content": part.strip()} for pair in pairs for role, part in zip(roles, pair, strict=True)]
 
 
 def math_chats(seed):
-    """Chats of one question each, in practice without end."""
+    """Chats of one question each, practically without end."""
     for split, read in math_documents(seed):
         if split == "train":
             yield as_chat(read())
@@ -62,7 +62,7 @@ def main():
         if os.path.exists(path):
             with open(path, "rb") as file:
                 if file.read() != lines:
-                    raise UserError(f"{path} holds other chats; choose another --out_dir or move it away")
+                    raise UserError(f"{path} already holds other chats; choose another --out_dir or move it away")
         write_atomically(path, lines)
         print(f"{path}: {config.count:,} chats")
 

@@ -9,9 +9,9 @@ from data.task import Task, choices_of
 
 CONTEXT_BYTES = 400  # about 160 tokens
 MIN_CONTEXT_BYTES = 200
-MIN_CHARACTERS = 8  # of a line to complete: with fewer anything fits
-MAX_BYTES = 60  # of one: with more nothing does
-CONSTANT = re.compile(r"""(["']).*?\1|\d+""")  # nobody can foresee what a string or a number says
+MIN_CHARACTERS = 8  # of a line to complete: a shorter one is too easy to guess
+MAX_BYTES = 60  # of a line to complete: a longer one is too hard
+CONSTANT = re.compile(r"""(["']).*?\1|\d+""")  # nobody can predict the contents of a string or number
 TRIPLE_QUOTED = re.compile(r"(\"{3}|'{3}).*?\1", re.DOTALL)
 
 
@@ -24,14 +24,14 @@ def is_worth_asking(line):
 
 
 def lines_of_strings(text):
-    """The numbers, from 0, of all lines that a triple-quoted string touches."""
+    """The numbers, from 0, of all lines touched by a triple-quoted string."""
     strings = [match.span() for match in TRIPLE_QUOTED.finditer(text)]
     return {n for start, end in strings for n in range(text.count("\n", 0, start), text.count("\n", 0, end) + 1)}
 
 
 def completions(text):
-    """A row for each line of a file that is worth asking, in hash order. The prompt is as many whole lines before it
-    as fit CONTEXT_BYTES, then its indentation, so that tokens fall as they do in training text."""
+    """A row for each line of a file that is worth asking, in hash order. The prompt is as many whole lines before it as
+    fit in CONTEXT_BYTES, plus its indentation, so that it is tokenized as in training text."""
     rows = []
     lines = text.split("\n")
     strings = lines_of_strings(text)
@@ -51,9 +51,9 @@ def completions(text):
 
 
 def code_task(texts, split, seed, count=500):
-    """Lines of the split's files, one of each file, then a second one, and so on; none that text of another split has
-    with the same prompt. Chance is any line of training text that is worth asking, majority the most frequent one,
-    copy the line above. The task is the same for every seed; there is none (None) where no line is worth asking."""
+    """Lines of the split's files, one from each file, then a second one, and so on; none that another split's text has
+    after the same prompt. Baselines: chance picks any line of training text that is worth asking, majority the most
+    frequent one, copy the line above. The task is the same for every seed; None if no line is worth asking."""
     elsewhere = "\0".join(text for name in texts if name != split for text in texts[name])
     rows = {}  # by their prompt
     for row in chain.from_iterable(zip_longest(*map(completions, texts[split]))):

@@ -1,16 +1,17 @@
 """Domains without labels, as in cluster-Branch-Train-Merge (Gururangan et al. 2023, arXiv 2303.14177, section 3.1).
 
-    python -m data.prepare --domains=mine=~/text --out_dir=out/mine/data      # raw text first becomes one domain
+    python -m data.prepare --domains=mine=~/text --out_dir=out/mine/data      # first, raw text becomes one domain
     python -m data.discover --data_dir=out/mine/data --clusters=4 --out_dir=out/mine/clusters-4
 
-writes a data folder like data/prepare.py's: the same tokenizer, the domains c0 (of most tokens), c1, ..., and
-discover.json, which says what is in them. Documents are what the end-of-text token separates; each goes to one cluster
-whole, as the ids that it had.
+writes a data folder like data/prepare.py's, with the same tokenizer, the domains c0 (most tokens), c1, ..., and
+discover.json, which describes them. The end-of-text token separates documents; each goes to one cluster as a whole,
+with its ids unchanged.
 
-A document is the tf-idf weights of its words, cut down by a truncated SVD, of length 1. While centres are fitted,
-clusters have equal sizes; afterwards each document, held-out ones too, belongs to the nearest centre. Two things are
-ours: documents to fit on are drawn by their tokens, so that sizes are equal in tokens (by documents, a domain of few
-and long ones is never found), and of several starts the closest fit counts. Needs the package scikit-learn.
+A document is represented by the tf-idf weights of its words, reduced by a truncated SVD and scaled to length 1. While
+centres are fitted, clusters have equal sizes; afterwards each document, held-out ones too, joins the nearest centre.
+Two things are ours: documents to fit on are drawn in proportion to their tokens, so that clusters are equal in tokens
+(if they were equal in documents, a domain of few, long ones would never be found); and the closest fit of several
+starts is used. Needs the package scikit-learn.
 """
 
 import hashlib
@@ -29,9 +30,9 @@ from common.hf import copy_tokenizer
 from common.run import differing_settings, locked
 from data.prepare import token_dtype
 
-WORD = r"(?u)\b[^\W\d]\w+\b"  # two characters or more, the first one no digit
+WORD = r"(?u)\b[^\W\d]\w+\b"  # two characters or more, the first one not a digit
 ITERATIONS = 20
-STARTS = 8  # the closest fit of so many counts
+STARTS = 8  # of which the closest fit is used
 CHUNK = 10_000  # documents weighed at a time
 TOP_TERMS = 10
 REPORT = "discover.json"
@@ -41,18 +42,18 @@ REPORT = "discover.json"
 class DiscoverConfig:
     """Find domains in prepared text by clustering its documents."""
 
-    data_dir: str = key("out/cpu/data", "folder of the prepared text")
-    domains: str = key("all", "comma list of its domains to take documents from, or all")
-    out_dir: str = key("out/cpu/clusters", "folder for the clusters, a data folder of its own")
-    clusters: int = key(4, "how many", within="[2, inf)")
+    data_dir: str = key("out/cpu/data", "the folder with the prepared text")
+    domains: str = key("all", "the domains to take documents from, separated by commas, or all")
+    out_dir: str = key("out/cpu/clusters", "the folder for the clusters, which becomes a data folder")
+    clusters: int = key(4, "how many clusters to make", within="[2, inf)")
     method: str = key(
-        "tfidf", "random, the control, deals documents to clusters of these sizes", choices=("tfidf", "random")
+        "tfidf", "random, the control, assigns documents to clusters of the same sizes", choices=("tfidf", "random")
     )
-    features: int = key(100, "dimensions that the SVD leaves", within="[1, inf)")
-    sample: int = key(20_000, "training documents to fit on, at most, drawn by their tokens", within="[2, inf)")
-    sequence_length: int = key(256, "tokens that each split of a cluster must hold", within="[1, inf)")
-    seed: int = key(0, "decides which documents are fitted on, and where the centres start", within="[0, 4294967295]")
-    overwrite: bool = key(False, "discard the clusters that are there already")
+    features: int = key(100, "dimensions after the SVD", within="[1, inf)")
+    sample: int = key(20_000, "how many training documents to fit on at most", within="[2, inf)")
+    sequence_length: int = key(256, "tokens that each split of a cluster must have at least", within="[1, inf)")
+    seed: int = key(0, "random seed: which documents to fit on, and where centres start", within="[0, 4294967295]")
+    overwrite: bool = key(False, "discard clusters that already exist")
 
 
 def closeness(points, centres):
@@ -61,10 +62,10 @@ def closeness(points, centres):
 
 
 def balanced(scores):
-    """Deal documents to clusters of equal size, greedily by regret: (n, K) scores, where K divides n -> (n,) clusters.
+    """Assign documents to clusters of equal size, greedily by regret: (n, K) scores, K divides n -> (n,) clusters.
 
-    Who would lose most by a second choice chooses first. When a cluster is full, the others choose anew among the
-    rest: K rounds at most, O(K n (K + log n)). The sum of the scores is the highest there is for K = 2, else near it.
+    Documents that would lose most by their second choice choose first. When a cluster is full, those left choose again
+    among the rest: at most K rounds, O(K n (K + log n)). The sum of scores is optimal for K = 2, else nearly so.
     """
     n, K = scores.shape
     found, room, left = np.full(n, -1), np.full(K, n // K), np.arange(n)
@@ -82,7 +83,7 @@ def balanced(scores):
 
 
 def balanced_means(points, centres):
-    """K-means with equal sizes from some centres on, (K, d): (how close points are on average, the last centres)."""
+    """K-means with equal sizes, starting from centres (K, d): (how close points are on average, the final centres)."""
     found = None
     for _ in range(ITERATIONS):
         before, found = found, balanced(closeness(points, centres))
@@ -93,8 +94,8 @@ def balanced_means(points, centres):
 
 
 def fit(texts, draws, config):
-    """(words, the texts' weights (n, words), a function from other texts to their clusters (n,)), fitted on some texts.
-    draws: (S,) numbers of texts, where K divides S; one that comes often counts as often."""
+    """(words, the texts' weights (n, words), a function from other texts to their clusters (n,)), fitted on `texts`.
+    draws: (S,) indices of texts, where K divides S; a text counts as often as its index occurs."""
     from sklearn.cluster import kmeans_plusplus
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -104,7 +105,7 @@ def fit(texts, draws, config):
     try:
         weights = tfidf.fit_transform(texts)
     except ValueError:  # an empty vocabulary
-        raise UserError(f"--domains={config.domains}: no document has a word to go by; choose others") from None
+        raise UserError(f"--domains={config.domains}: no document has any usable words; choose others") from None
     svd = TruncatedSVD(min(config.features, *weights.shape), random_state=config.seed)
     points = normalize(svd.fit_transform(weights))[draws]
     random = np.random.RandomState(config.seed)
@@ -118,19 +119,19 @@ def fit(texts, draws, config):
 
 
 def read_documents(corpus, split):
-    """The documents of a split, a list of (tokens,) arrays, and the number of each one's domain, (n,)."""
+    """The documents of a split, a list of (tokens,) arrays, and the index of each one's domain, (n,)."""
     documents, labels = [], []
     for label, name in enumerate(corpus.domains):
         tokens = np.asarray(corpus.tokens(name, split, 0))
         ends = np.flatnonzero(tokens == corpus.encoding.eot_token) + 1
-        pieces = [piece for piece in np.split(tokens, ends) if len(piece)]  # the last one may lack its end
+        pieces = [piece for piece in np.split(tokens, ends) if len(piece)]  # the last one may have no end token
         documents += pieces
         labels += [label] * len(pieces)
     return documents, np.array(labels)
 
 
 def shuffled(found, documents, K, random):
-    """Deal documents at random, with the number of tokens in each of K clusters nearly what it was: (n,) -> (n,)."""
+    """Assign documents at random, nearly keeping the number of tokens in each of K clusters: (n,) -> (n,)."""
     lengths = np.array([len(ids) for ids in documents])
     order = random.permutation(len(lengths))
     middles = np.cumsum(lengths[order]) - lengths[order] / 2
@@ -140,14 +141,14 @@ def shuffled(found, documents, K, random):
 
 
 def find_clusters(config, encoding, documents):
-    """({split: (n,) the cluster of each document}, the top terms of each cluster)."""
+    """({split: (n,), the cluster of each document}, the top terms of each cluster)."""
 
     def spell(rows):
         return [encoding.decode(ids[ids != encoding.eot_token].tolist()) for ids in rows]
 
     K, random, train = config.clusters, np.random.default_rng(config.seed), documents["train"]
     if (most := min(len(train), config.sample)) < K:
-        raise UserError(f"--clusters={K}: there are {most} documents to fit on; ask for fewer clusters")
+        raise UserError(f"--clusters={K}: there are only {most} documents to fit on; ask for fewer clusters")
     lengths = [len(ids) for ids in train]
     draws = config.sample // K * K
     places = (np.arange(draws) + random.random()) * sum(lengths) / draws  # evenly spaced tokens
@@ -168,7 +169,7 @@ def find_clusters(config, encoding, documents):
 
 
 def write_cluster(folder, documents, corpus, about):
-    """Write the folder of a domain; meta.json comes last. documents: {split: list of (tokens,) arrays}."""
+    """Write a domain's folder, meta.json last. documents: {split: list of (tokens,) arrays}."""
     os.makedirs(folder)
     dtype, digest, counts = token_dtype(corpus.encoding), hashlib.sha256(), {}
     for split, rows in documents.items():
@@ -182,15 +183,15 @@ def write_cluster(folder, documents, corpus, about):
 
 
 def finished(config, recipe):
-    """discover.json of out_dir where these clusters are there already, or None; UserError when others are."""
+    """The discover.json of out_dir if it already has these clusters, else None; UserError if it has others."""
     path, remedy = os.path.join(config.out_dir, REPORT), "use --overwrite=True or another --out_dir"
     if not os.path.exists(path) and set(os.listdir(config.out_dir)) - {f"{REPORT}.tmp"}:  # left by a kill
-        raise UserError(f"{config.out_dir} holds files that are not of data.discover; choose another --out_dir")
+        raise UserError(f"{config.out_dir} holds files that data.discover did not write; choose another --out_dir")
     if not os.path.exists(path) or config.overwrite:
         return None
     report = read_json(path, remedy)
     if differing := differing_settings(report.get("recipe", {}), recipe):
-        raise UserError(f"{config.out_dir} holds clusters of other settings ({', '.join(differing)}); {remedy}")
+        raise UserError(f"{config.out_dir} holds clusters made with other settings ({', '.join(differing)}); {remedy}")
     return report if "clusters" in report else None
 
 
@@ -198,13 +199,13 @@ def discover(config, corpus, recipe):
     """Find the clusters, write them, and return the report."""
     try:
         from sklearn.metrics import normalized_mutual_info_score
-        from threadpoolctl import threadpool_limits  # comes with it
+        from threadpoolctl import threadpool_limits  # comes with scikit-learn
     except ImportError:
         remedy = "pip install -r requirements-extra.txt"
         raise UserError(f"data.discover needs the package scikit-learn; {remedy}") from None
     documents, labels = zip(*(read_documents(corpus, split) for split in SPLITS), strict=True)
     documents, labels = (dict(zip(SPLITS, part, strict=True)) for part in (documents, labels))
-    with threadpool_limits(1):  # the same bits on any number of cores
+    with threadpool_limits(1):  # the same result, bit for bit, on any number of cores
         found, terms = find_clusters(config, corpus.encoding, documents)
     clusters = [
         {split: [rows[i] for i in np.flatnonzero(found[split] == k)] for split, rows in documents.items()}
@@ -214,10 +215,10 @@ def discover(config, corpus, recipe):
     for k, cluster in enumerate(clusters):
         for split, rows in cluster.items():
             if (size := sum(map(len, rows))) < needed:
-                short = f"{split} of one cluster, c{k}, has {size} tokens, a sequence needs {needed}"
+                short = f"{split} of one cluster, c{k}, has {size} tokens, but a sequence needs {needed}"
                 raise UserError(f"--clusters={config.clusters}: {short}; ask for fewer clusters")
     path = os.path.join(config.out_dir, REPORT)
-    write_json(path, {"recipe": recipe})  # from here on unfinished
+    write_json(path, {"recipe": recipe})  # unfinished from here on
     for name in filter(re.compile(r"c\d+").fullmatch, os.listdir(config.out_dir)):
         shutil.rmtree(os.path.join(config.out_dir, name))
     copy_tokenizer(config.data_dir, config.out_dir)
@@ -238,7 +239,7 @@ def discover(config, corpus, recipe):
 
 
 def print_report(report):
-    """Print a line per cluster, and how well clusters and labels agree."""
+    """Print a line per cluster, and how well clusters agree with the labels."""
     print("cluster  documents      tokens", *(f"{domain:>7}" for domain in report["recipe"]["data"]), " top terms")
     for name, cluster in report["clusters"].items():
         shares = (f"{share:7.1%}" for share in cluster["shares"].values())
@@ -251,11 +252,11 @@ def main():
     config = parse(DiscoverConfig)
     corpus = Corpus(config.data_dir, config.domains)
     if os.path.realpath(config.out_dir) == os.path.realpath(config.data_dir):
-        raise UserError(f"--out_dir={config.out_dir} holds the text that clusters are made of; choose another one")
+        raise UserError(f"--out_dir={config.out_dir} is the folder that the text comes from; choose another one")
     settings = ("clusters", "method", "features", "sample", "seed")
     recipe = {name: getattr(config, name) for name in settings}
     recipe |= {"data": corpus.hashes(), "tokenizer": corpus.tokenizer_hash}
-    with locked(config.out_dir, wait=True):  # of two at once the second finds what the first has made
+    with locked(config.out_dir, wait=True):  # of two running at once, the second finds what the first has made
         if report := finished(config, recipe):
             print(f"{config.out_dir}: already there, kept")
         print_report(report or discover(config, corpus, recipe))

@@ -1,15 +1,15 @@
-"""A generated encyclopedia: people and towns that do not exist, worded by wiki.txt.
+"""A generated encyclopedia: people and towns that do not exist, in the wordings of wiki.txt.
 
     Chidor Chikas comes from Haden. The life of Chidor Chikas began in 1803. His university was Redmoor. ...
 
     Question: What prize was given to Chidor Chikas?
     Answer: the Marble Arch
 
-An article tells all facts of one entity in any order, a mention a few; a quiz asks about several entities. The
-facts are the same for every seed, which decides how they are told. Each fact has one wording that only validation text
-uses, one that only test text uses, and others for training: held-out text is never a sentence that was trained on.
-Half of an entity's facts (rounded down) may come in a quiz, the others never do: the task asks those, so that it
-measures what was learned from statements.
+An article tells all facts of one entity in any order, a mention a few; a quiz asks about several entities. The facts
+are the same for every seed, which decides only how they are told. Each fact has one wording used only in validation
+text, one used only in test text, and others for training: no held-out sentence was ever trained on. Half of an
+entity's facts (rounded down) may be asked in a quiz, the others never: the task asks for those, so that it measures
+what was learned from statements.
 """
 
 import random
@@ -21,7 +21,7 @@ from common.corpus import HELD_OUT, HELD_OUT_SHARE, SPLITS, in_hash_order
 from data.blocks import read_blocks
 from data.task import Task, choices_of
 
-PEOPLE = 150  # few: 12 MB of text tell a fact 200 times and, if at all, ask it 120 times
+PEOPLE = 150  # so few that 12 MB of text state each fact 200 times and, if they ask for it, ask 120 times
 PLACES = 24
 FIRST_NAMES = 50  # surnames are never shared
 SHAPES = {"article": 4, "mention": 3, "quiz": 3}  # of documents, by weight
@@ -42,17 +42,17 @@ class Attribute:
 
 @dataclass
 class Entity:
-    """A person or a place: its attributes' values by name, the attributes asked in quizzes, its short name."""
+    """A person or a place: the values of its attributes by name, which of them quizzes ask, and its short name."""
 
     kind: str
     name: str
     facts: dict
     asked: list
-    short_name: str  # no two entities share it, so that every sentence says whom it is about
+    short_name: str  # unique, so that every sentence makes clear whom it is about
 
 
 def make_world():
-    """All entities, and the attributes that each kind has: (list of Entity, {kind: [Attribute]})."""
+    """All entities, and the attributes of each kind: (list of Entity, {kind: [Attribute]})."""
     rng = random.Random("wiki world")
     (_, names), *blocks = read_blocks("wiki.txt")
     words = ["".join(parts) for parts in product(*(line.split() for line in names["syllables"]))]
@@ -77,13 +77,13 @@ def make_world():
 
 
 def wordings(entity, attribute, all_wordings, split):
-    """Those of an attribute's wordings in which a split may put this fact: one of them for each held-out split."""
+    """The wordings in which a split may state this fact: one for each held-out split, the others for training."""
     order = in_hash_order(all_wordings, f"{entity.name} {attribute.name}")
     return [order[HELD_OUT.index(split)]] if split in HELD_OUT else order[len(HELD_OUT) :]
 
 
 def tell(entity, attributes, split, rng):
-    """One sentence for each attribute; the first one has the entity's full name, later ones may shorten it."""
+    """One sentence for each attribute; the first uses the entity's full name, later ones may shorten it."""
     sentences = []
     for attribute in attributes:
         he = rng.choice([entity.name, entity.short_name]) if sentences else entity.name
@@ -94,13 +94,13 @@ def tell(entity, attributes, split, rng):
 
 
 def ask(entity, attribute, split, rng):
-    """A question up to where the answer starts."""
+    """A question, up to where its answer starts."""
     question = rng.choice(wordings(entity, attribute, attribute.questions, split))
     return f"Question: {question.format(name=entity.name)}\nAnswer:"
 
 
 def make_quiz(entities, attributes, split, rng):
-    """Questions about several entities, one each, among the facts that may be asked."""
+    """Questions about several entities, one each, from the facts that may be asked."""
     text = ""
     for entity in rng.sample(entities, QUIZ_LENGTH):
         attribute = rng.choice([attribute for attribute in attributes[entity.kind] if attribute.name in entity.asked])
@@ -109,7 +109,7 @@ def make_quiz(entities, attributes, split, rng):
 
 
 def wiki_documents(seed):
-    """(split, read) for articles, mentions and quizzes, in practice without end."""
+    """(split, read) for articles, mentions and quizzes, practically without end."""
     rng = random.Random(f"wiki {seed}")
     entities, attributes = make_world()
     shares = [1 - HELD_OUT_SHARE * len(HELD_OUT), *[HELD_OUT_SHARE] * len(HELD_OUT)]
@@ -130,8 +130,8 @@ def wiki_documents(seed):
 
 
 def unasked_facts(split):
-    """The (entity, attribute) pairs that no quiz asks: one half for val, the other for test, whatever the seed; of each
-    attribute both halves have as many, or one more."""
+    """The (entity, attribute) pairs that no quiz asks: one half for val, the other for test, whatever the seed. Both
+    halves have equally many pairs of each attribute, give or take one."""
     entities, attributes = make_world()
     unasked = [
         (entity, attribute)
@@ -143,7 +143,8 @@ def unasked_facts(split):
 
 
 def wiki_task(texts, split, seed, count=500):
-    """Questions for facts that no quiz asks. Chance is one of the attribute's values, majority its most frequent."""
+    """Questions for facts that no quiz asks. Baselines: chance picks any of the attribute's values, majority the most
+    frequent one."""
     rng = random.Random(f"wiki task {seed}")
     entities, _ = make_world()
     unasked = unasked_facts(split)

@@ -1,7 +1,7 @@
-"""Files of text as people have them: plain text, JSON lines and parquet, gzipped or not, and chats among them.
+"""Text files in the usual formats: plain text, JSON lines and parquet, gzipped or not, including chats.
 
-TextFiles reads them one after another. What it cannot read is one line that names the file, the row and the remedy; a
-state says how far it has come, so that it goes on there when the file is mended.
+TextFiles reads them one after another. An unreadable file gives one line with the file, the row and the remedy; a state
+records the progress, so that reading resumes there once the file is fixed.
 """
 
 import codecs
@@ -22,10 +22,10 @@ from common.errors import UserError, read_json
 from common.tokenizer import END_OF_TEXT, SETTINGS, encode, encode_continuation, load_tokenizer
 
 PLAIN = (".txt", ".md", ".py")
-COLUMNS = ("text", "content", "messages")  # where others keep their text
+COLUMNS = ("text", "content", "messages")  # the usual names of the column with the text
 PIECE_BYTES = 4000  # longer plain text is cut at blank lines, so that one long file can be split too
-REMEDY = "mend or remove the file, and the same command continues"
-PUT_BACK = "put it back, or delete the domain's folder to begin anew"
+REMEDY = "fix or remove the file, then run the same command to continue"
+PUT_BACK = "put it back, or delete the domain's folder to start over"
 
 
 def kind_of(path):
@@ -34,12 +34,12 @@ def kind_of(path):
 
 
 def list_files(path, kinds):
-    """The files at a path, in order, of the first of some kinds (tuples of suffixes) that is there:
-    {path relative to the folder: full path}, and the names of the others. Links are followed, each folder once."""
+    """The files at a path, in order, of the first kind (a tuple of suffixes) that occurs there: {path relative to the
+    folder: full path}, and the names of the other files. Links are followed, each folder once."""
 
     def cannot_list(error):
         if os.path.isdir(error.filename):
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}); change that or move it away")
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); fix that or move it away")
 
     path = os.path.expanduser(path)
     found = {os.path.basename(path): path} if os.path.isfile(path) else {}
@@ -57,15 +57,15 @@ def list_files(path, kinds):
         if chosen := {name: full for name, full in found.items() if kind_of(full) in kind}:
             for full in chosen.values():
                 if not os.path.isfile(full):
-                    raise UserError(f"{full} is no file, or a link that leads to none; mend or remove it")
+                    raise UserError(f"{full} is not a file, or a broken link; fix or remove it")
             return chosen, sorted(found.keys() - chosen)
     return {}, sorted(found)
 
 
 def not_read(others):
-    """A line on files of other kinds, none where there are none."""
+    """A line about files of other kinds, if there are any."""
     if others:
-        yield f"not read, being of other kinds: {', '.join(others[:3])}{', ...' * (len(others) > 3)} ({len(others):,})"
+        yield f"files of other kinds, not read: {', '.join(others[:3])}{', ...' * (len(others) > 3)} ({len(others):,})"
 
 
 # ---- one file ----
@@ -73,14 +73,14 @@ def not_read(others):
 
 @contextlib.contextmanager
 def opened(path, newline=None):
-    """A file to read as text: UTF-8, or UTF-16 where a byte order mark says so."""
+    """A file to read as text: UTF-8, or UTF-16 if a byte order mark says so."""
     with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
         is_utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         yield io.TextIOWrapper(file, "utf-16" if is_utf16 else "utf-8-sig", newline=newline)
 
 
 def pieces(text, piece_bytes=PIECE_BYTES, ends=("\n\n", "\n")):
-    """Cut a long text into pieces of about piece_bytes: at blank lines, and a paragraph of twice that at its lines."""
+    """Cut a long text into pieces of about piece_bytes: at blank lines, and a paragraph twice as long at line ends."""
     piece = []
     size = 0
     for part in text.split(ends[0]):
@@ -99,8 +99,8 @@ def pieces(text, piece_bytes=PIECE_BYTES, ends=("\n\n", "\n")):
 
 
 def json_rows(path):
-    """(number, row) of a file of JSON lines; a .json file may hold one list or object instead."""
-    with opened(path, "\n") as file:  # a string may hold other characters that end lines elsewhere
+    """(number, row) pairs of a file of JSON lines; a .json file may hold one list or object instead."""
+    with opened(path, "\n") as file:  # strings may contain other characters that count as line ends elsewhere
         lines = file
         if kind_of(path) == ".json":
             text = file.read()
@@ -120,7 +120,8 @@ def json_rows(path):
 
 
 def parquet_rows(path, columns, group):
-    """(number, row) of a parquet file. columns: those that may have the text, a set; all are read if none is there."""
+    """(number, row) pairs of a parquet file. columns: the set of those that may have the text; without any of them, all
+    are read."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -138,7 +139,7 @@ def plain_text(path):
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise UserError(
-            f"{path}:{line}: a NUL byte, so this is no text, or UTF-16 unmarked; convert it or move it away"
+            f"{path}:{line}: contains a NUL byte, so it is not text, or unmarked UTF-16; convert it or move it away"
         )
     return text
 
@@ -147,10 +148,10 @@ def plain_text(path):
 
 
 class Rendered(str):
-    """A text made of a chat: its special tokens are meant as such, and none ends the document.
+    """A text rendered from a chat: its special tokens are read as such, and none of them ends the document.
 
-    answers: [(start, end)], the characters of the assistant's messages, with what ends each; none where the form of the
-    chat does not tell them apart.
+    answers: [(start, end)], the character ranges of the assistant's messages, each with its end marker; empty if they
+    cannot be told apart in this form.
     """
 
     answers = ()
@@ -159,8 +160,8 @@ class Rendered(str):
 def render_chat(render, chat, **options):
     """The Rendered text of a chat. options: add_generation_prompt=True ends it where the next answer begins.
 
-    An answer begins where a model is asked to write: behind the messages before it and the generation prompt. That
-    needs a form in which a chat begins as its beginning alone would.
+    An answer begins where a model would have to write it: after the earlier messages and the generation prompt. This
+    needs a form in which the beginning of a chat looks the same with and without the rest.
     """
     text = Rendered(render(chat, **options))
     answers = []
@@ -168,7 +169,7 @@ def render_chat(render, chat, **options):
         try:
             before = render(chat[:number], add_generation_prompt=True)
             whole = render(chat[: number + 1])
-        except Exception:  # a template may refuse a beginning
+        except Exception:  # a template may refuse the beginning of a chat
             return text
         whole = whole[: max(len(before), len(whole.rstrip()))]
         if not (whole.startswith(before) and text.startswith(whole)):
@@ -179,10 +180,10 @@ def render_chat(render, chat, **options):
 
 
 def text_ids(encoding, text, special=False):
-    """(the ids of a text, which of them are answers), two arrays of one length.
+    """(the ids of a text, which of them are answers), two arrays of the same length.
 
-    A chat's answers are encoded apart from what stands before them, as when a model writes them. special: whether all
-    text spells special tokens, not chats alone.
+    A chat's answers are encoded separately from the text before them, as when a model writes them. special: whether to
+    read special tokens as such in any text, not only in chats.
     """
     special = special or isinstance(text, Rendered)
     cuts = [0, *itertools.chain(*getattr(text, "answers", ())), len(text)]  # every second piece is an answer
@@ -193,8 +194,8 @@ def text_ids(encoding, text, special=False):
 
 
 def document_ids(encoding, text, special, spelled):
-    """(the ids of a document, closed by the token that ends texts; how many bytes of it the tokenizer has no ids for;
-    which ids are answers or end one, uint8). special: see text_ids. spelled: spelled_bytes(encoding)."""
+    """(the ids of a document, ending with the end-of-text token; how many of its bytes the tokenizer has no ids for;
+    which ids belong to an answer or end one, uint8). special: see text_ids. spelled: spelled_bytes(encoding)."""
     ids, answers = text_ids(encoding, text, special)
     lost = max(0, len(text.encode()) - int(spelled[ids].sum()))
     if not len(ids) or ids[-1] != encoding.eot_token:
@@ -204,11 +205,11 @@ def document_ids(encoding, text, special, spelled):
 
 
 def losses(counts):
-    """A line on text that the tokenizer has no ids for, from the counts of some splits; none where nothing is lost."""
+    """A line about text that the tokenizer has no ids for, if there is any. counts: those of some splits."""
     if lost := sum(count.get("lost", 0) for count in counts):
         share = lost / sum(count["bytes"] for count in counts)
         why = "the tokenizer lacks their characters or changes them"
-        yield f"{lost:,} bytes of text ({share:.2%}) have no token: {why}; scores are of the rest"
+        yield f"{lost:,} bytes of text ({share:.2%}) have no token: {why}; scores count only the rest"
 
 
 def is_chat(value):
@@ -225,15 +226,15 @@ def chatml(messages, add_generation_prompt=False):
 
 
 def questions(messages, add_generation_prompt=False, end=END_OF_TEXT):
-    """The form of the built-in domains, for tokenizers without markers of chats. end: the token that ends an answer."""
+    """The form of the built-in domains, for tokenizers without chat markers. end: the token that ends an answer."""
     forms = {"user": "Question: {}\n", "assistant": "Answer: {}\n" + end}
     parts = [forms.get(message["role"], "{}\n").replace("{}", message["content"].strip()) for message in messages]
     return "".join(parts) + "Answer:" * add_generation_prompt
 
 
 def chat_renderer(folder):
-    """(a function from a chat to text, how it does that in words): with the chat template of a tokenizer's folder, or
-    else in the ChatML form where the tokenizer has its markers, or else as questions and answers."""
+    """(a function from a chat to text, a description of its form): the chat template in a tokenizer's folder, or else
+    ChatML if the tokenizer has its markers, or else questions and answers."""
     encoding = load_tokenizer(folder) if folder else None
     if encoding and len(encode(encoding, "<|im_start|>", special=True)) == 1:
         other, form = chatml, "in the ChatML form"
@@ -243,11 +244,11 @@ def chat_renderer(folder):
     path = os.path.join(folder, SETTINGS)
     settings = read_json(path, "copy it again") if os.path.exists(path) else {}
     if not (settings.get("chat_template") or os.path.exists(os.path.join(folder, "chat_template.jinja"))):
-        return other, f"{form}, for the tokenizer has no chat template"
+        return other, f"{form}, because the tokenizer has no chat template"
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError:
-        return other, f"{form}, for the tokenizer's chat template needs the package transformers"
+        return other, f"{form}, because the tokenizer's chat template needs the package transformers"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return functools.partial(tokenizer.apply_chat_template, tokenize=False), "with the tokenizer's chat template"
 
@@ -256,15 +257,15 @@ def chat_renderer(folder):
 
 
 class TextFiles:
-    """The documents of files as a stream that can stop and go on: (a file's name, row, its texts, its group).
+    """The documents in files, as a resumable stream of (the file's name, row, its texts, its group).
 
-    files: {name: path}. column: where rows have their text; empty is the first of COLUMNS that the first row has.
-    group: a column that rows may have. markers: strings that end documents in text. folder: that of the tokenizer,
+    files: {name: path}. column: which column has the text; empty means the first of COLUMNS that the first row has.
+    group: a column that rows may have. markers: strings that end documents within a text. folder: the tokenizer's,
     whose chat template renders chats.
 
-    state_dict() is {"files": {name: {"rows" read, their "hash", and "bytes" of a file that was read whole}}, "broken":
-    the file that could not be read on, "markers", "chats", "unclear" ones: how many there were}. After load_state_dict
-    the stream goes on from there: rows that were read must be the same, and only the broken file may be gone.
+    state_dict() is {"files": {name: {"rows" read, their "hash", and its "bytes" if it was read completely}}, "broken":
+    the file that could not be read further, and the numbers of "markers", "chats" and "unclear" chats}. After
+    load_state_dict the stream resumes there: rows already read must be unchanged, and only the broken file may be gone.
     """
 
     def __init__(self, files, column="", group="", markers=(), folder=""):
@@ -272,7 +273,7 @@ class TextFiles:
         self.cut = re.compile(rf"\n?(?:{'|'.join(map(re.escape, markers))})\n?") if markers else None
         self.decided = False
         self.render, self.way = None, ""  # set when the first chat comes
-        self.met = Counter()  # markers and chats in the row that is being read
+        self.met = Counter()  # markers and chats in the current row
         self.load_state_dict({"files": {}, "broken": None, "markers": 0, "chats": 0})
 
     def state_dict(self):
@@ -282,7 +283,7 @@ class TextFiles:
         self.state = state
 
     def columns(self):
-        """(column, group) of the rows of the first file, "" for what they do not have; None where there is no row."""
+        """(column, group) in the first file, "" for one that its rows do not have; None if there are no rows."""
         for _ in self.rows(next(iter(self.files.values()))):
             self.met.clear()
             return self.column, self.group
@@ -290,7 +291,7 @@ class TextFiles:
     def __iter__(self):
         known = self.state["files"]
         for name in known.keys() - self.files.keys() - {self.state["broken"]}:
-            raise UserError(f"{name} was read and is gone; {PUT_BACK}")
+            raise UserError(f"{name} has been read, and is now gone; {PUT_BACK}")
         for name, path in self.files.items():
             read = known.setdefault(name, {"rows": 0, "hash": ""})
             if "bytes" not in read:
@@ -304,7 +305,7 @@ class TextFiles:
                 raise UserError(f"{path} has changed since it was read; {PUT_BACK}")
 
     def unread(self, name, read):
-        """The rows of a file after those that were read already, which must still be the same."""
+        """The rows of a file after those already read, which must be unchanged."""
         path, again, done = self.files[name], "", read["rows"]
         changed = UserError(f"{path}: its first {done} rows have changed since they were read; {PUT_BACK}")
         for number, texts, group in self.rows(path):
@@ -321,7 +322,7 @@ class TextFiles:
             raise changed
 
     def rows(self, path):
-        """(row, its texts, its group) of a file. UserError for whatever is wrong with it."""
+        """(row, its texts, its group) for each row of a file. UserError for anything wrong with it."""
         number, kind = 0, kind_of(path)
         try:
             if kind in PLAIN:
@@ -335,13 +336,13 @@ class TextFiles:
         except UserError:
             raise
         except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text beyond row {number}; convert it or move it away") from None
-        except Exception as error:  # of the disk, gzip and pyarrow, a class each
+            raise UserError(f"{path} is not UTF-8 text after row {number}; convert it or move it away") from None
+        except Exception as error:  # from the disk, gzip or pyarrow, each with its own classes
             reason = (str(getattr(error, "strerror", None) or error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} cannot be read beyond row {number} ({reason}); {REMEDY}") from None
+            raise UserError(f"{path} cannot be read after row {number} ({reason}); {REMEDY}") from None
 
     def texts(self, row, where):
-        """The documents of a row of JSON lines or parquet. The first row decides about the columns."""
+        """The documents in a row of JSON lines or parquet. The first row decides which columns are used."""
         if not isinstance(row, dict):
             raise UserError(
                 f'{where}: expected a JSON object with a string under "{self.column or COLUMNS[0]}"; {REMEDY}'
@@ -368,7 +369,7 @@ class TextFiles:
         return self.parts(value)
 
     def parts(self, text):
-        """A text, cut at the markers that end documents."""
+        """The parts of a text, cut at the markers that end documents."""
         parts = self.cut.split(text) if self.cut else [text]
         self.met["markers"] += len(parts) - 1
         return [part for part in parts if part.strip()]
@@ -379,21 +380,21 @@ class TextFiles:
         self.met["chats"] += 1
         try:
             text = render_chat(self.render, chat)
-        except Exception as error:  # of the template
+        except Exception as error:  # from the template
             raise UserError(f"{where}: the chat template refuses this chat ({error}); {REMEDY}") from None
         self.met["unclear"] += not text.answers and any(message["role"] == "assistant" for message in chat)
         return text
 
     def origin(self):
-        """How many rows of each file have become text."""
+        """How many rows of each file were turned into text."""
         return {"rows": {name: read["rows"] for name, read in self.state["files"].items()}}
 
     def remarks(self):
-        """What a reader of the text should know, a line each."""
+        """What the user should know about the text, a line each."""
         if markers := self.state["markers"]:
-            yield f"{markers:,} end-of-document markers in the text end documents there"
+            yield f"{markers:,} end-of-document markers in the text were taken as ends of documents"
         if chats := self.state["chats"]:
             yield f"{chats:,} chats were written {self.way or chat_renderer(self.folder)[1]}"
         if unclear := self.state.get("unclear"):
-            why = "the chat template writes the beginning of a chat otherwise than the whole"
+            why = "the chat template renders the beginning of a chat differently without the rest"
             yield f"{unclear:,} chats have no answers that --loss_on=answers could count: {why}"

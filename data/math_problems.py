@@ -1,10 +1,10 @@
-"""Generated grade-school word problems with worked solutions, made from math_templates.txt.
+"""Generated grade-school word problems with worked solutions, from the templates in math_templates.txt.
 
     Question: Mia has 3 boxes with 4 shells in each. How many shells does Mia have?
     Answer: There are 3 * 4 = 12 shells.
     #### 12
 
-The solution computes itself while it is written, so its arithmetic is right by construction.
+Solutions are computed as they are written, so their arithmetic is right by construction.
 """
 
 import random
@@ -18,7 +18,7 @@ from data.blocks import read_blocks
 from data.task import Task, choices_of, read_answer
 
 MARKER = "####"  # the final answer follows it
-SMALLEST = 2  # no value leaves this range, so plurals are always right
+SMALLEST = 2  # no value is outside this range, so plurals are always right
 LARGEST = 999
 OPERATORS = {"+": add, "-": sub, "*": mul, "/": floordiv}
 WRITTEN = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")  # an equation in a text
@@ -72,8 +72,8 @@ class Problem:
 
     @property
     def chain(self):
-        """Its equations in their order: problems that share them are one calculation in other words. 3 + 4 and 4 + 3
-        are the same, products likewise."""
+        """Its equations in order: problems that share them are one calculation in other words. 3 + 4 and 4 + 3 count as
+        the same, and so with products."""
         equations = []
         for left, operator, right, result in WRITTEN.findall(self.solution):
             if operator in "+*":
@@ -97,7 +97,7 @@ def _compute(values, left, operator, right):
 
 
 def _draw_numbers(template, equations, rng):
-    """Values for all names of a template, drawn again until every step has a good result."""
+    """Values for all names of a template, drawn again until every step has a valid result."""
     while True:
         values = {}
         for name, *rule in [*template.numbers, *equations]:
@@ -151,8 +151,8 @@ def make_problem(template, rng):
 
 
 def math_documents(seed):
-    """(split, read) for problems, in practice without end; the chain of equations decides the split, so that no
-    held-out problem can be solved by a chain that was trained on."""
+    """(split, read) for problems, practically without end. The chain of equations decides the split, so that no
+    held-out problem has a chain that was trained on."""
     rng = random.Random(f"math {seed}")
     seen = set()
     while True:
@@ -163,7 +163,7 @@ def math_documents(seed):
 
 
 def wrong_results(problem):
-    """The worked solution, and three others whose last result is wrong by 1, 2 or 10: texts to choose from."""
+    """Four texts to choose from: the worked solution, and three whose last result is off by 1, 2 or 10."""
     near = {problem.answer + off for off in (-10, -2, -1, 1, 2, 10)} - {problem.answer}
     results = choices_of(problem.answer, [number for number in near if number >= 0], problem.question)
     before, _, after = problem.solution.rpartition(f"= {problem.answer}")
@@ -171,8 +171,8 @@ def wrong_results(problem):
 
 
 def math_task(texts, split, seed, count=500):
-    """Problems of the split, evenly spread over the templates. Chance is any number an answer may be, majority the most
-    frequent answer of the training text."""
+    """Problems of the split, evenly spread over the templates. Baselines: chance picks any number that an answer may
+    be, majority the most frequent answer in training text."""
     rng = random.Random(f"math task {seed}")
     rows = {}  # by their question
     while len(rows) < count:

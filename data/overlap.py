@@ -1,14 +1,14 @@
-"""Held-out documents that training text holds, too: found by their 13-grams, as GPT-3's authors did, and taken out.
+"""Removes held-out documents that training text also contains, found by 13-grams as for GPT-3.
 
-A copy with a few words changed is still a copy. A document is taken out when more than a fifth of its 13-grams stand
-somewhere in the training text (Brown et al. 2020, appendix C, use 13-grams of words; these are of tokens).
+A copy with a few words changed is still a copy. A document is removed if more than a fifth of its 13-grams occur
+anywhere in the training text (Brown et al. 2020, appendix C, use 13-grams of words; these are of tokens).
 """
 
 import numpy as np
 
 LENGTH = 13
-MOST = 0.2  # of a document's n-grams that may stand in the training text
-IN_TRAIN = "stand in great part in the training text, too, and were taken out"
+MOST = 0.2  # share of a document's 13-grams that may occur in the training text
+IN_TRAIN = "are largely contained in the training text and were removed"
 FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is lost modulo 2^64
 PIECE = 2**22  # tokens hashed at a time
 
@@ -23,7 +23,7 @@ def hashes(tokens):
 
 
 def seen_in(train, held_out):
-    """For each of some hashes, whether a 13-gram of the training tokens has it. train: (S,); held_out: (N,)."""
+    """For each hash in `held_out` (N,), whether a 13-gram of the training tokens has it. train: (S,)."""
     wanted, places = np.unique(held_out, return_inverse=True)
     seen = np.zeros(len(wanted), bool)
     for start in range(0, len(train), PIECE):
@@ -33,14 +33,14 @@ def seen_in(train, held_out):
 
 
 def without_copies(train, tokens, lengths):
-    """(the tokens of the documents that stay, (documents,) bools: which do).
+    """(the tokens of the documents that stay, (documents,) bools: which ones do).
 
-    train, tokens: (S,) token ids. lengths: (documents,), of each document of `tokens`. One that is shorter than 13
-    tokens and the token that closes it stays.
+    train, tokens: (S,) token ids. lengths: (documents,), the length of each document in `tokens`. A document stays if,
+    including its end token, it is shorter than 13 tokens.
     """
     count = len(lengths)
     document = np.repeat(np.arange(count), lengths)  # (S,): the number of each token's document
-    whole = document[: 1 - LENGTH] == document[LENGTH - 1 :]  # n-grams that cross no end
+    whole = document[: 1 - LENGTH] == document[LENGTH - 1 :]  # n-grams within one document
     of = document[: 1 - LENGTH][whole]
     seen = seen_in(train, hashes(tokens)[whole])
     shares = np.bincount(of, seen, count) / np.maximum(1, np.bincount(of, minlength=count))  # (documents,)

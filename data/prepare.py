@@ -1,12 +1,12 @@
 """Turn text into tokens: one folder per domain, all with the same tokenizer.
 
     python -m data.prepare config/cpu/data.py
-    python -m data.prepare config/cpu/data.py --domains=poems=~/poems     # one more, later
+    python -m data.prepare config/cpu/data.py --domains=poems=~/poems     # adds another domain later
 
 writes <out_dir>/{tiktoken.json,tokenizer.tiktoken} and <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json},
-with task-val.jsonl and task-test.jsonl where the domain has a task, and {train,val,test}.answers.bin where its text is
-chats: a byte for each token, 1 where that is of an answer or ends it. What is already there is kept: running the same
-command again continues, or does nothing.
+with task-val.jsonl and task-test.jsonl if the domain has a task, and {train,val,test}.answers.bin if its text is chats:
+a byte for each token, 1 if it belongs to an answer or ends one. Finished domains are kept: running the same command
+again continues, or does nothing.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from data.overlap import IN_TRAIN, without_copies
 from data.own_text import own_documents, read_own
 from data.python_text import code_documents, cpp_documents, english_documents, python_sources
 
-# {domain: (its documents, its task, if it has one)}
+# {domain: (its documents, its task or None)}
 BUILT_IN = {
     "code": (code_documents, code_task),
     "math": (math_documents, math_task),
@@ -42,22 +42,22 @@ BUILT_IN = {
 }
 GENERATED = ("math", "wiki")  # their text has no end
 MAX_HELD_OUT_BYTES = 1_000_000  # of val, and of test
-TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain at most
+TOKENIZER_SAMPLE_BYTES = 3_000_000  # from each domain, at most
 
 
 @dataclass
 class DataConfig:
     """Prepare the training data of one or more domains."""
 
-    out_dir: str = key("out/cpu/data", "folder for the tokenizer and the domains")
-    domains: str = key("code,math,wiki", f"comma list of built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH")
-    tokenizer: str = key("bpe", "bpe trains a small one here; else that of a checkpoint, a folder or hf:OWNER/NAME")
+    out_dir: str = key("out/cpu/data", "the folder for the tokenizer and the domains")
+    domains: str = key("code,math,wiki", f"built-in domains ({', '.join(BUILT_IN)}) or NAME=PATH, separated by commas")
+    tokenizer: str = key("bpe", "bpe trains a small one here; or a folder or hf:OWNER/NAME to take it from")
     vocab_size: int = key(2048, "entries of the bpe tokenizer, special token included", within="[257, 1000000]")
-    column: str = key("", "of your own JSON lines: where the text is; empty is text, content or messages (chats)")
-    special_tokens: bool = key(False, "your own text has special tokens, such as <|im_start|>, that are meant as such")
-    max_bytes: int = key(12_000_000, "text per domain in bytes, 0 for all there is", within="[0, inf)")
-    seed: int = key(0, "decides which documents are taken, and what is generated")
-    overwrite: bool = key(False, "prepare again what is there already")
+    column: str = key("", "the column with the text in your JSON lines; empty: text, content or messages (chats)")
+    special_tokens: bool = key(False, "read special tokens such as <|im_start|> in your own text as such")
+    max_bytes: int = key(12_000_000, "bytes of text per domain; 0 takes all there is", within="[0, inf)")
+    seed: int = key(0, "random seed: which documents to take, and what to generate")
+    overwrite: bool = key(False, "prepare existing domains again")
 
     def __post_init__(self):
         if self.tokenizer != "bpe":
@@ -69,19 +69,19 @@ class DataConfig:
 
 @dataclass
 class Domain:
-    """A domain to prepare: what to make it from, and afterwards its texts."""
+    """A domain to prepare: what to make it from and, after reading, its texts."""
 
     name: str
     folder: str
-    recipe: dict  # what decides the content; a finished domain with the same recipe is not made again
+    recipe: dict  # everything that decides the content; a finished domain with the same recipe is not made again
     sources: dict  # the versions of what the texts are made from
-    documents: object  # iterator of (split, read); read() is the text, None for a document to skip
+    documents: object  # iterator of (split, read); read() returns the text, or None to skip the document
     remarks: list  # what the user should know, a line each
     texts: dict = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
 def domain_of(entry, config):
-    """The Domain of one entry of `domains`: a built-in name or NAME=PATH."""
+    """The Domain for one entry of `domains`, a built-in name or NAME=PATH."""
     name, equals, path = entry.strip().partition("=")
     check_name(name, "--domains")
     recipe = {"domain": name, "max_bytes": config.max_bytes, "seed": config.seed}
@@ -95,23 +95,23 @@ def domain_of(entry, config):
     elif name in BUILT_IN:
         documents = BUILT_IN[name][0](config.seed)
     else:
-        known = f"the built-in ones are {', '.join(BUILT_IN)} (your own: {name}=FOLDER)"
+        known = f"the built-in ones are {', '.join(BUILT_IN)} (for your own text: {name}=FOLDER)"
         raise UserError(f"--domains: unknown domain {name!r}; {known}")
     if name in GENERATED and not equals and not config.max_bytes:
-        raise UserError(f"--max_bytes=0: generated text ({name}) has no end; give a number of bytes")
+        raise UserError(f"--max_bytes=0: generated text ({name}) never ends; give a number of bytes")
     return Domain(name, os.path.join(config.out_dir, name), recipe, sources, documents, remarks)
 
 
 def end_markers(config, folder):
-    """What ends a document within text: the usual marker, and the one of the tokenizer in a folder, if any."""
+    """The markers that end a document within a text: the usual one, and that of the folder's tokenizer, if any."""
     if config.special_tokens:
-        return ()  # they become tokens
+        return ()  # then they become tokens
     own = load_tokenizer(folder) if folder else None
     return {END_OF_TEXT, own.decode([own.eot_token])} if own else {END_OF_TEXT}
 
 
 def is_finished(folder, recipe, config):
-    """True when a domain's folder is there as asked for; UserError when it is there but made differently."""
+    """True if a domain's folder already has what was asked for; UserError if it was made differently."""
     path = os.path.join(folder, "meta.json")
     if config.overwrite or not os.path.exists(path):
         return False
@@ -125,7 +125,7 @@ def is_finished(folder, recipe, config):
 
 
 def collect(domain, max_bytes):
-    """Read documents into domain.texts until all splits hold their share of max_bytes (0: all)."""
+    """Read documents into domain.texts until all splits have their share of max_bytes (0: all)."""
     limits = {"train": max_bytes * (1 - HELD_OUT_SHARE * len(HELD_OUT)) or np.inf}
     limits |= dict.fromkeys(HELD_OUT, min(max_bytes * HELD_OUT_SHARE or np.inf, MAX_HELD_OUT_BYTES))
     sizes = dict.fromkeys(SPLITS, 0)
@@ -146,7 +146,7 @@ def collect(domain, max_bytes):
 
 
 def tokenizer_sample(domains):
-    """Training text of the domains, the same amount (in bytes, nearly) of each."""
+    """Training text of the domains, nearly the same number of bytes from each."""
     sizes = [sum(len(text.encode()) for text in domain.texts["train"]) for domain in domains]
     share = min(*sizes, TOKENIZER_SAMPLE_BYTES)
     for domain in domains:
@@ -163,8 +163,8 @@ def token_dtype(encoding):
 
 
 def write_domain(domain, encoding, config):
-    """Tokenize a domain and write its folder; meta.json comes last. Of files that people wrote, held-out ones that are
-    mostly copies of training text are left out; of one's own, only while others remain."""
+    """Tokenize a domain and write its folder, meta.json last. If people wrote the text, held-out documents that are
+    mostly copies of training text are left out; in the user's own text, only if others remain."""
     os.makedirs(domain.folder, exist_ok=True)
     dtype, spelled = token_dtype(encoding), spelled_bytes(encoding)
     is_own = "files" in domain.recipe
@@ -180,11 +180,11 @@ def write_domain(domain, encoding, config):
         elif is_own or (domain.name in BUILT_IN and domain.name not in GENERATED):
             others, stays = without_copies(train, tokens, [len(ids) for ids, *_ in found])
             if not is_own and not stays.any():
-                raise UserError(f"domain {domain.name!r}: all of {split} is copies of train; raise --max_bytes")
+                raise UserError(f"domain {domain.name!r}: all of {split} is copied from train; raise --max_bytes")
             if stays.any():
                 tokens = others
             else:
-                domain.remarks.append(f"all of {split} repeats runs of tokens of train, and stays; look at it")
+                domain.remarks.append(f"all of {split} repeats text from train, and was kept; have a look at it")
                 stays[:] = True
         copies = len(texts) - int(stays.sum())
         texts[:] = [text for text, stay in zip(texts, stays, strict=True) if stay]
@@ -220,7 +220,7 @@ def write_domain(domain, encoding, config):
 
 
 def write_tasks(folder, tasks):
-    """Write the task files of a domain from {split: Task}; returns what its meta.json says about them."""
+    """Write a domain's task files from {split: Task}; returns the entry "task" of its meta.json."""
     for split, task in tasks.items():
         lines = "".join(json.dumps(row) + "\n" for row in task.rows)
         write_atomically(os.path.join(folder, f"task-{split}.jsonl"), lines)
@@ -229,10 +229,10 @@ def write_tasks(folder, tasks):
 
 
 def keeps_tokenizer(config, names):
-    """True when out_dir has the tokenizer asked for and keeps it, False when one is to be made.
+    """True if out_dir has the requested tokenizer and keeps it, False if one has to be made.
 
-    Checkpoints and all domains of out_dir depend on it, so it is made anew only with overwrite and only
-    when all finished domains are among `names`, those to prepare. UserError when it is another one.
+    Checkpoints and all domains of out_dir depend on it, so it is made again only with overwrite, and only if all
+    finished domains are among `names`, the ones to prepare. UserError if out_dir has another tokenizer.
     """
     folders = sorted(os.listdir(config.out_dir))
     finished = [name for name in folders if os.path.exists(os.path.join(config.out_dir, name, "meta.json"))]
@@ -256,7 +256,7 @@ def keeps_tokenizer(config, names):
 
 
 def print_table(metas):
-    """Print documents, tokens and bytes of each domain: {name: meta}."""
+    """Print documents, tokens and bytes of each domain. metas: {name: meta}."""
     print(f"{'domain':12} {'split':5} {'documents':>9} {'tokens':>11} {'bytes':>11} {'bytes/token':>11}")
     for name, meta in metas.items():
         for split in SPLITS:
@@ -265,7 +265,7 @@ def print_table(metas):
 
 
 def prepare(config, domains):
-    """Write the tokenizer and what is missing of some domains."""
+    """Write the tokenizer, if needed, and the domains that are missing."""
     keep = keeps_tokenizer(config, [domain.name for domain in domains])
     missing = [domain for domain in domains if not is_finished(domain.folder, domain.recipe, config)]
     for domain in domains:
@@ -297,8 +297,8 @@ def main():
     domains = [domain_of(entry, config) for entry in split_list(config.domains)]
     names = [domain.name for domain in domains]
     if len(set(names)) < len(names):
-        raise UserError(f"--domains={config.domains}: a name comes twice")
-    with locked(config.out_dir, wait=True):  # so that two at once make one tokenizer
+        raise UserError(f"--domains={config.domains}: a name occurs twice; rename one")
+    with locked(config.out_dir, wait=True):  # so that two running at once make one tokenizer
         prepare(config, domains)
 
 

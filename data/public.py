@@ -1,15 +1,15 @@
-"""Turn a public data set, streamed by name, into a domain of a data folder.
+"""Turn a public data set, streamed by name, into a domain in a data folder.
 
     python -m data.public --source=fineweb-edu --tokens=2e9 --out_dir=out/web/data --tokenizer=hf:OWNER/NAME
     python -m data.public --source=~/parquet --domain=mine --out_dir=out/web/data
 
 writes <out_dir>/<domain>/{train.bin,val.bin,test.bin,meta.json}, as data/prepare.py does. Public data sets and parquet
-need the package datasets (requirements-extra.txt). Text is never in memory as a whole, but for a file of plain text:
-tokens are appended to files as documents come, and a run that was stopped, or met a file that it cannot read, goes on
-from its last note of where it stood. A document's text alone decides its split, so the same text from another source,
-or twice in this one, is never both learned from and scored on. Local files may have a column `group` (a project, a
-section): then all documents of a group are in one split. Held-out documents that the training text holds in great part
-are taken out and counted (data/overlap.py).
+need the package datasets (requirements-extra.txt). Text is never in memory as a whole, except a plain text file: tokens
+are appended to files as documents come in, and a run that was stopped, or met an unreadable file, resumes from its last
+progress note. A document's split depends only on its text, so the same text from another source, or twice in this one,
+is never both trained and scored on. Local files may have a column `group` (a project, a section): then all documents of
+a group are in one split. Held-out documents that are largely contained in the training text are removed and counted
+(data/overlap.py).
 """
 
 import atexit
@@ -34,15 +34,15 @@ from data.files import TextFiles, document_ids, kind_of, list_files, losses, not
 from data.overlap import IN_TRAIN, LENGTH, MOST, without_copies
 from data.prepare import MAX_HELD_OUT_BYTES, end_markers, is_finished, print_table, token_dtype
 
-LOOK_EVERY = 512  # documents from one look at whether there are enough tokens to the next
-NOTE_EVERY = 20 * LOOK_EVERY  # from one note to the next; a stopped run repeats no more
-MIN_HELD_OUT_TOKENS = 2**15  # of val, and of test: --tokens may be small, what is scored should not be
+LOOK_EVERY = 512  # documents between two checks whether there are enough tokens
+NOTE_EVERY = 20 * LOOK_EVERY  # documents between two progress notes; a stopped run repeats no more than that
+MIN_HELD_OUT_TOKENS = 2**15  # of val, and of test: --tokens may be small, but held-out text should not be
 PROGRESS = "progress.json"
-FILES = {"train": "train.bin", **{split: f"{split}.raw" for split in HELD_OUT}}  # while text comes; see TokenFiles
+FILES = {"train": "train.bin", **{split: f"{split}.raw" for split in HELD_OUT}}  # until it is done; see TokenFiles
 
 
 class Source(NamedTuple):
-    """A public data set: its id on the Hugging Face Hub, its configuration, its licence, its column of text."""
+    """A public data set: its id on the Hugging Face Hub, its configuration, its licence, and its text column."""
 
     id: str
     config: str | None
@@ -56,7 +56,7 @@ SOURCES = {
     "wikipedia": Source("wikimedia/wikipedia", "20231101.en", "CC BY-SA 3.0 and GFDL", "text"),
     "code": Source("codeparrot/codeparrot-clean", None, "of each repository, in its column `license`", "content"),
 }
-KINDS = ((".parquet",), (".jsonl",), (".json",), (".txt", ".md", ".py"))  # the first that a folder has are read
+KINDS = ((".parquet",), (".jsonl",), (".json",), (".txt", ".md", ".py"))  # the first kind that a folder has is read
 
 
 @dataclasses.dataclass
@@ -64,18 +64,18 @@ class PublicConfig:
     """Stream a public data set, or local parquet and JSON lines, into a domain."""
 
     source: str = key("fineweb-edu", f"one of {', '.join(SOURCES)}; or a file or folder of .parquet, .jsonl or text")
-    domain: str = key("", "the domain's name; empty is the source's")
-    column: str = key("", "of local files: where the text is; empty is text, content or messages (chats)")
-    group: str = key("group", "of local files: the column, if there is one, whose equal values share a split")
-    special_tokens: bool = key(False, "the text has special tokens, such as <|im_start|>, that are meant as such")
-    tokens: float = key(1e8, "training tokens to stop after, when held-out text is enough", within="[1, inf)")
+    domain: str = key("", "the domain's name; empty takes the source's")
+    column: str = key("", "in local files: the column with the text; empty: text, content or messages (chats)")
+    group: str = key("group", "in local files: a column; rows with equal values go into the same split")
+    special_tokens: bool = key(False, "read special tokens such as <|im_start|> in the text as such")
+    tokens: float = key(1e8, "training tokens to stop after, once there is enough held-out text", within="[1, inf)")
     out_dir: str = key("out/public/data", "the data folder")
-    tokenizer: str = key("", "a checkpoint or data folder, or hf:OWNER/NAME; empty is what out_dir has")
-    overwrite: bool = key(False, "prepare again what is there already")
+    tokenizer: str = key("", "a checkpoint or data folder, or hf:OWNER/NAME; empty: the one in out_dir")
+    overwrite: bool = key(False, "prepare an existing domain again")
 
 
 class Hub:
-    """A public data set as a stream like TextFiles."""
+    """A public data set, as a stream with the interface of TextFiles."""
 
     def __init__(self, name):
         try:
@@ -83,7 +83,7 @@ class Hub:
         except ImportError:
             raise UserError("data.public needs the package datasets; pip install -r requirements-extra.txt") from None
         disable_progress_bars()
-        # pyarrow reads on for a moment after nobody asks any more: Python then hangs or aborts if its end is sooner
+        # pyarrow keeps reading for a moment after the last row; if Python ended sooner it would hang or abort
         atexit.unregister(time.sleep)
         atexit.register(time.sleep, 0.5)
         source = SOURCES[name]
@@ -97,9 +97,9 @@ class Hub:
     def reading(self):
         try:
             yield
-        except Exception as error:  # of a dozen packages behind datasets, a class each
+        except Exception as error:  # from a dozen packages behind datasets, each with its own classes
             reason = (str(error).strip().splitlines() or [""])[0]
-            remedy = "check the network and repeat the command, or name local files"
+            remedy = "check the network and run the command again, or name local files"
             raise UserError(
                 f"--source={self.name} cannot be read ({type(error).__name__}: {reason}); {remedy}"
             ) from None
@@ -127,7 +127,7 @@ class Hub:
 
 
 def open_stream(config):
-    """(a stream of (where, row, texts, group), what the recipe says about the source)."""
+    """(a stream of (where, row, texts, group), the recipe's entry "source")."""
     if config.source in SOURCES:
         return Hub(config.source), SOURCES[config.source]._asdict()
     files, others = list_files(config.source, KINDS)
@@ -140,7 +140,7 @@ def open_stream(config):
     options = {"markers": end_markers(config, folder), "folder": folder}
     first = TextFiles(files, config.column, config.group).columns()
     if not first:
-        raise UserError(f"--source={config.source} holds no documents; choose another")
+        raise UserError(f"--source={config.source} has no documents; choose another")
     about = {"files": [[name, os.path.getsize(path)] for name, path in files.items()]}
     about |= {name: value for name, value in zip(("column", "group"), first, strict=True) if value}
     return TextFiles(files, *first, **options), about
@@ -154,7 +154,7 @@ def domain_name(source):
 
 
 def use_tokenizer(config):
-    """The encoding of out_dir, copied from --tokenizer where there is none yet."""
+    """The encoding of out_dir's tokenizer, which is copied from --tokenizer if there is none yet."""
     os.makedirs(config.out_dir, exist_ok=True)
     folder = local_folder(config.tokenizer) or config.out_dir
     if not has_tokenizer(folder):
@@ -168,14 +168,14 @@ def use_tokenizer(config):
 
 
 class TokenFiles:
-    """The .bin files of a domain, which grow on disk, and a note of how far they have come.
+    """The .bin files of a domain, which grow on disk, and a note of their progress.
 
-    The note, progress.json, holds {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash,
-    "lost" bytes, and of held-out text the "lengths" of documents}}. The recipe is without the files: which of them must
-    be as they were, the state knows.
-    What is in the files beyond it was written after it and is cut off. Held-out text is in val.raw and test.raw until
-    the end, when what training text holds, too, is left out of val.bin and test.bin. Note and raw files go when
-    meta.json says that all is there.
+    The note, progress.json, has {"recipe", "state" of the stream, "splits": {split: documents, tokens, bytes, hash,
+    "lost" bytes, and for held-out text the "lengths" of documents}}. The recipe leaves out the list of files: the state
+    knows which of them must be unchanged.
+    Anything in the .bin files beyond the note was written after it and is cut off. Held-out text is kept in val.raw and
+    test.raw until the end; val.bin and test.bin then leave out what training text also contains. The note and the raw
+    files are removed once meta.json is there.
     """
 
     def __init__(self, folder, recipe, dtype):
@@ -189,24 +189,24 @@ class TokenFiles:
         recipe = {**recipe, "source": source}
         self.note = {"recipe": recipe, "state": None, "splits": empty}
         if os.path.exists(self.progress):
-            self.note = read_json(self.progress, f"delete {folder} to begin anew")
+            self.note = read_json(self.progress, f"delete {folder} to start over")
             if not isinstance(self.note, dict) or self.note.get("recipe") != recipe:
                 other = f"{self.progress} is of a run with other settings"
-                raise UserError(f"{other}; delete {folder} to begin anew, or repeat that run")
+                raise UserError(f"{other}; delete {folder} to start over, or use those settings")
         self.files = {split: self.reopen(split) for split in SPLITS}
 
     def reopen(self, split):
-        """The file of a split, to append to what the note says is in it."""
+        """The file of a split, opened to append after the tokens that the note counts."""
         path = os.path.join(self.folder, FILES[split])
         size = self.note["splits"][split]["tokens"] * self.dtype.itemsize
         file = open(path, "ab")  # noqa: SIM115 (it stays open while documents come)
         if file.tell() < size:
-            raise UserError(f"{path} has lost tokens; delete {self.folder} to begin anew")
+            raise UserError(f"{path} has lost tokens; delete {self.folder} to start over")
         file.truncate(size)
         return file
 
     def add(self, split, text, tokens, lost):
-        """Append a document: its text, its token ids as an array, and how many bytes these lack."""
+        """Append a document. tokens: an array of its ids. lost: how many bytes of the text have no ids."""
         self.files[split].write(tokens.astype(self.dtype).tobytes())
         counts = self.note["splits"][split]
         counts["documents"] += 1
@@ -224,13 +224,13 @@ class TokenFiles:
             os.fsync(file.fileno())
 
     def save(self, state):
-        """Write the note: what is in the files stays, and the stream goes on from `state`."""
+        """Write the note: everything in the files now counts, and the stream would resume from `state`."""
         self.flush()
         self.note["state"] = state
         write_json(self.progress, self.note)
 
     def finish(self, about, encoding):
-        """Write val.bin, test.bin and meta.json, the note's counts and what `about` adds to them, and return it."""
+        """Write val.bin, test.bin and meta.json, which holds `about` and the note's counts; returns what is in it."""
         splits = self.note["splits"]
         self.flush()
         for file in self.files.values():
@@ -245,7 +245,7 @@ class TokenFiles:
             with atomic_file(os.path.join(self.folder, f"{split}.bin")) as file:
                 file.write(tokens.tobytes())
         if lacking := [split for split in SPLITS if not splits[split]["documents"]]:
-            nothing = f"nothing came for {' and '.join(lacking)}"
+            nothing = f"there is no text for {' and '.join(lacking)}"
             raise UserError(f"{self.folder}: {nothing}; delete it, and raise --tokens or add text")
         hashes = "".join(splits[split].pop("hash") for split in SPLITS)
         meta = {**about, **splits, "content_hash": hashlib.sha256(hashes.encode()).hexdigest()}
@@ -255,14 +255,14 @@ class TokenFiles:
 
 
 def clean_up(folder):
-    """Remove what a domain's folder needs no more when meta.json is there."""
+    """Remove the files that a domain's folder no longer needs once meta.json is there."""
     for name in (PROGRESS, *(FILES[split] for split in HELD_OUT)):
         if os.path.exists(os.path.join(folder, name)):
             os.remove(os.path.join(folder, name))
 
 
 def write_domain(config, stream, encoding, files):
-    """Read and tokenize the source until there are enough tokens or there is no more text."""
+    """Read and tokenize the source until there are enough tokens or no more text."""
     splits = files.note["splits"]
     if files.note["state"]:
         stream.load_state_dict(files.note["state"])
@@ -286,7 +286,7 @@ def write_domain(config, stream, encoding, files):
 
 
 def enough(splits, tokens):
-    """Whether there are so many training tokens, and enough held-out text or all that is kept."""
+    """Whether there are `tokens` training tokens, and enough held-out text (or as much as is ever kept)."""
     held_out = [splits[split] for split in HELD_OUT]
     full = [part["tokens"] >= MIN_HELD_OUT_TOKENS or part["bytes"] >= MAX_HELD_OUT_BYTES for part in held_out]
     return splits["train"]["tokens"] >= tokens and all(full)
@@ -303,7 +303,7 @@ def main():
         "domain": name,
         "source": source,
         "tokens": config.tokens,
-        "processes": 1,  # once a choice; folders from then are still good
+        "processes": 1,  # this used to be an option; folders from then are still valid
         "tokenizer": tokenizer_hash(config.out_dir),
         "copies": [LENGTH, MOST],  # what counts as one: data/overlap.py
     }
@@ -311,11 +311,11 @@ def main():
         recipe["special_tokens"] = True
     meta = os.path.join(folder, "meta.json")
     with locked(folder):
-        if not config.overwrite and os.path.exists(meta):  # more text than asked for will do
+        if not config.overwrite and os.path.exists(meta):  # more text than asked for is fine
             recipe["tokens"] = max(config.tokens, read_json(meta, "delete it")["recipe"].get("tokens", 0))
         kept = is_finished(folder, recipe, config)
         if os.path.exists(meta):
-            clean_up(folder)  # of what a kill has left
+            clean_up(folder)  # in case a kill left something
             if kept:
                 print(f"{folder}: already there, kept")
                 return
@@ -324,7 +324,7 @@ def main():
         try:
             write_domain(config, stream, encoding, files)
         except UserError:
-            if isinstance(stream, TextFiles):  # it knows where it stands, and what came before is kept
+            if isinstance(stream, TextFiles):  # its state is still right, so the text read so far is kept
                 files.save(stream.state_dict())
             raise
         about = {"recipe": recipe, "tokenizer_hash": recipe["tokenizer"], "sources": stream.origin()}

@@ -1,4 +1,4 @@
-"""Text that is installed wherever this runs: Python code without docstrings, the prose of these, and C++ headers."""
+"""Text that every installation has: Python code without docstrings, the prose of the docstrings, and C++ headers."""
 
 import ast
 import importlib.metadata
@@ -32,7 +32,7 @@ def python_sources():
 
 
 def folder_of(package):
-    """Where an installed package is; it is not imported."""
+    """The folder of an installed package, found without importing it."""
     return importlib.util.find_spec(package).submodule_search_locations[0]
 
 
@@ -55,10 +55,10 @@ def list_python_files():
 
 
 def without_docstrings(source):
-    """Cut all docstrings out of the source, and the comment (mostly a license) at its top. SyntaxError or ValueError
-    where it is not plain current Python."""
+    """Remove all docstrings from the source, and the comment (mostly a license) at its top. SyntaxError or ValueError
+    if it is not plain current Python."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a package's strings escape is not our concern
+        warnings.simplefilter("ignore")  # invalid escapes in a package's strings are not our concern
         tree = ast.parse(source)
     lines = source.split("\n")
     for node in ast.walk(tree):
@@ -70,7 +70,7 @@ def without_docstrings(source):
         indent = lines[first].encode()[: docstring.col_offset].decode()
         rest = lines[last].encode()[docstring.end_col_offset :].strip()
         if indent.strip() or (rest and not rest.startswith(b"#")):
-            continue  # it shares its line with other code
+            continue  # it shares a line with other code
         lines[first : last + 1] = [None] * (last + 1 - first)
         if len(node.body) == 1 and not isinstance(node, ast.Module):
             lines[first] = indent + "pass"
@@ -80,9 +80,9 @@ def without_docstrings(source):
 
 
 def _is_mostly_data(text):
-    """True for tables of numbers or strings, generated files and other text that nobody typed."""
+    """True for tables of numbers or strings, generated files and other text that nobody wrote by hand."""
     lines = [line for line in text.split("\n") if line.strip()]
-    data_lines = sum(bool(DATA_LINE.match(line.lstrip())) for line in lines)  # on indentation it tries all ways
+    data_lines = sum(bool(DATA_LINE.match(line.lstrip())) for line in lines)  # unstripped, the regex backtracks
     digits = sum(map(text.count, "0123456789"))
     return (
         len(text) > MAX_BYTES
@@ -94,15 +94,15 @@ def _is_mostly_data(text):
 
 
 def file_documents(files, clean, seed):
-    """(split, read) for each file in hash order; read() returns what `clean` leaves of its text, None for a file to
-    skip: one with little text, or the same as another. files: {key: path}."""
+    """(split, read) for each file, in hash order; read() returns what `clean` leaves of its text, or None to skip a
+    file that has little text or repeats another. files: {key: path}."""
     seen = set()
 
     def read(path):
         try:
             with open(path, encoding="utf-8") as file:
                 text = clean(file.read())
-        except (SyntaxError, ValueError):  # no UTF-8, or no plain current Python
+        except (SyntaxError, ValueError):  # not UTF-8, or not plain current Python
             return None
         if len(text) < MIN_BYTES or text in seen:
             return None
@@ -114,15 +114,15 @@ def file_documents(files, clean, seed):
 
 
 def code_documents(seed):
-    """Python code, a document for each file; see file_documents."""
+    """Python code, one document per file; see file_documents."""
     return file_documents(
         list_python_files(), lambda source: "" if _is_mostly_data(source) else without_docstrings(source), seed
     )
 
 
 def english_documents(seed):
-    """The prose of docstrings, which code_documents leaves out: those paragraphs of a file that are plain sentences,
-    each where it comes first; see file_documents."""
+    """The prose of docstrings, which code_documents leaves out: the paragraphs of a file that are plain sentences, each
+    only where it first occurs; see file_documents."""
     seen = set()
 
     def prose(source):
@@ -139,14 +139,14 @@ def english_documents(seed):
 
 
 def is_prose(text):
-    """True for a paragraph of sentences; not for one of code, formulas or a list of arguments."""
+    """True for a paragraph of sentences, not for code, formulas or a list of arguments."""
     letters = sum(character.isalpha() or character == " " for character in text)
     ends = text[:1].isupper() and text[-1:] == "."
     return ends and len(text) >= MIN_PARAGRAPH and letters > 0.9 * len(text) and not NOT_PROSE.search(text)
 
 
 def cpp_documents(seed):
-    """C++: torch's headers but for those that a program wrote, a document for each; see file_documents."""
+    """C++: torch's headers except the generated ones, one document per file; see file_documents."""
     files = list_files({"torch": os.path.join(folder_of("torch"), "include")}, ".h")
     files = {key: path for key, path in files.items() if not key.startswith("torch/ATen/ops/")}
     return file_documents(files, lambda source: "" if _is_mostly_data(source) else LICENSE.sub("", source), seed)

@@ -1,4 +1,4 @@
-"""Questions that need two experts at once, made of what math, encyclopedia and code have apart.
+"""Questions that need two experts at once, combining what math, encyclopedia and code teach separately.
 
     math + wiki   Question: Chidor Chikas won a prize at the age of 12. In which year was that?
                   Answer: Chidor Chikas was born in 1803. 1803 + 12 = 1815
@@ -7,8 +7,8 @@
                       return 3 * 4
     code + wiki   birthplace["Chidor Chikas"] = "Haden"
 
-No training text has anything of the kind. Each has four choices, the right one first; of math + wiki the other three
-have a wrong fact, a wrong sum, or both, so that neither expert can tell the right one alone.
+No training text has anything like them. Each has four choices, the right one first; in math + wiki the other three have
+a wrong fact, a wrong sum, or both, so that neither expert alone can pick the right one.
 """
 
 import random
@@ -38,7 +38,7 @@ def fact_and_sum(rng):
 
 
 def operation_in_python(rng):
-    """A held-out problem of one step, to be written as a Python expression: which of four operators?"""
+    """A held-out one-step problem, to be written as a Python expression: which of four operators?"""
     single = [template for template in TEMPLATES if len(template.steps) == 1]
     while True:
         problem = make_problem(rng.choice(single), rng)
@@ -69,7 +69,7 @@ KINDS = {"math + wiki": fact_and_sum, "code + math": operation_in_python, "code 
 
 
 def two_expert_questions(count, domains):
-    """{kind: `count` different questions}, the same ones every time, of the kinds whose two domains are among these."""
+    """{kind: `count` different questions}, always the same ones, for the kinds whose two domains are in `domains`."""
     found = {}
     for kind, make in KINDS.items():
         if not domains >= {*kind.split(" + ")}:

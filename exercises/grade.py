@@ -1,4 +1,4 @@
-"""Grades a student's copy: a point for every test of exercises/tests that passes. See grade.sh.
+"""Grades a student's copy: one point for every test in exercises/tests that passes. See grade.sh.
 
 python exercises/grade.py FOLDER [number of one exercise]
 """
@@ -13,15 +13,15 @@ import sys
 import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.dirname(HERE))  # where a script in a folder does not look
+sys.path.append(os.path.dirname(HERE))  # a script only looks in its own folder
 
 from exercises.strip import copied_files  # noqa: E402
 
-SECONDS = 60  # for an exercise, against a loop without an end
+SECONDS = 60  # per exercise, against endless loops
 
 
 def tests_in(path):
-    """The names of a file's tests, from its text, so that a copy that cannot be imported changes no total."""
+    """The names of a file's tests, from its text, so that a copy that cannot be imported does not change the total."""
     with open(path, encoding="utf-8") as file:
         tree = ast.parse(file.read())
     return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
@@ -34,7 +34,7 @@ def title(path):
 
 
 def run_pytest(folder, names, verbose):
-    """(what conftest.py has recorded, how it ended) of one pytest that imports from `folder` alone."""
+    """(what conftest.py recorded, how pytest ended) for one run of pytest that imports only from `folder`."""
     command = [sys.executable, "-m", "pytest", *(os.path.join(HERE, "tests", name) for name in names)]
     command += ["-c", os.devnull, "--rootdir", HERE, "--import-mode=append", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "-q", "--tb=short"]
@@ -43,18 +43,18 @@ def run_pytest(folder, names, verbose):
         path = os.path.join(scratch, "record.jsonl")
         environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"GRADE_RECORD": path, "GRADE_SECONDS": str(SECONDS)}
-        environment["CUDA_VISIBLE_DEVICES"] = ""  # a CPU is enough, and CUDA takes more memory than a test may have
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # a CPU is enough, and CUDA needs more memory than a test may use
         code = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, **options).returncode
         lines = []
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file]
-    return lines, f"no end within {SECONDS} seconds" if code == -signal.SIGALRM else f"pytest ended with code {code}"
+    return lines, f"not done after {SECONDS} seconds" if code == -signal.SIGALRM else f"pytest ended with code {code}"
 
 
 def run_tests(folder, tests, verbose):
-    """{(file, test): None when it passes, else why not}. tests: {file: its tests}. Where code ends pytest, or hangs,
-    the tests of its file that did not run fail; the other files get a pytest without it."""
+    """{(file, test): None if it passes, else why not}. tests: {file: its tests}. If code ends pytest or hangs, the
+    tests in its file that did not run fail, and pytest starts again with the other files."""
     found, left = {}, list(tests)
     while left:
         lines, end = run_pytest(folder, left, verbose)
@@ -77,7 +77,7 @@ def main(folder, only=None):
         raise SystemExit(f"error: there is no folder {folder}; make it first: python -m exercises.strip {folder}")
     lacking = [name for name in copied_files() if not os.path.exists(os.path.join(folder, name))]
     if lacking:  # pytest would take them from here, where they are solved
-        print(f"{folder} lacks {', '.join(lacking)}; name the folder that python -m exercises.strip has made")
+        print(f"{folder} lacks {', '.join(lacking)}; name a folder made by python -m exercises.strip")
     results = {} if lacking else run_tests(os.path.abspath(folder), tests, verbose=only is not None)
     points = 0
     for file, names in tests.items():

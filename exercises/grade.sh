@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Grades the exercises; the last line is `points: X of Y`.
 #
-#   bash exercises/grade.sh              the copy in student/, which is made when it is not there; the folder itself where
+#   bash exercises/grade.sh              grades student/, which is made if it does not exist; or this folder itself, if
 #                                        it was handed out without the solution (zip.sh)
-#   bash exercises/grade.sh 3            exercise 3 of it alone, with what pytest says
-#   bash exercises/grade.sh --solution   for staff: the answers to what the tests do not ask, then a fresh copy with the
-#                                        solution filled in
+#   bash exercises/grade.sh 3            grades only exercise 3, and shows pytest's output
+#   bash exercises/grade.sh --solution   for staff: prints answers to the questions that no test asks, then grades a
+#                                        new copy with the solution filled in
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

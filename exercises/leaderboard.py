@@ -3,8 +3,8 @@
     bash exercises/leaderboard.sh exercises/entries/ours.py      # the rules are in exercises/README.md
     python -m exercises.leaderboard ENTRY --seeds=1,2,3
 
-An entry is a config file with the keys of Entry. Its models are in out/leaderboard/seedN/entries/NAME, a random seed
-each; each of these folders has one seed model for all entries, so that differences are taken within a random seed.
+An entry is a config file with the keys of Entry. Its models are in out/leaderboard/seedN/entries/NAME, one for each
+random seed N. All entries share the seed model of a random seed, so that they are compared within a random seed.
 """
 
 import dataclasses
@@ -22,19 +22,19 @@ from study import tables
 from study.chain import StudyConfig, chain_of, flops_per_token, tokens_of
 from train import TrainConfig
 
-FIXED = ("out_dir", "init_from", "experts", "mixture", "data_dir", "domain", "seed", "overwrite")  # no entry sets these
+FIXED = ("out_dir", "init_from", "experts", "mixture", "data_dir", "domain", "seed", "overwrite")  # not for entries
 METHODS = ("btx", "dense", "upcycle")
-ALPHA = 0.05  # a record's p value is smaller
+ALPHA = 0.05  # a record needs a smaller p value
 
 
 @dataclasses.dataclass
 class Entry:
-    """What is done after the seed model: flags on top of config/lesson's for the scripts that do it."""
+    """What to do after the seed model: flags for the scripts, on top of config/lesson's."""
 
-    method: str = key("btx", "branches mixed and finetuned, dense training, or copies finetuned", METHODS)
-    train_flags: str = key("", "of train.py: the branches', or dense training's", free_text=True)
-    mix_flags: str = key("", "of mix.py", free_text=True)
-    finetune_flags: str = key("", "of finetune.py", free_text=True)
+    method: str = key("btx", "branches mixed and finetuned, dense training, or copies of the seed finetuned", METHODS)
+    train_flags: str = key("", "flags for train.py: for the branches, or for dense training", free_text=True)
+    mix_flags: str = key("", "flags for mix.py", free_text=True)
+    finetune_flags: str = key("", "flags for finetune.py", free_text=True)
 
     def __post_init__(self):
         if self.train_flags and self.method == "upcycle":
@@ -42,22 +42,23 @@ class Entry:
         for name, cls in {"train": TrainConfig, "mix": MixConfig, "finetune": FinetuneConfig}.items():
             flags = getattr(self, f"{name}_flags").split()
             if wrong := [flag for flag in flags if flag[:2] != "--" or flag[2:].partition("=")[0] in FIXED]:
-                raise UserError(f"{name}_flags: {wrong[0]} is not for an entry to set; leave it out")
+                raise UserError(f"{name}_flags: an entry may not set {wrong[0]}; leave it out")
             parse(cls, flags)  # its errors name the flag
 
 
 @dataclasses.dataclass
 class BoardConfig(StudyConfig):
-    """Run an entry for some random seeds, and compare it with the best one so far."""
+    """Run an entry with some random seeds, and compare it with the best one so far."""
 
-    size: str = key("lesson", "which pipeline's settings are fixed: the folder config/SIZE")
-    out_dir: str = key("out/leaderboard", "the folder of all entries")
-    seeds: str = key("1,2,3", "the random seeds, a seed model each")
+    size: str = key("lesson", "the pipeline whose settings all entries share: the folder config/SIZE")
+    out_dir: str = key("out/leaderboard", "the folder for all entries")
+    seeds: str = key("1,2,3", "the random seeds, with a seed model each")
     split: str = key("test", "the text to score: val while you choose settings, test for the board", HELD_OUT)
 
 
 def chain_for(config, entry, number):
-    """The Chain of an entry and a random seed. Dense training's flags are no branches', of which BTX's FLOPs are."""
+    """The Chain for an entry and a random seed. A dense entry's flags must not reach the branches, from which the
+    budget is computed."""
     flags = {"finetune_flags": entry.finetune_flags, "dense_flags": "", "upcycle_flags": ""}
     flags["dense_flags" if entry.method == "dense" else "expert_flags"] = entry.train_flags
     return chain_of(config, config.path(f"seed{number}"), number, **flags)
@@ -77,9 +78,9 @@ def planned_flops(chain, entry):
 
 
 def check(name, flops, most):
-    """Refuse an entry that takes more than the budget."""
+    """UserError for an entry that takes more than the budget."""
     if flops > most:
-        raise UserError(f"{name} takes {flops:.4g} FLOPs after the seed, the budget is {most:.4g}; train fewer steps")
+        raise UserError(f"{name} takes {flops:.4g} FLOPs after the seed; the budget is {most:.4g}; train fewer steps")
 
 
 def report_of(split):
@@ -88,7 +89,7 @@ def report_of(split):
 
 
 def add(chain, name, entry, split):
-    """Add the entry's jobs, and its score on some held-out text; returns its model's folder."""
+    """Add the entry's jobs and the one that scores it on held-out text; returns its model's folder."""
     start, budget = chain.seed(), chain.budget
     folder, parts = chain.config.path(f"entries/{name}"), chain.config.path(f"parts/{name}")
     mixed, mix_flags = f"{parts}/mixed", entry.mix_flags.split()
@@ -105,8 +106,8 @@ def add(chain, name, entry, split):
 
 
 def verdict(name, chains, split="test"):
-    """The lines on an entry, from the rows of each random seed: its score and the paired test against the best other
-    entry that has been run for the same random seeds. p is of both sides; see tables.lead."""
+    """The lines about an entry, from the rows of each random seed: its score, and a paired test against the best other
+    entry with the same random seeds. p is two-sided; see tables.lead."""
     rows = [{row["name"]: row["bpb"]["avg"] for row in rows} for rows in chains]
     scores = {one: [row[one] for row in rows] for one in rows[0] if all(one in row for row in rows)}
     each = ", ".join(f"{score:.4f}" for score in scores[name])
@@ -116,9 +117,9 @@ def verdict(name, chains, split="test"):
         return f"{line}\nno other entry has these random seeds"
     best = min(others, key=others.get)
     if len(chains) < 2:
-        return f"{line}\n{best} has {others[best]:.4f}; a test takes two random seeds"
+        return f"{line}\n{best} has {others[best]:.4f}; a test needs two random seeds"
     [found] = tables.primary_contrasts(chains, [(name, best)])
-    words = "a new record" if found["lead"] > 0 and found["p"] < ALPHA else "no record"
+    words = "a new record" if found["lead"] > 0 and found["p"] < ALPHA else "not a record"
     words = words if split == "test" else "validation text sets no record"
     against = f"{found['lead']:+.4f} ± {found['half']:.4f} saved against {best} ({others[best]:.4f})"
     return f"{line}\n{against}, p = {found['p']:.4f}: {words}"
@@ -137,7 +138,7 @@ def main():
         model = add(chain, name, entry, config.split)
         chain.run()
         behind = {run: cost for run, cost in read_run(model)["history"].items() if run != chain.seed_folder}
-        check(name, total_cost(behind)["flops"], most)  # what the logs say, whatever the flags made of the plan
+        check(name, total_cost(behind)["flops"], most)  # from the logs: flags may have changed the plan
         found.append(read_json(chain.config.path(f"{report_of(config.split)}/results.json"), "run again")["rows"])
     print(verdict(name, found, config.split))
 

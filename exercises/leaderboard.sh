@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The leaderboard: runs an entry for three random seeds and holds it against the best one so far. Can be stopped and
-# started again.
+# The leaderboard: runs an entry with three random seeds and compares it with the best one so far. You can stop it and
+# start it again.
 #
 #   bash exercises/leaderboard.sh exercises/entries/ours.py [--seeds=1,2,3]
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh

@@ -3,9 +3,9 @@
     python -m exercises.strip student      # the copy that students work in
     python -m exercises.strip --solution student
 
-The solution is the source itself: the student's copy lacks the body of each function in EXERCISES, and has its
-signature, its docstring and the task. What the source lacks (a new router, another optimizer) is in exercises/solution,
-and is emptied in the same way.
+The solution is the source itself: in the student's copy each function in EXERCISES keeps its signature and docstring,
+and has the task in place of its body. Functions that the source does not have (a new router, another optimizer) are in
+exercises/solution, and are emptied in the same way.
 """
 
 import ast
@@ -16,52 +16,52 @@ import shutil
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# the student's copy has files with these names, and those in OWN moved to exercises/
+# the student's copy has these files, and those in OWN, moved to exercises/
 COPIED = ("*.py", "pyproject.toml", "common/*.py", "data/*", "study/*", "config/*/*.py", "exercises/__init__.py")
 OWN = "exercises/solution/"
-HANDED_OUT = ("*.py", "predictions.json")  # the rest of it is for staff
+HANDED_OUT = ("*.py", "predictions.json")  # from OWN; the rest of it is for staff
 
-# {file from the repository's root: {function, methods as Class.method: "number of the exercise. Task"}}
+# {file, from the repository's root: {function or Class.method: "number of the exercise. Task"}}
 EXERCISES = {
     "model.py": {
         "topk": "1. Pick the k largest logits of each row, and take the softmax over those alone.",
-        "switch": "1. Why is the gate not the softmax over the one chosen logit? What would its gradient be?",
-        "load_balancing_loss": "2. Follow the formulas above. Which of the factors carry a gradient, and where to?",
+        "switch": "1. Why is the gate not the softmax over the single chosen logit? What would its gradient be?",
+        "load_balancing_loss": "2. Follow the formulas above. Which factors carry a gradient, and to where?",
         "within_capacity": "3. First come, first served: count along the tokens.",
         "MoE.forward": """3. Start with the loop over experts in docs/lecture.md, step 3; the tests pass with it.
-Then sort the S * k pairs by expert (argsort, stable), call self.experts once on all of them with the place
+Then sort the S * k pairs by expert (argsort, stable), call self.experts once on all of them with the places
 where each expert's rows end (int32), and undo the sort: the inverse of a permutation is its argsort.
-The last result: balance_loss, z_loss, and in training with a limited capacity `dropped`.""",
+The dict: balance_loss, z_loss and, in training with a limited capacity, `dropped`.""",
     },
     "mix.py": {
-        "mix": """4. Four cases, told apart by the tensor's name: new, stacked (feed_forward, below), kept as the
-last expert has it (config.keep names parts, see group_of), and averaged.""",
-        "mean": "4. Mind the precision: N copies have to give back what was copied, to the bit.",
+        "mix": """4. Four cases, told apart by the tensor's name: new, stacked (feed_forward, below), kept from the
+last expert (config.keep names parts, see group_of), and averaged.""",
+        "mean": "4. Mind the precision: the mean of N copies must be what was copied, bit for bit.",
         "redraw": """5. hidden_dim(name) is the dimension that counts hidden units. Two generators (see `generator`):
-the choice of units depends on the expert alone, the new values on the matrix as well.""",
+the choice of units depends only on the expert, the new values also on the matrix.""",
     },
     "study/btm.py": {
         "PosteriorEnsemble.log_weights": """6. The posterior after each token, as logarithms. Ensemble.log_weights
-says what the arguments are. Entry t of the result is log w_e,t+1, so token t itself counts. By prefix, go along the
-text: the weights after a token come from those before it, and cache.evidence (B, 1, N), 0 at first, carries them to
-the next call. Normalize at each token, and long texts stay finite. self.share is 0 unless somebody gives one.""",
-        "expert_profiles": """7. idf = log(windows / (1 + windows that hold the token)), over all domains' windows.
-Normalize each window before you take a domain's mean, and each expert's vector after.""",
-        "NearestEnsemble.log_weights": """7. k experts weigh 1 / k each, and log 0 is -inf. Ensemble.log_weights says
-what the arguments are; cache.add(evidence) adds (B, T, N) up along the text.""",
+explains the arguments. Entry t of the result is log w_e,t+1, so token t itself counts. By prefix, go along the text:
+the weights after a token come from those before it, and cache.evidence (B, 1, N), 0 at first, carries them over to
+the next call. Normalize at each token to keep long texts finite. self.share is 0 unless somebody sets it.""",
+        "expert_profiles": """7. idf = log(windows / (1 + windows that contain the token)), over all domains' windows.
+Normalize each window before you take a domain's mean, and each expert's vector afterwards.""",
+        "NearestEnsemble.log_weights": """7. k experts weigh 1 / k each, and log 0 is -inf. Ensemble.log_weights
+explains the arguments; cache.add(evidence) sums (B, T, N) along the text.""",
     },
     OWN + "compute.py": {
-        "training_flops": "8. 6 FLOPs a weight and token: where do they come from? To look up a row is no matmul.",
-        "matched_steps": "8. What is matched is all training after the seed: branches and finetuning.",
+        "training_flops": "8. 6 FLOPs per weight and token: where do they come from? Looking up a row is not a matmul.",
+        "matched_steps": "8. Match all training after the seed: branches and finetuning.",
     },
     OWN + "routers.py": {
-        "sigmoid": "9. If gates did not sum to 1 over the chosen, N copies of one model would not be that model.",
-        "rows": "9. One line for each of this file's two routers (expert_choice is exercise 10).",
+        "sigmoid": "9. If a token's gates did not sum to 1, N copies of one model would not equal that model.",
+        "rows": "9. One entry for each of this file's two routers (expert_choice is exercise 10).",
         "expert_choice": "10. The softmax is over experts; then each expert picks tokens, along the other dimension.",
-        "first_leak": "10. Change the last token only, and compare the logits of all positions before it.",
+        "first_leak": "10. Change only the last token, and compare the logits of all positions before it.",
     },
     OWN + "muon.py": {
-        "orthogonalize": "11. All products are over the last two dimensions, so a stack needs no loop.",
+        "orthogonalize": "11. All products run over the last two dimensions, so a stack needs no loop.",
         "Muon.step": "11. The momentum buffer lives in self.state[parameter].",
         "split_parameters": "11. Norms, embeddings and the head are not for Muon; nor is the router.",
     },
@@ -69,7 +69,7 @@ what the arguments are; cache.add(evidence) adds (B, T, N) up along the text."""
 
 
 def definitions(source):
-    """{name: node of the syntax tree} of a file's functions and classes; a method's name is Class.method."""
+    """{name: syntax-tree node} for a file's functions and classes; a method's name is Class.method."""
     found = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -80,10 +80,10 @@ def definitions(source):
 
 
 def strip(source, tasks):
-    """The source with some functions emptied: after signature and docstring comes the task, in place of the code. A
-    comment between signature and code counts as a docstring.
+    """The source with some functions emptied: the task replaces the code after signature and docstring. A comment
+    between signature and code counts as a docstring.
 
-    tasks: one file's in EXERCISES. KeyError for a function that is not there."""
+    tasks: one file's, from EXERCISES. KeyError for a function that does not exist."""
     found = definitions(source)
     lines = source.splitlines(keepends=True)
     for name in sorted(tasks, key=lambda name: found[name].lineno, reverse=True):  # line numbers above stay right
@@ -104,7 +104,7 @@ def copied_files():
 
 
 def make_copy(folder, solution=False):
-    """Write the student's copy: emptied functions and open predictions; or the solution, which has both filled in."""
+    """Write the student's copy, with functions emptied and predictions open; or the solution, with both filled in."""
     for target, path in copied_files().items():
         target = os.path.join(folder, target)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -119,7 +119,7 @@ def make_copy(folder, solution=False):
 
 
 def open_answers(text):
-    """The solution's predictions.json with every answer taken out."""
+    """The solution's predictions.json with every answer removed."""
     return json.dumps(dict.fromkeys(json.loads(text), "?"), indent=2) + "\n"
 
 
@@ -128,6 +128,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 + solution or folder.startswith("-"):
         raise SystemExit("usage: python -m exercises.strip [--solution] FOLDER")
     if os.path.exists(folder):
-        raise SystemExit(f"error: {folder} is there already, with work in it perhaps; choose another folder")
+        raise SystemExit(f"error: {folder} already exists, perhaps with work in it; choose another folder")
     make_copy(folder, solution)
     print(f"{folder}: {sum(map(len, EXERCISES.values()))} functions to write")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes out/nanobtx-exercises.zip, what an instructor hands out: the student's copy with its tests, and nothing solved;
-# README.md shows what mixes, so it stays here. Whoever has unzipped it types `bash exercises/grade.sh`.
+# Writes out/nanobtx-exercises.zip for instructors to hand out: the student's copy with its tests, and nothing solved
+# (so without README.md, which shows `mix`). Students unzip it and type `bash exercises/grade.sh`.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started with sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,4 +18,4 @@ cp exercises/entries/*.py "$copy/exercises/entries"
 cp config/lesson/expected.json "$copy/config/lesson"
 "$python" -m zipfile -c "$scratch/made.zip" "$copy"
 mv "$scratch/made.zip" out/nanobtx-exercises.zip
-echo "out/nanobtx-exercises.zip is made; in what it unzips to: bash exercises/grade.sh"
+echo "wrote out/nanobtx-exercises.zip; unzip it and run in its folder: bash exercises/grade.sh"

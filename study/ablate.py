@@ -1,9 +1,9 @@
-"""Ask the paper's questions again: one row per variant of mixing, routing and finetuning, from the same experts.
+"""Repeat the paper's ablations: one row per variant of mixing, routing and finetuning, from the same experts.
 
     bash run.sh cpu ablate        # or, after the main pipeline: python -m study.ablate --size=cpu
 
-Each row is a mix.py and a finetune.py command with the configs of the pipeline and the row's own flags, run for several
-random seeds and evaluated like the main table. The experts are those of out_dir/mixed. It can be stopped and continued
+Each row is a mix.py and a finetune.py command with the pipeline's configs and the row's own flags, run for several
+random seeds and evaluated like the main table. The experts are those behind out_dir/mixed. You can stop and continue it
 like every other stage. Writes ablations.json, ablations.md and ablations.png.
 """
 
@@ -25,12 +25,12 @@ class AblateConfig(StudyConfig):
     """Run and compare all variants of mixing, routing and finetuning."""
 
     steps: int = key(300, "finetuning steps of every row", within="[1, inf)")
-    long_steps: int = key(1200, "steps of the routing rows' second, larger budget", within="[1, inf)")
-    seeds: int = key(2, "random seeds of each row", within="[1, inf)")
+    long_steps: int = key(1200, "finetuning steps of the routing rows with a larger budget", within="[1, inf)")
+    seeds: int = key(2, "how many random seeds to run each row with", within="[1, inf)")
 
 
 class Variant(NamedTuple):
-    """A row: what it changes, and the paper's score for it (average over five tasks, its tables 4 and 5), if any."""
+    """A row: what it changes, and the paper's score for it, if any (the average over five tasks, tables 4 and 5)."""
 
     name: str
     mix: str = ""
@@ -59,7 +59,7 @@ VARIANTS = [
     Variant("blend", mix="--blend=True --router_init=normal", paper=22.2),
     Variant("split, top-2 of 2N", mix="--split=2", paper=28.0),
     Variant("split, top-4 of 2N", mix="--split=2", finetune="--num_experts_per_tok=4", paper=34.5),
-    # what the paper does not ask
+    # variants that are not in the paper
     Variant("split, top-4 of 2N, rescaled", mix="--split=2 --rescale=True", finetune="--num_experts_per_tok=4"),
     Variant("router starts at random", mix="--router_init=normal"),
     Variant("router starts at zero", mix="--router_init=zero"),
@@ -140,7 +140,7 @@ def main():
     config = parse_study(AblateConfig, "ablate")
     mixed = read_run(config.path("mixed"))
     if mixed is None:
-        raise UserError(f"{config.path('mixed')} is not there; run the pipeline first: bash run.sh {config.size}")
+        raise UserError(f"{config.path('mixed')} is missing; run the pipeline first: bash run.sh {config.size}")
     experts = split_list(mixed["recipe"]["config"]["experts"])  # the seed is the last
     chain = chain_of(config, config.out_dir, 1)
     numbers = range(1, config.seeds + 1)

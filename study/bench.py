@@ -1,16 +1,16 @@
-"""Measure speed beside the code that others would use: training, evaluation and generation, in one process, in turns.
+"""Compare our speed with that of alternatives, in training, evaluation and generation: one process, models in turns.
 
     python -m study.bench --threads=2
     python -m study.bench --threads=2 --nanogpt=DIR --nanomoe=DIR     # checkouts of karpathy's and wolfecameron's
-    python -m study.bench --threads=1 --clock=cpu                     # on a machine that others use, too
+    python -m study.bench --threads=1 --clock=cpu                     # on a machine that others use too
 
-All models have one shape: as many layers, about as many parameters in each, one vocabulary, the head tied. A
-mixture has four experts, two for each token; "dense, 2x wide" does the same FLOPs a token. transformers' models and
-the checkouts run as their authors run them in bfloat16, under autocast. --compile=on adds our models and nanoGPT as
-torch.compile makes them. Subjects take turns step by step, a step's time is compared with that of the others in the
-same turn, and medians of these ratios count. MFU, the use that a model makes of the device, is against a large matmul
-in the same process. Also written: how long a compiled model's first step takes and, on CUDA, each model's peak memory.
-All models of a width are in memory at the same time.
+All models have the same shape: the same number of layers, about as many parameters in each, the same vocabulary, a tied
+head. A mixture has four experts, two per token; "dense, 2x wide" does the same FLOPs per token. In bfloat16,
+transformers' models and the checkouts run under autocast, as their authors run them. --compile=on adds compiled
+versions of our models and nanoGPT. Models take turns step by step; each step is compared with the others' steps in the
+same turn, and the table shows medians of these ratios. MFU, how well a model uses the device, is relative to a large
+matmul in the same process. Also measured: the time of a compiled model's first step and, on CUDA, each model's peak
+memory. All models of a width are in memory at the same time.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ from model import ModelConfig, Transformer, generate
 from study.tables import markdown_table
 
 EXPERTS, CHOSEN = 4, 2
-COMPILED = ", compiled"  # behind a name
+COMPILED = ", compiled"  # at the end of a name
 
 
 @dataclasses.dataclass
 class BenchConfig:
-    """Time our models and their peers. The defaults are the sizes of config/cpu."""
+    """Time our models beside their peers. The default sizes are about config/cpu's."""
 
     out_dir: str = key("results/bench", "where bench.json and bench.md go")
     widths: str = key("64,128", "widths to measure, separated by commas")
@@ -49,25 +49,25 @@ class BenchConfig:
     layers: int = key(4, "layers", within="[1, inf)")
     head_size: int = key(32, "width of an attention head", within="[1, inf)")
     vocab_size: int = key(2048, "vocabulary", within="[8, inf)")
-    batch_size: int = key(16, "sequences a step", within="[1, inf)")
-    sequence_length: int = key(256, "tokens a sequence", within="[16, inf)")
-    turns: int = key(8, "timed turns, after two that warm up", within="[1, inf)")
-    new_tokens: int = key(64, "tokens to generate from a prompt of 16; 0 leaves generation out", within="[0, inf)")
-    prompts: str = key("1,32", "how many prompts to generate from side by side, separated by commas")
-    transformers: bool = key(True, "measure Hugging Face's Llama and Mixtral beside ours")
+    batch_size: int = key(16, "sequences per step", within="[1, inf)")
+    sequence_length: int = key(256, "tokens per sequence", within="[16, inf)")
+    turns: int = key(8, "timed turns, after two for warm-up", within="[1, inf)")
+    new_tokens: int = key(64, "tokens to generate from a prompt of 16; 0 skips generation", within="[0, inf)")
+    prompts: str = key("1,32", "numbers of prompts to continue at the same time, separated by commas")
+    transformers: bool = key(True, "also measure Hugging Face's Llama and Mixtral")
     nanogpt: str = key("", "a checkout of nanoGPT; empty leaves it out")
     nanomoe: str = key("", "a checkout of nanoMoE; empty leaves it out")
-    clock: str = key("wall", "wall, or cpu: the processor's time for this process; use one thread", ("wall", "cpu"))
-    compile: str = key("off", "whether to measure what torch.compile makes of the models, too", ("on", "off"))
-    device: str = key("auto", "where to compute; auto is cuda or mps where there is one", DEVICES)
-    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", within="[0, 1024]")
+    clock: str = key("wall", "cpu counts only this process's processor time; use it with one thread", ("wall", "cpu"))
+    compile: str = key("off", "also measure the models compiled by torch.compile", ("on", "off"))
+    device: str = key("auto", "where to compute; auto picks cuda or mps if available", DEVICES)
+    threads: int = key(0, "CPU threads; 0 lets torch choose", within="[0, 1024]")
 
     def __post_init__(self):
         self.width_list, self.prompt_list = whole_numbers(self, "widths"), whole_numbers(self, "prompts")
         self.dtype_list = split_list(self.dtypes)
         known = DTYPES[1:]  # without auto
         if not self.dtype_list or {*self.dtype_list} - {*known}:
-            raise UserError(f"--dtypes={self.dtypes} must be of {', '.join(known)}, separated by commas")
+            raise UserError(f"--dtypes={self.dtypes}: choose from {', '.join(known)}, separated by commas")
 
 
 def whole_numbers(config, name):
@@ -79,8 +79,8 @@ def whole_numbers(config, name):
 
 
 class Subject(NamedTuple):
-    """Something to measure. loss: function(inputs, targets) -> a loss to differentiate. generate: function(prompts, n),
-    which makes n greedy tokens for each prompt, or None."""
+    """A model to measure. loss: function(inputs, targets) -> a loss to differentiate. generate: function(prompts, n)
+    that makes n greedy tokens for each prompt, or None."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -92,7 +92,7 @@ class Subject(NamedTuple):
 
 
 def model_config_of(config, width, wide=1, experts=0):
-    """Our shape for a width; `wide` times as wide in the feed-forward sublayers."""
+    """Our shape at a width, with feed-forward sublayers `wide` times as wide."""
     return ModelConfig(
         vocab_size=config.vocab_size,
         hidden_size=width,
@@ -128,7 +128,7 @@ def autocast(device, dtype):
 
 
 def hugging_face(model_config, device, dtype, **settings):
-    """transformers' Llama, or its Mixtral. settings: from_config's, such as one of its ways to run experts."""
+    """transformers' Llama or Mixtral. settings: for from_config, such as experts_implementation."""
     import transformers
 
     keys = {**dataclasses.asdict(model_config), "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
@@ -151,7 +151,7 @@ def hugging_face(model_config, device, dtype, **settings):
 
 
 def checkout(folder, config, width, device, dtype, compile="off", **extra):
-    """GPT of a nanoGPT-like checkout's model.py. It generates without a cache, so that is left out."""
+    """The GPT of a nanoGPT-like checkout's model.py. It generates without a cache, so generation is not measured."""
     path = os.path.join(folder, "model.py")
     if not os.path.exists(path):
         raise UserError(f"{path} is missing; name a checkout of the repository")
@@ -200,8 +200,8 @@ def subjects(config, width, device, dtype):
 
 
 def in_turns(config, device, found, function, *arguments):
-    """{name: [seconds]} of function(subject, *arguments) for each of {name: subject}, in turns, of which the first two
-    warm up. What a GPU still has to do is waited for."""
+    """{name: [seconds]} of function(subject, *arguments) for each of {name: subject}, in turns, the first two being
+    warm-up. Waits until a GPU has finished."""
     clock = time.perf_counter if config.clock == "wall" else time.process_time
     finish = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = {name: [] for name in found}
@@ -216,7 +216,7 @@ def in_turns(config, device, found, function, *arguments):
 
 
 def warm(times):
-    """{name: [seconds]} without the turns that warm up."""
+    """{name: [seconds]} without the warm-up turns."""
     return {name: seconds[2:] for name, seconds in times.items()}
 
 
@@ -235,13 +235,13 @@ def only_forward(subject, inputs, targets):
 
 
 def time_tasks(config, found, device):
-    """{task: {name: [seconds]}} for the tasks: train, evaluate, and generate N for each number of prompts; and
+    """{task: {name: [seconds]}} for the tasks train, evaluate and, for each number N of prompts, generate N; and
     {name: seconds} of the first training step, in which a compiled model is compiled."""
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     steps = in_turns(config, device, found, one_step, inputs, targets)
     result = {"train": warm(steps)}
-    plain = {name: one for name, one in found.items() if not name.endswith(COMPILED)}  # in training alone does it pay
+    plain = {name: one for name, one in found.items() if not name.endswith(COMPILED)}  # compiling pays only in training
     result["evaluate"] = warm(in_turns(config, device, plain, only_forward, inputs, targets))
     speakers = {name: one for name, one in plain.items() if one.generate}
     for count in config.prompt_list if config.new_tokens else ():
@@ -252,14 +252,14 @@ def time_tasks(config, found, device):
 
 
 def resident_bytes(subject):
-    """The bytes of a subject's weights and optimizer state, which are in memory between steps."""
+    """The bytes of a subject's weights and optimizer state, which stay in memory between steps."""
     states = (value for state in subject.optimizer.state.values() for value in state.values())
     tensors = [*subject.model.parameters(), *subject.model.buffers(), *filter(torch.is_tensor, states)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def peak_memory(config, found, device):
-    """{name: peak bytes of a training step, as if it were alone in memory}; empty on a CPU."""
+    """{name: peak bytes of a training step, as if the model were alone in memory}; empty on a CPU."""
     result = {}
     ids = torch.randint(config.vocab_size, (config.batch_size, config.sequence_length), device=device)
     for name, subject in found.items() if device.type == "cuda" else ():
@@ -271,7 +271,7 @@ def peak_memory(config, found, device):
 
 
 def matmul_rate(config, device, dtype):
-    """The FLOP/s that MFU refers to: those of a large matmul."""
+    """The FLOP/s of a large matmul, to which MFU is relative."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     times = warm(in_turns(config, device, {"matmul": a}, torch.matmul, a))
@@ -281,7 +281,7 @@ def matmul_rate(config, device, dtype):
 def measure(config, width, dtype, device):
     """Everything at one width and dtype: a row of bench.json."""
     torch.manual_seed(1)
-    torch.compiler.reset()  # it keeps eight shapes of a function, and runs any more without compiling
+    torch.compiler.reset()  # it keeps eight shapes of a function, and does not compile any more than that
     found = subjects(config, width, device, dtype)
     mine = {name: one.model for name, one in found.items() if isinstance(one.model, Transformer)}
     times, first = time_tasks(config, found, device)
@@ -300,12 +300,12 @@ def measure(config, width, dtype, device):
 
 
 def ratio(times, name, other):
-    """How many times as fast `name` is as `other`: the median over turns."""
+    """How many times faster `name` is than `other`: the median over turns."""
     return statistics.median(b / a for a, b in zip(times[name], times[other], strict=True))
 
 
 def table(config, row):
-    """One width and dtype as Markdown: speeds, and what they are of the peers'."""
+    """One width and dtype as Markdown: speeds, and their ratios to dense."""
     batch = config.batch_size * config.sequence_length
     counts = {task: int(task.split()[1]) for task in row["times"] if task.startswith("generate")}
     tokens = {"train": batch, "evaluate": batch, **{task: n * config.new_tokens for task, n in counts.items()}}

@@ -1,4 +1,4 @@
-"""Branch-Train-Merge (Li et al. 2022, arXiv 2208.03306): the experts as an ensemble, nothing is trained.
+"""Branch-Train-Merge (Li et al. 2022, arXiv 2208.03306): use the experts as an ensemble, without further training.
 
     python -m study.btm config/cpu/eval.py --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/seed
 
@@ -8,9 +8,9 @@ Each expert predicts the next token, and their probabilities are averaged with w
 
     p(x_t | x_<t) = sum_e w_e,t p_e(x_t | x_<t)
 
-Two ways to weigh. NearestEnsemble is how the BTX paper runs it: k experts, those whose training text is nearest by
-tf-idf, count the same. PosteriorEnsemble is Bayes' rule, the expert being the unknown: by the last token alone, as in
-BTM's code, by the whole text so far, or by both, with the fixed share of Herbster and Warmuth.
+There are two ways to choose weights. NearestEnsemble is the BTX paper's: the k experts whose training text is nearest
+by tf-idf count equally. PosteriorEnsemble is Bayes' rule, the unknown being the expert: from the last token alone, as
+in BTM's code, from the whole text so far, or in between, with the fixed share of Herbster and Warmuth.
 
 Reading order: Ensemble, NearestEnsemble, PosteriorEnsemble.
 """
@@ -33,16 +33,16 @@ from eval import Entry, EvalConfig, evaluate, read_domains
 from model import ModelConfig, Output, Transformer
 from train import validation_scores
 
-SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of its weights that an ensemble may give back to the prior at each token
+SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)  # of its weights, which an ensemble may return to the prior at each token
 
 # ---- the ensemble ----
 
 
 class EnsembleCache:
-    """What an ensemble of N experts knows of B texts so far.
+    """What an ensemble of N experts knows about B texts so far.
 
-    caches: the experts' key-value caches. evidence: (B, 1, N), summed over the text, whatever a subclass goes by.
-    expected: N of (B, V), log-probabilities of the next token; 0 before the first, which no expert predicts.
+    caches: the experts' key-value caches. evidence: (B, 1, N), summed over the text; each subclass defines its own.
+    expected: N tensors (B, V), log-probabilities of the next token; 0 before the first, which no expert predicts.
     """
 
     def __init__(self, caches, batch_size, vocab_size, device):
@@ -51,7 +51,7 @@ class EnsembleCache:
         self.expected = [torch.zeros(batch_size, vocab_size, device=device) for _ in caches]
 
     def add(self, evidence):
-        """Append the evidence of T tokens, (B, T, N). Returns the sums up to and including each token, (B, T, N)."""
+        """Add the evidence from T tokens, (B, T, N). Returns the sums up to and including each token, (B, T, N)."""
         sums = self.evidence + evidence.cumsum(dim=1)
         self.evidence = sums[:, -1:]
         return sums
@@ -60,9 +60,9 @@ class EnsembleCache:
 class Ensemble(nn.Module):
     """N models that predict as one. Has the forward pass, cache and counts of model.Transformer.
 
-    k: how many of them a token is predicted with. Subclasses say in `log_weights` which, and how much each counts.
-    readings: what the models said of whole texts, which is the same however they are weighed; ensembles of the same
-    models may share it, and then each text is read once for all of them.
+    k: how many of them predict each token. Subclasses define in `log_weights` which ones, and how much each counts.
+    readings: the models' outputs on whole texts, which do not depend on the weights; ensembles of the same models may
+    share them, and then each text is read only once for all of them.
     """
 
     def __init__(self, models, k):
@@ -84,16 +84,16 @@ class Ensemble(nn.Module):
         return min(model.max_length for model in self.models)
 
     def log_weights(self, ids, likelihood, cache):
-        """The logarithms of the weights with which each token's successor is predicted, (B, T, N) in fp32.
+        """The log weights of the experts in predicting each token's successor, (B, T, N) in fp32.
 
-        ids: (B, T). likelihood: (B, T, N) log-probability that each expert gave to each of them, 0 for a text's first.
-        cache: an EnsembleCache, brought up to date.
+        ids: (B, T). likelihood: (B, T, N), the log-probability that each expert gave each id; 0 for a text's first.
+        cache: an EnsembleCache, which is updated.
         """
         raise NotImplementedError
 
     def ask(self, ids, targets, cache):
-        """What each expert says behind each token, N of (B, T, V) log-probabilities in fp32, with targets N of
-        (B, T, 1); and what it had expected of the ids themselves, (B, T, N)."""
+        """Each expert's log-probabilities after each token, N tensors (B, T, V) in fp32, or with targets (B, T, 1); and
+        the log-probability that each had given the ids themselves, (B, T, N)."""
         experts, likelihood = [], []
         for n, model in enumerate(self.models):
             log_p = model(ids, cache=cache.caches[n]).logits.float().log_softmax(dim=-1)  # (B, T, V)
@@ -105,9 +105,9 @@ class Ensemble(nn.Module):
         return experts, torch.stack(likelihood, dim=-1)
 
     def read(self, ids, targets=None, cache=None):
-        """Each expert's log-probabilities, N of (B, T, V) in fp32, and the log weights (B, T, N).
+        """Each expert's log-probabilities, N tensors (B, T, V) in fp32, and the log weights (B, T, N).
 
-        With targets (B, T) only theirs are kept, N of (B, T, 1), and remembered if there is no cache.
+        With targets (B, T) only the targets' are kept, (B, T, 1), and remembered if there is no cache.
         """
         whole = targets is not None and cache is None
         cache = cache or self.new_cache(*ids.shape)
@@ -121,7 +121,7 @@ class Ensemble(nn.Module):
         return experts, self.log_weights(ids, likelihood, cache)
 
     def weigh(self, ids, targets=None, cache=None):
-        """The log-probabilities of all tokens behind each of ids, (B, T, V) in fp32, or of the targets, (B, T, 1)."""
+        """The ensemble's log-probabilities after each of ids: (B, T, V) in fp32, or (B, T, 1) of the targets alone."""
         experts, log_weights = self.read(ids, targets, cache)
         weighted = [log_p + log_weights[..., n : n + 1] for n, log_p in enumerate(experts)]
         return functools.reduce(torch.logaddexp, weighted)  # (B, T, V), or (B, T, 1) of the targets
@@ -139,7 +139,7 @@ class Ensemble(nn.Module):
         return EnsembleCache(caches, batch_size, self.config.vocab_size, next(self.parameters()).device)
 
     def num_parameters(self):
-        """(active, total): k experts count for a token, N are kept."""
+        """(active, total): a token uses k experts, and N are in memory."""
         sizes = [model.num_parameters()[1] for model in self.models]
         return self.k * max(sizes), sum(sizes)
 
@@ -148,9 +148,10 @@ class Ensemble(nn.Module):
 
 
 class NearestEnsemble(Ensemble):
-    """The k experts nearest to the text so far weigh 1 / k each, the others nothing (Sukhbaatar et al. 2024).
+    """The k experts nearest to the text so far weigh 1 / k each, the others 0 (Sukhbaatar et al. 2024).
 
-    Near is the cosine between tf-idf vectors over token ids: of the text, and the mean over an expert's training text.
+    Nearest means the largest cosine between tf-idf vectors over token ids: the text's and the mean of an expert's
+    training text.
     """
 
     def __init__(self, models, profiles, k):
@@ -164,7 +165,7 @@ class NearestEnsemble(Ensemble):
 
 
 def term_counts(corpus, domain, vocab_size, length=256, windows=500):
-    """(windows, V) token counts of up to so many windows spread evenly over a domain's training text."""
+    """(windows, V) token counts in up to `windows` windows, spread evenly over a domain's training text."""
     rows, _ = corpus.windows(domain, "train", length, windows)
     return torch.zeros(len(rows), vocab_size).scatter_add_(1, rows, torch.ones_like(rows, dtype=torch.float32))
 
@@ -172,7 +173,7 @@ def term_counts(corpus, domain, vocab_size, length=256, windows=500):
 def expert_profiles(mixtures, counts):
     """Each expert's mean training tf-idf vector, scaled so that a dot product with term counts ranks by cosine.
 
-    mixtures: for each expert {domain: weight}. counts: {domain: (windows, V)}. Returns (V, N).
+    mixtures: for each expert, {domain: weight}. counts: {domain: (windows, V)}. Returns (V, N).
     """
     windows = torch.cat(list(counts.values()))
     idf = torch.log(len(windows) / (1 + (windows > 0).sum(dim=0)))  # (V,)
@@ -183,7 +184,7 @@ def expert_profiles(mixtures, counts):
 
 
 def load_nearest(folders, corpus, k):
-    """Read expert checkpoints into a NearestEnsemble on the CPU; profiles come from their domains' training text."""
+    """Load expert checkpoints as a NearestEnsemble on the CPU; profiles come from their domains' training text."""
     mixtures = mixtures_of(folders)
     models = [Transformer.from_pretrained(folder) for folder in folders]
     domains = dict.fromkeys(domain for mixture in mixtures for domain in mixture)
@@ -200,12 +201,12 @@ class PosteriorEnsemble(Ensemble):
         prefix=False  w_e,t ~ prior_e p_e(x_{t-1} | x_<t-1)         as in BTM's code: the last token's likelihood alone
         prefix=True   w_e,t ~ prior_e prod_{s<t} p_e(x_s | x_<s)    as in a textbook
 
-    The product over a long text is so sure of itself that it never changes its mind. With a share, after every token
-    so much of the weights goes back to the prior (fixed share: Herbster and Warmuth 1998, Tracking the Best Expert):
+    The product over a long text gets so sure of itself that it never changes its mind. With a share, that part of the
+    weights returns to the prior after each token (fixed share: Herbster and Warmuth 1998, Tracking the Best Expert):
 
         w_e,t ~ (1 - share) w'_e,t + share prior_e    with    w'_e,t ~ w_e,t-1 p_e(x_{t-1} | x_<t-1)
 
-    What follows a text's first token, which no expert predicts, is weighed by the prior alone.
+    No expert predicts a text's first token, so the prior alone weighs the experts right after it.
     prior: (N,) probabilities.
     """
 
@@ -230,11 +231,11 @@ class PosteriorEnsemble(Ensemble):
 
 
 def cached_prior(log_posteriors, decay=0.3):
-    """(N,): the exponential moving average of posteriors over a domain's held-out windows, in their order.
+    """(N,): the exponential moving average of posteriors over a domain's held-out windows, in order.
 
-    log_posteriors: (windows, N), at each window's end and under a uniform prior. The average starts uniform and is
-    the prior of the next window's posterior: prior = decay * posterior + (1 - decay) * prior. BTM's code, too, gives
-    0.3 to the newest posterior (pandas' ewm with alpha = 0.3).
+    log_posteriors: (windows, N), at each window's end, under a uniform prior. The average starts uniform and serves as
+    the next window's prior: prior = decay * posterior + (1 - decay) * prior. BTM's code also gives the newest posterior
+    a weight of 0.3 (pandas' ewm with alpha = 0.3).
     """
     prior = torch.full_like(log_posteriors[0], 1 / log_posteriors.size(1))  # (N,)
     for log_posterior in log_posteriors:
@@ -247,8 +248,8 @@ def cached_prior(log_posteriors, decay=0.3):
 def held_out_prior(ensemble, corpus, length, windows=100):
     """(N,): the mean over all domains of their cached priors, each from up to `windows` windows of validation text.
 
-    BTM's own evaluation takes the prior of the domain at hand, so it is told the domain. Here no model is told, and
-    so the same prior serves every domain. ensemble: a PosteriorEnsemble with a uniform prior.
+    BTM's own evaluation uses the prior of the domain at hand, so it is told the domain. Here no model is told, so one
+    prior serves all domains. ensemble: a PosteriorEnsemble with a uniform prior.
     """
     priors = []
     for domain in corpus.domains:
@@ -260,8 +261,8 @@ def held_out_prior(ensemble, corpus, length, windows=100):
 
 @torch.no_grad()
 def best_share(ensemble, corpus, length, windows=100):
-    """The one of SHARES with the fewest bits per byte of validation text: the mean of windows of one domain and of
-    windows that change it, up to so many of each domain and in all. ensemble: a PosteriorEnsemble by prefix."""
+    """The one of SHARES with the fewest bits per byte of validation text: the mean over windows of one domain (up to
+    `windows` of each) and windows that switch domain (so many in total). ensemble: a PosteriorEnsemble by prefix."""
     length = min(length, ensemble.max_length)
     pure = {domain: corpus.windows(domain, "val", length, windows) for domain in corpus.domains}
     kinds = [kind for kind in (pure, corpus.spliced("val", length, windows)) if kind]
@@ -274,10 +275,10 @@ def best_share(ensemble, corpus, length, windows=100):
 
 
 def load_posterior(folders, corpus, length, device, readings, windows, prefix=False, share=False):
-    """Read expert checkpoints into a PosteriorEnsemble.
+    """Load expert checkpoints as a PosteriorEnsemble.
 
-    By the last token it has held_out_prior's prior, by the whole text a uniform one, and with `share` best_share's;
-    both are found on `device`, on so many windows of `length` tokens. readings: Ensemble's, to be shared.
+    By the last token it uses held_out_prior's prior; by the whole text a uniform one and, if `share`, best_share's
+    share. Both are found on `device`, from `windows` windows of `length` tokens. readings: Ensemble's, to share.
     """
     models = [Transformer.from_pretrained(folder) for folder in folders]
     uniform = torch.full((len(models),), 1 / len(models))
@@ -293,7 +294,7 @@ def load_posterior(folders, corpus, length, device, readings, windows, prefix=Fa
 
 # ---- the script ----
 
-# rows of results.json: name -> function of folders, corpus, tokens per window, device, readings and windows
+# rows of results.json: name -> function(folders, corpus, tokens per window, device, readings, windows)
 ENSEMBLES = {
     "btm-top1": lambda folders, corpus, *_: load_nearest(folders, corpus, 1),
     "btm-top2": lambda folders, corpus, *_: load_nearest(folders, corpus, 2),
@@ -305,26 +306,26 @@ ENSEMBLES = {
 
 @dataclasses.dataclass
 class EnsembleConfig(EvalConfig):
-    """Evaluate experts as the ensembles of Branch-Train-Merge. All keys of eval.py but --model, and:"""
+    """Evaluate experts as the ensembles of Branch-Train-Merge. All keys of eval.py except --model, and:"""
 
     experts: str = key("", "checkpoint folders of the experts, separated by commas")
-    suffix: str = key("", "what to add to the rows' names, to tell two sets of experts apart")
+    suffix: str = key("", "text to add to the rows' names, to tell sets of experts apart")
 
 
 def main():
     config = parse(EnsembleConfig)
     folders = split_list(config.experts)
     if config.model or not folders:
-        raise UserError("give the ensembles' experts, --experts=DIR,DIR, and no --model, whose rows eval.py makes")
+        raise UserError("give the ensembles' experts as --experts=DIR,DIR, and no --model, which is for eval.py")
     if len(folders) < 2:
         raise UserError(f"--experts={config.experts}: top-2 needs at least 2 experts")
     corpus = Corpus(config.data_dir, config.domains)
-    # what weighs experts has not seen unread text either
+    # the experts' weights must not come from unread text either
     read = Corpus(config.data_dir, ",".join(read_domains(corpus, config)))
     same_tokenizer([config.data_dir, *folders])
     sizes = {folder: ModelConfig.from_pretrained(folder).vocab_size for folder in folders}
     if len(set(sizes.values())) > 1:
-        raise UserError(f"--experts have vocabularies of different sizes ({sizes}), which no ensemble can average")
+        raise UserError(f"--experts have vocabularies of different sizes, impossible to average ({sizes}); name others")
     corpus.check_vocabulary(folders[0], sizes[folders[0]])
     device = pick_device(config.device, config.threads)
     readings = {}

@@ -1,12 +1,12 @@
-"""The whole pipeline with one random seed: seed, branches, mixture, finetuning, and the rivals of the same compute.
+"""The whole pipeline with one random seed: seed, branches, mixture, finetuning, and rivals with the same compute.
 
-    bash run.sh                   # prepares the data first; or, when the data is there:
+    bash run.sh                   # prepares the data first; or, with the data prepared:
     python -m study.chain --size=cpu --seed=2
 
-Six functions say how each stage is started: seed, branch, mix, finetune, dense, upcycle. Whatever trains chains uses
-them (study.compare, study.ablate, study.regime). What does not wait for each other runs side by side, a core or a GPU
-each: that branches never talk is the point of Branch-Train-MiX. Every job keeps a log of its own in out_dir/logs, and
-is skipped when it is finished, or resumed.
+Six methods define how each stage is started: seed, branch, mix, finetune, dense, upcycle. All studies that train chains
+use them (study.compare, study.ablate, study.regime). Jobs that do not depend on each other run side by side, each on
+its own core or GPU: that branches never communicate is the point of Branch-Train-MiX. Each job writes a log in
+out_dir/logs, is resumed if it was stopped, and is skipped if it is finished.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ from mix import MixConfig
 from model import ModelConfig, Transformer, on_meta
 from train import TrainConfig, build_model, freeze
 
-FINETUNING = 80 / 453  # tokens of the paper's finetuning for each one of its branches' (section 3.1)
-LEAST_WINDOWS = 32  # of a domain, to score: fewer tell little
-HELD = "--freeze=embeddings,attention,norms"  # branches train their feed-forwards alone
+FINETUNING = 80 / 453  # the paper's finetuning tokens for each token of its branches (section 3.1)
+LEAST_WINDOWS = 32  # to score in each domain; fewer would say too little
+HELD = "--freeze=embeddings,attention,norms"  # branches train only their feed-forwards
 
 
 @dataclasses.dataclass
@@ -43,27 +43,27 @@ class StudyConfig:
     """The keys that all studies have."""
 
     size: str = key("cpu", "which pipeline: the folders config/SIZE and out/SIZE")
-    configs: str = key("", "the folder of the stages' configs; empty is config/SIZE")
-    out_dir: str = key("", "the folder of that pipeline; empty is out/SIZE")
-    domains: str = key("code,math,wiki", "the domains, a branch each")
-    data_dir: str = key("", "the prepared text; empty is what the stages' configs say")
-    flags: str = key("", "flags of every stage that trains or scores", free_text=True)
-    seed_flags: str = key("", "flags of the seed's training", free_text=True)
-    expert_flags: str = key("", "flags of the branches'", free_text=True)
-    finetune_flags: str = key("", "flags of the finetuning's", free_text=True)
+    configs: str = key("", "the folder with the stages' configs; empty: config/SIZE")
+    out_dir: str = key("", "the pipeline's folder; empty: out/SIZE")
+    domains: str = key("code,math,wiki", "the domains, with a branch each")
+    data_dir: str = key("", "the prepared text; empty: as in the stages' configs")
+    flags: str = key("", "more flags for every stage that trains or scores", free_text=True)
+    seed_flags: str = key("", "more flags for the seed's training", free_text=True)
+    expert_flags: str = key("", "more flags for the branches", free_text=True)
+    finetune_flags: str = key("", "more flags for the finetuning", free_text=True)
     launch: str = key("", "what starts train.py and finetune.py, such as torchrun --nproc_per_node=8", free_text=True)
-    jobs: int = key(0, "jobs that run side by side; 0 is as many as there are GPUs, or cores", within="[0, inf)")
+    jobs: int = key(0, "jobs to run side by side; 0: one for each GPU, or each core", within="[0, inf)")
 
     def __post_init__(self):
         self.configs = self.configs or os.path.join("config", self.size)
         self.out_dir = self.out_dir or os.path.join("out", self.size)
         if split_list(self.out_dir) != [self.out_dir]:
-            raise UserError(f"--out_dir={self.out_dir}: lists name folders in it; use no comma, no space at an end")
+            raise UserError(f"--out_dir={self.out_dir}: use a name without commas, or spaces at either end")
         for name, value in dataclasses.asdict(self).items():
             try:
                 shlex.split(value if name.endswith(("flags", "launch")) else "")
             except ValueError as error:
-                raise UserError(f"--{name}={value}: {str(error).lower()}; write it as in a shell") from None
+                raise UserError(f"--{name}={value}: {str(error).lower()}; quote it as in a shell") from None
 
     def stage(self, name):
         """The config file of a stage: "finetune" -> config/cpu/finetune.py."""
@@ -79,27 +79,27 @@ class ChainConfig(StudyConfig):
     """Train a chain: seed, branches, mixture, finetuning, dense training and upcycling; then score and report."""
 
     seed: int = key(1, "the random seed of all training", within="[0, inf)")
-    published: str = key("", "a checkpoint that takes the seed's place, a folder or hf:OWNER/NAME")
+    published: str = key("", "a checkpoint to use as the seed, a folder or hf:OWNER/NAME")
     tokens: float = key(
-        0, "tokens that a branch reads; all else follows (see sizes_for); 0: as configured", within="[0, inf)"
+        0, "tokens that a branch reads; sets all other sizes too (see sizes_for); 0: as configured", within="[0, inf)"
     )
-    generalist: str = key("", "a domain that gets no branch: the seed's own kind of text")
-    unread: str = key("", "domains that all models are scored on and none reads: what they forget")
-    mixture: str = key("", "what the finetuning reads, such as code:3,math:1; empty is all domains evenly")
-    rivals: bool = key(True, "train dense and upcycled models for BTX's FLOPs, too")
-    forms: bool = key(False, "train BTX's other forms, too: random routers, and branches of feed-forwards alone")
+    generalist: str = key("", "a domain that gets no branch, being the seed's own kind of text")
+    unread: str = key("", "domains to score all models on, but train none on: what do they forget?")
+    mixture: str = key("", "what the finetuning reads, such as code:3,math:1; empty: all domains evenly")
+    rivals: bool = key(True, "also train dense and upcycled models with BTX's FLOPs")
+    forms: bool = key(False, "also train BTX with random routers, and from branches that train only feed-forwards")
     report: bool = key(True, "score every model and write the report")
-    dense_flags: str = key("", "flags of dense training, on top of the branches'", free_text=True)
-    upcycle_flags: str = key("", "flags of upcycling, on top of the finetuning's", free_text=True)
+    dense_flags: str = key("", "flags for dense training, on top of the branches'", free_text=True)
+    upcycle_flags: str = key("", "flags for upcycling, on top of the finetuning's", free_text=True)
 
     def __post_init__(self):
         super().__post_init__()
         if both := [name for name in split_list(self.unread) if name in split_list(self.domains)]:
-            raise UserError(f"--unread={self.unread}: {both[0]} is one of --domains, too; name it in one of them")
+            raise UserError(f"--unread={self.unread}: {both[0]} is also in --domains; name it in only one of them")
 
 
 def parse_study(cls, name):
-    """A study's config from the command line, on top of the config file given, or else config/SIZE/<name>.py."""
+    """A study's config: the command line, on top of the config file that it names, or else config/SIZE/<name>.py."""
     flags = sys.argv[1:]
     if flags and not flags[0].startswith("-"):
         return parse(cls, flags)
@@ -111,7 +111,7 @@ def parse_study(cls, name):
 
 
 class Job(NamedTuple):
-    """A command of ours. name: of its bar and its log. needs: the names of the jobs it waits for. trains: whether
+    """A command to run. name: for its progress bar and log. needs: the names of the jobs it waits for. trains: whether
     --launch applies."""
 
     name: str
@@ -121,7 +121,7 @@ class Job(NamedTuple):
 
 
 class Screen:
-    """A line for each running job, redrawn in place; in a file instead of a terminal, a line when a job ends."""
+    """On a terminal, a line for each running job, redrawn in place; in a file, a line when a job ends."""
 
     def __init__(self, rows):
         self.live = sys.stderr.isatty()
@@ -143,18 +143,18 @@ class Screen:
 
 
 def terminal_width():
-    """The width of the terminal, less one; some say that they have none."""
+    """The width of the terminal, minus one; some terminals report 0."""
     return (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
 
 
 def follow(process, log, show, say):
-    """Copy a job's output to its log, line by line. A progress bar, which redraws itself, goes to `show` instead, and
-    what a reader must know of older results to `say`, too. Returns the last line."""
+    """Copy a job's output to its log, line by line. A progress bar, which redraws itself, goes to `show` instead; lines
+    that warn of outdated results also go to `say`. Returns the last line."""
     text, last = b"", ""
     block = b"\n"
     while block:
         block = process.stdout.read1(4096)
-        text += block or b"\n"  # what comes last may lack its line's end
+        text += block or b"\n"  # the last line may lack its line end
         *lines, text = text.replace(b"\r", b"\n").split(b"\n")
         for line in (line.decode(errors="replace").strip() for line in lines):
             if "it/s" in line or "step/s" in line or "%|" in line:
@@ -169,8 +169,8 @@ def follow(process, log, show, say):
 
 
 def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
-    """Run jobs, each as soon as those it needs are done, `slots` at a time, the first in the list first. One thread
-    each where several run; a job alone takes all cores. UserError when some failed, after the others have ended."""
+    """Run jobs, each as soon as the jobs it needs are done, up to `slots` at a time, in the order of the list. Each has
+    one thread if several run; a job alone uses all cores. UserError if some failed, after the others have ended."""
     gpus = gpu_count()
     slots = slots or (1 if launch else gpus or os.cpu_count() or 1)
     waiting, running, done, failed = list(jobs), {}, set(), {}
@@ -183,7 +183,7 @@ def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
     def stop(number, frame):
         """Pass a signal on: training saves and ends."""
         stopped.append(number)
-        for process in list(running.values()):  # others leave meanwhile
+        for process in list(running.values()):  # a copy: jobs may end meanwhile
             process.send_signal(number)
 
     def work(job, slot, process):
@@ -215,13 +215,13 @@ def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
                     alone = slots == 1 or (not running and len(ready) == 1)
                     slot = free.pop(0)
                     running[job.name] = process = start(job, launch, gpus, slot, alone)
-                    if stopped:  # while it was being started
+                    if stopped:  # a signal came while it was being started
                         process.send_signal(stopped[-1])
                     threading.Thread(target=work, args=(job, slot, process)).start()
                 elif running:
                     changed.wait(1.0)
                 else:
-                    break  # what is left waits for jobs that failed
+                    break  # the jobs left wait for jobs that failed
     finally:
         screen.close()
         for number, handler in handlers.items():
@@ -231,7 +231,7 @@ def run_jobs(jobs, folder, slots=0, launch="", quiet=False):
     if failed:
         name, (_, last) = next(iter(failed.items()))
         where = os.path.join(folder, "logs", f"{name.replace('/', '-')}.log")
-        raise UserError(f"{', '.join(failed)} failed ({last}); {where} has all of it; the same command resumes")
+        raise UserError(f"{', '.join(failed)} failed ({last}); see {where}; run the same command to resume")
 
 
 def start(job, launch, gpus, slot, alone):
@@ -253,8 +253,8 @@ def start(job, launch, gpus, slot, alone):
 
 
 class Chain:
-    """The jobs of one chain, by its ChainConfig. Each of the six stages returns the folder that it trains into, and
-    adds its job to `jobs`."""
+    """The jobs of one chain, defined by its ChainConfig. Each of the six stages adds its job to `jobs` and returns the
+    folder that the job writes."""
 
     def __init__(self, config):
         self.config = config
@@ -263,13 +263,13 @@ class Chain:
         self.generalist = config.generalist if config.generalist in self.domains else ""
         self.branched = [domain for domain in self.domains if domain != self.generalist]
         if not self.branched:
-            raise UserError(f"--domains={config.domains}: no domain is left for a branch; name one more")
+            raise UserError(f"--domains={config.domains}: no domain is left to branch on; name one more")
         self.sizes = sizes_for(config, len(self.branched)) if config.tokens else {}
         self.seed_folder = local_folder(config.published) if config.published else config.path("seed")
         self.data = config.data_dir or self.settings("seed" if not config.published else "finetune").data_dir
 
     def add(self, folder, script, stage, *flags, needs=(), trains=False):
-        """A job that runs one of our scripts with a stage's config, once; returns its folder."""
+        """Add a job that runs one of our scripts with a stage's config, unless it is there; returns its folder."""
         settings = [self.config.stage(stage)] if stage and os.path.exists(self.config.stage(stage)) else []
         arguments = (script, *settings, *self.size(stage), f"--out_dir={folder}", *flags)
         arguments += tuple(shlex.split(self.config.flags)) if trains else ()
@@ -279,7 +279,7 @@ class Chain:
         return folder
 
     def size(self, stage):
-        """The flags with which --tokens changes a stage's config."""
+        """The flags by which --tokens changes a stage's config."""
         return self.sizes.get(stage.split("-")[0], ())
 
     def settings(self, stage, flags=""):
@@ -287,52 +287,52 @@ class Chain:
         return read_settings(self.config, stage, *self.size(stage), *shlex.split(flags))
 
     def scoring(self):
-        """The config of what scores."""
+        """The config of evaluations."""
         return parse(EvalConfig, [self.config.stage("eval"), *self.size("eval")])
 
     def names(self, folders):
         return tuple(os.path.relpath(folder, self.config.out_dir) for folder in folders)
 
     def train(self, folder, script, stage, start, domain, *flags, needs=()):
-        """A training run; start: the checkpoint it starts from, or none. needs: folders that other jobs make for it."""
+        """Add a training run. start: the checkpoint to start from, or "". needs: more folders that other jobs make."""
         flags = (f"--domain={domain}", f"--data_dir={self.data}", f"--seed={self.config.seed}", *flags)
         if start:
             flags = (f"--init_from={start}", *flags)
         return self.add(folder, script, stage, *flags, needs=[*([start] if start else []), *needs], trains=True)
 
     def seed(self):
-        """One small language model for all domains, unless someone has published it."""
+        """Train one small language model on all domains, unless a published model is the seed."""
         if self.config.published:
             return self.seed_folder
         domains = ",".join(sorted(self.domains))
         return self.train(self.seed_folder, "train.py", "seed", "", domains, *shlex.split(self.config.seed_flags))
 
     def branch(self, domain, *flags, folder=None):
-        """The seed model goes on with one domain: an expert."""
+        """Train the seed model further on one domain: an expert."""
         stage = self.stage_of(domain)
         folder = folder or self.config.path(f"expert-{domain}")
         flags = (*shlex.split(self.config.expert_flags), *flags)
         return self.train(folder, "train.py", stage, self.seed_folder, domain, *flags)
 
     def stage_of(self, domain):
-        """The stage of a branch; a domain may have settings of its own, in config/SIZE/expert-DOMAIN.py."""
+        """The stage of a branch: a domain may have its own settings, in config/SIZE/expert-DOMAIN.py."""
         own = f"expert-{domain}"
         return own if os.path.exists(self.config.stage(own)) else "expert"
 
     def mix(self, experts, *flags, folder=None, stage="mix"):
-        """Feed-forward layers become a mixture of experts, the rest is averaged."""
+        """Turn feed-forward layers into a mixture of experts, and average the rest."""
         flags = (f"--experts={','.join(experts)}", f"--data_dir={self.data}", f"--seed={self.config.seed}", *flags)
         flags += (f"--published_on={self.generalist}",) if self.config.published else ()
         return self.add(folder or self.config.path("mixed"), "mix.py", stage, *flags, needs=experts)
 
     def finetune(self, mixed, *flags, folder=None):
-        """All domains together, so that the routers learn."""
+        """Train the mixture on all domains together, so that its routers learn."""
         mixture = self.config.mixture or ",".join(sorted(self.domains))
         flags = (*shlex.split(self.config.finetune_flags), *flags)
         return self.train(folder or self.config.path("btx"), "finetune.py", "finetune", mixed, mixture, *flags)
 
     def dense(self, steps, *flags, folder=None):
-        """The seed model goes on with the data that BTX reads, all of its tensors."""
+        """Train all tensors of the seed model further, on the data that BTX reads."""
         folder = folder or self.config.path("compare/dense-cm")
         splice = self.budget.splice_of(self.budget.dense, steps)
         given = f"{self.config.expert_flags} --splice={splice} {self.config.dense_flags}"
@@ -340,12 +340,12 @@ class Chain:
         return self.train(folder, "train.py", "expert", self.seed_folder, self.budget.mixture, *flags)
 
     def copies(self, *flags, folder):
-        """The seed model as each of the experts."""
+        """Mix copies of the seed model: it is each of the experts."""
         return self.mix([self.seed_folder] * (len(self.branched) + 1), *flags, folder=folder, stage="")
 
     def upcycle(self, steps, *flags, folder=None, copies=None):
-        """Copies of the seed model as the experts (Komatsuzaki et al. 2022), with the data that BTX reads. copies: a
-        mixture of them with other settings than the usual ones."""
+        """Train a mixture of copies of the seed model (Komatsuzaki et al. 2022), on the data that BTX reads.
+        copies: the folder of such a mixture, if its settings are not the usual ones."""
         experts_per_token = f"--num_experts_per_tok={self.budget.experts_per_token}"
         upcycled = copies or self.copies(experts_per_token, folder=self.config.path("compare/upcycled"))
         folder = folder or self.config.path("compare/upcycle-cm")
@@ -355,24 +355,24 @@ class Chain:
         return self.train(folder, "finetune.py", "finetune", upcycled, self.budget.mixture, *flags)
 
     def score(self, *models):
-        """A row of the chain's results.json for each of some checkpoints, by one job."""
+        """Add one job that scores some checkpoints, each a row of the chain's results.json."""
         rows = [f"seed={model}" if model == self.seed_folder else model for model in models]
         self.add_score(f"scores/{self.names(models)[0]}", ("eval.py",), f"--model={','.join(rows)}", needs=models)
 
     def score_ensembles(self, experts, suffix=""):
-        """The rows of Branch-Train-Merge; suffix: what tells these experts' rows from those of others."""
+        """Add the job for Branch-Train-Merge's rows. suffix: tells these experts' rows from those of others."""
         flags = (f"--experts={','.join(experts)}", f"--suffix={suffix}")
         self.add_score(f"scores/btm{suffix}", ("-m", "study.btm"), *flags, needs=experts)
 
     def add_score(self, name, script, *flags, needs):
-        """A job that scores. flags: of that script, on top of those that all scores share."""
+        """Add a job that scores. flags: for its script, on top of those that all scores share."""
         settings = (self.config.stage("eval"), *self.size("eval"), self.all_domains(), f"--data_dir={self.data}")
         settings += (f"--unread={self.config.unread}", f"--out_dir={self.config.path('report')}")
         arguments = (*script, *settings, *flags, *shlex.split(self.config.flags))
         self.jobs.append(Job(name, arguments, self.names(needs)))
 
     def all_domains(self):
-        """The flag of what scores or looks on: these domains, and no others that the data folder may hold."""
+        """The flag that limits evaluations to these domains, whatever else the data folder may hold."""
         return f"--domains={','.join(sorted([*self.domains, *split_list(self.config.unread)]))}"
 
     def run(self, quiet=False):
@@ -386,8 +386,8 @@ class Chain:
 
 
 def chain_of(config, folder, number, **settings):
-    """The Chain of a study, with no jobs yet: in a folder of its own, with one random seed and the rivals' settings of
-    config/SIZE/chain.py. config: a StudyConfig. settings: of ChainConfig, others than these."""
+    """A Chain for a study, with no jobs yet: in its own folder, with one random seed and the rivals' settings from
+    config/SIZE/chain.py. config: a StudyConfig. settings: other values of ChainConfig."""
     shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(StudyConfig)}
     values = {**shared, "out_dir": folder, "seed": number, **settings}
     rivals = [config.stage("chain")] if os.path.exists(config.stage("chain")) else []
@@ -395,7 +395,7 @@ def chain_of(config, folder, number, **settings):
 
 
 class Budget:
-    """What a chain's configs spend after the seed model: tokens and training FLOPs, of BTX and for its rivals."""
+    """What a chain spends after the seed model, from its configs: tokens and training FLOPs, of BTX and its rivals."""
 
     def __init__(self, chain):
         config = chain.config
@@ -423,7 +423,7 @@ class Budget:
         self.flops = self.finetuning_tokens * self.mixture_flops
         for domain, settings in self.branches.items():
             self.flops += read[domain] * flops_per_token(settings, dense, settings.freeze)
-        shares = dict(read)  # what BTX reads of each domain
+        shares = dict(read)  # the tokens that BTX reads of each domain
         for domain, share in corpus.mixture(config.mixture or ",".join(chain.domains)).items():
             shares[domain] = shares.get(domain, 0) + share * self.finetuning_tokens
         self.mixture = ",".join(f"{domain}:{count:.0f}" for domain, count in shares.items())
@@ -436,20 +436,20 @@ class Budget:
             return build_model(chain.settings("seed", chain.config.seed_flags), corpus).config
 
     def splice_of(self, settings, steps):
-        """The share of spliced windows in so many steps with which they hold as many as BTX's finetuning does: branches
-        cannot read windows that change domain, so this is all that BTX reads of them."""
+        """The share of spliced windows that gives `steps` steps as many of them as BTX's finetuning has: branches can
+        have none, so those are all that BTX reads."""
         return min(1.0, self.spliced_tokens / tokens_of(settings, steps))
 
     def dense_steps(self):
-        """How many dense steps take BTX's FLOPs."""
+        """How many steps of dense training cost BTX's FLOPs."""
         return round(self.flops / self.dense_flops / tokens_of(self.dense, 1))
 
     def upcycle_steps(self):
-        """How many of upcycling's steps take BTX's FLOPs."""
+        """How many steps of upcycling cost BTX's FLOPs."""
         return round(self.flops / self.upcycling_flops / tokens_of(self.upcycling, 1))
 
     def whole_branch_steps(self, flops):
-        """How many steps of a branch that trains all of its tensors take some FLOPs."""
+        """How many steps of a branch that trains all of its tensors cost `flops`."""
         return round(flops / self.whole_branch_flops / tokens_of(self.branch, 1))
 
 
@@ -459,11 +459,11 @@ def read_settings(config, stage, *flags):
 
 
 def sizes_for(config, branches):
-    """The flags of each stage with which each of some branches reads config.tokens: {stage: flags}.
+    """{stage: the flags with which each of `branches` branches reads config.tokens}.
 
     An optimizer step takes tokens^0.6 of them: 1 G are 4,000 steps of 128 windows of 2,048 tokens, 40 k are 78 steps of
-    2 windows of 256. That is our rule of thumb, which grows about as critical batch sizes do; nobody has swept it. The
-    finetuning is as long beside the branches as the paper's. Scores read a tenth of a branch in each domain, or more.
+    2 windows of 256. This is our rule of thumb, which grows about as critical batch sizes do; nobody has swept it. The
+    ratio of finetuning to branches is the paper's. Scores read a tenth of a branch's tokens in each domain, or more.
     """
     per_step = config.tokens**0.6
     longest = parse(EvalConfig, [config.stage("eval")])
@@ -486,12 +486,12 @@ def sizes_for(config, branches):
 
 
 def tokens_of(settings, steps=None):
-    """The tokens of a stage, or of some steps of it."""
+    """How many tokens a stage reads, in `steps` steps or in all."""
     return (steps or settings.max_steps) * settings.batch_size * settings.sequence_length
 
 
 def flops_per_token(settings, model_config, frozen):
-    """Training FLOPs of a token in a stage."""
+    """Training FLOPs per token in a stage."""
     with on_meta():
         model = Transformer(model_config)
     freeze(model, frozen)
@@ -506,7 +506,7 @@ def pipeline(chain):
     config = chain.config
     seed = chain.seed()
     rivals = []
-    if config.rivals:  # the longest jobs come first: nothing else then waits for them at the end
+    if config.rivals:  # the longest jobs go first, so that nothing waits for them at the end
         rivals.append(chain.upcycle(chain.budget.upcycle_steps()))
         rivals.append(chain.dense(chain.budget.dense_steps()))
     branches = [chain.branch(domain) for domain in chain.branched]
@@ -529,8 +529,8 @@ def pipeline(chain):
 
 
 def other_forms(chain, experts):
-    """BTX with the paper's random routers, from the same branches; and BTX from branches that train their feed-forwards
-    alone. Both are mixed and finetuned as BTX is."""
+    """BTX with the paper's random routers, from the same branches; and BTX from branches that train only their
+    feed-forwards. Both are mixed and finetuned like BTX."""
     path, seed = chain.config.path, chain.seed_folder
     mixed = chain.mix(experts, "--router_init=normal", folder=path("compare/mixed-paper"))
     printed = chain.finetune(mixed, folder=path("compare/btx-paper"))
@@ -540,7 +540,7 @@ def other_forms(chain, experts):
 
 
 def draw_report(config):
-    """Print the table of a finished chain, and what is not as config/SIZE/expected.json says."""
+    """Print the table of a finished chain, and how it differs from config/SIZE/expected.json."""
     arguments = [sys.executable, "-m", "study.report", f"--report={config.path('report')}"]
     expected = os.path.join(config.configs, "expected.json")
     usual = config.out_dir == os.path.join("out", config.size) and config.rivals and config.domains == "code,math,wiki"

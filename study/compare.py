@@ -1,27 +1,27 @@
 """The paper's comparison: BTX against every other way to spend the same tokens, or the same training FLOPs.
 
-    bash run.sh cpu compare       # or, when the data is there:
+    bash run.sh cpu compare       # or, with the data prepared:
     python -m study.compare --size=cpu --seeds=1,2,3
 
-To the chain of each random seed (study.chain: seed model, branches, mixture, dense-cm, upcycle-cm) this adds, from the
+Each random seed has a chain (study.chain: seed model, branches, mixture, dense-cm, upcycle-cm). This adds, from the
 same seed model:
 
-    dense-dm      the dense model goes on with the data that BTX saw: the experts' and the finetuning's (data-matched)
-    dense-cm      the same for as many training FLOPs as BTX took (compute-matched): its tokens are cheaper, so more
-    upcycle-dm    copies of the seed model as the experts, then finetuning, the same tokens as BTX
-    upcycle-cm    the same for BTX's FLOPs: all its tokens go through the mixture, so fewer
-    dense-tm, upcycle-tm    the same for the seconds that BTX takes, by the times of single steps (time-matched)
-    btm-*-cm      Branch-Train-Merge of branches that also get the FLOPs which BTX spends on finetuning, nothing frozen
+    dense-dm      the dense model trained on the data that BTX saw, in branches and finetuning (data-matched)
+    dense-cm      the same for BTX's training FLOPs (compute-matched): its tokens are cheaper, so there are more
+    upcycle-dm    copies of the seed model as the experts, then finetuning on as many tokens as BTX saw
+    upcycle-cm    the same for BTX's FLOPs: all tokens go through the mixture, so there are fewer
+    dense-tm, upcycle-tm    the same for as many seconds as BTX takes, from the times of single steps (time-matched)
+    btm-*-cm      Branch-Train-Merge with nothing frozen; its branches also get the FLOPs of BTX's finetuning
     btx-paper     BTX as printed: nothing frozen in the branches, random routers, everything but the experts averaged
-    btx-even      BTX with as many tokens in its finetuning as in its branches together
+    btx-even      BTX with as many tokens in its finetuning as in all of its branches
     btx-sample    BTX with the sample top-1 router
 
-btx-paper and btx-even have BTX's FLOPs, too; btx-sample has its tokens. Whoever reads all domains reads as many windows
-that change domain as BTX does in its finetuning, in tokens; the branches of Branch-Train-Merge cannot read any.
-(Sukhbaatar et al. 2024, section 4.1.2.) Each is one run with one cosine, with the stage's config (expert.py for what is
-dense, finetune.py for what is mixed) and this row's own flags: each method has the settings that are best for it.
-Writes compare.json, compare.md and two pictures. --sweep=dense-cm,btx trains these rows of the first chain with all of
---settings instead, and writes what validation text says of them.
+btx-paper and btx-even also have BTX's FLOPs; btx-sample has its tokens. Models that read all domains read as many
+tokens in windows that switch domain as BTX's finetuning does; the branches of Branch-Train-Merge cannot read any.
+(Sukhbaatar et al. 2024, section 4.1.2.) Each row is one run with one cosine, with its stage's config (expert.py for
+dense models, finetune.py for mixtures) and its own flags: each method has the settings that are best for it. Writes
+compare.json, compare.md and two pictures. With --sweep=dense-cm,btx it instead trains these rows of the first chain
+with each of --settings, and writes their scores on validation text.
 """
 
 import dataclasses
@@ -50,19 +50,19 @@ from train import freeze, make_optimizer, train_step
 
 @dataclasses.dataclass
 class CompareConfig(StudyConfig):
-    """Train the chains of some random seeds and all baselines beside them, evaluate them, and compare."""
+    """Train the chains of some random seeds and all baselines, evaluate them, and compare."""
 
-    seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
+    seeds: str = key("1,2,3", "the random seeds, with a chain each: 1 in out_dir, others in out_dir/seedN")
     rows: str = key("", "which rows to add to the chains' own, such as btx-paper,dense-dm; empty: all of them")
     contrasts: str = key("", "the primary contrasts OURS:THEIRS of average bits per byte, decided before the run")
-    branch_flags: str = key("", "flags of btx-paper's branches, on top of expert.py", free_text=True)
-    merge_flags: str = key("", "flags of the branches of btm-*-cm, on top of expert.py", free_text=True)
-    paper_flags: str = key("", "flags of btx-paper's finetuning, on top of finetune.py", free_text=True)
+    branch_flags: str = key("", "flags for btx-paper's branches, on top of expert.py", free_text=True)
+    merge_flags: str = key("", "flags for the branches of btm-*-cm, on top of expert.py", free_text=True)
+    paper_flags: str = key("", "flags for btx-paper's finetuning, on top of finetune.py", free_text=True)
     paper_share: float = key(0.15, "the share of btx-paper's tokens that its finetuning reads", within="(0, 1)")
-    even_flags: str = key("", "flags of btx-even's finetuning, on top of finetune.py", free_text=True)
-    sweep: str = key("", "rows to train with all of --settings instead, from dense-cm, upcycle-cm, btx-paper, btx")
-    settings: str = key("", "flags of the last stage, separated by |, the same for each row of --sweep", free_text=True)
-    branch_settings: str = key("", "the same for its branches; each goes with each of --settings", free_text=True)
+    even_flags: str = key("", "flags for btx-even's finetuning, on top of finetune.py", free_text=True)
+    sweep: str = key("", "rows to train with each of --settings instead: dense-cm, upcycle-cm, btx-paper, btx")
+    settings: str = key("", "alternatives for the last stage's flags, for each row of --sweep; use |", free_text=True)
+    branch_settings: str = key("", "the same for its branches; each combines with each of --settings", free_text=True)
     shares: str = key("", "shares of tokens in the finetuning to sweep; empty: as configured")
 
     def __post_init__(self):
@@ -71,11 +71,11 @@ class CompareConfig(StudyConfig):
             raise UserError(f"--seeds={self.seeds}: write whole numbers separated by commas, such as 1,2,3")
         self.primary = [tuple(pair.split(":")) for pair in split_list(self.contrasts)]
         if wrong := [pair for pair in self.primary if len(pair) != 2 or not {*pair} <= tables.WORDS.keys()]:
-            raise UserError(f"--contrasts: {':'.join(wrong[0])!r} is no pair of rows; write such as btx:dense-cm")
+            raise UserError(f"--contrasts: {':'.join(wrong[0])!r} is not a pair of rows; write pairs like btx:dense-cm")
 
 
 def chain_with(config, number):
-    """The Chain of one random seed, where run.sh has it: the first in out_dir, others in out_dir/seedN."""
+    """The Chain of one random seed, in run.sh's folders: 1 in out_dir, others in out_dir/seedN."""
     folder = config.out_dir if number == "1" else config.path(f"seed{number}")
     return chain_of(config, folder, number)
 
@@ -84,22 +84,22 @@ def chain_with(config, number):
 
 
 def branches(chain, group, *flags):
-    """Branches of the comparison's own, in compare/<group>; returns all experts' folders, the seed's last."""
+    """Add separate branches for the comparison, in compare/<group>; returns all experts' folders, the seed's last."""
     folder = chain.config.path(f"compare/{group}")
     made = [chain.branch(domain, *flags, folder=f"{folder}/expert-{domain}") for domain in chain.branched]
     return [*made, chain.seed_folder]
 
 
 def whole_branches(chain, group, steps, given, *flags):
-    """The same, all tensors trained. given: flags in one text."""
+    """The same, training all tensors. given: flags in one string."""
     return branches(chain, group, f"--max_steps={steps}", "--freeze=none", *shlex.split(given), *flags)
 
 
 def divided(config, chain, group, share, whole, finetuning, branching=(), folder=""):
-    """BTX for the same FLOPs with `share` of its tokens in the finetuning; returns its folder.
+    """Add BTX at the same FLOPs, with `share` of its tokens in the finetuning; returns its folder.
 
-    whole: as printed, so that its branches train all tensors and its routers start at random. finetuning, branching:
-    more flags. What it reads of windows that change domain is the same for any share.
+    whole: as printed, so its branches train all tensors and its routers start at random. finetuning, branching: more
+    flags. It reads as many windows that switch domain for any share.
     """
     budget = chain.budget
     of_branch = budget.whole_branch_flops if whole else budget.branch_flops
@@ -122,7 +122,7 @@ def paper(config, chain, group="paper", share=0, finetuning=(), **more):
 
 
 def baselines(config, chain):
-    """Add every row that is no ensemble, or those of --rows; returns their folders."""
+    """Add every row that is not an ensemble, or those of --rows; returns their folders."""
     budget = chain.budget
     path = chain.config.path
     dense_steps = round(budget.tokens / tokens_of(budget.dense, 1))
@@ -140,12 +140,12 @@ def baselines(config, chain):
     }
     chosen = split_list(config.rows) or list(makers)
     if unknown := [name for name in chosen if name not in makers]:
-        raise UserError(f"--rows={config.rows}: {unknown[0]} is none of {', '.join(makers)}")
+        raise UserError(f"--rows={config.rows}: there is no row {unknown[0]}; choose from {', '.join(makers)}")
     return [makers[name]() for name in chosen]
 
 
 def steps_in_time(config, chain, rival):
-    """How many steps of dense training or upcycling take the seconds that BTX takes after the seed."""
+    """How many steps of dense training or upcycling take as many seconds as BTX takes after the seed."""
     budget = chain.budget
     seconds = times_of(config, chain)
     branches = sum(settings.max_steps for settings in budget.branches.values())
@@ -154,9 +154,9 @@ def steps_in_time(config, chain, rival):
 
 
 def step_seconds(budget, corpus, rounds=15):
-    """{stage: seconds of an optimizer step}, the median over some rounds. Each round makes a step of every stage, so
-    that whatever else the machine does slows all of them alike; on a CPU with one thread, as where stages run side by
-    side. The models have random weights."""
+    """{stage: seconds per optimizer step}, the median over some rounds. Each round makes a step of every stage, so that
+    other load on the machine slows all of them alike; on a CPU with one thread, as when stages run side by side. The
+    models have random weights."""
     stages = {
         "branch": (budget.branch, budget.dense_config, budget.branch.freeze),
         "finetuning": (budget.finetuning, budget.mixed_config, budget.finetuning.freeze),
@@ -177,7 +177,7 @@ def step_seconds(budget, corpus, rounds=15):
 
 
 def timed_step(corpus, settings, model_config, frozen):
-    """A function of a step's number that trains a model of random weights by one step, and waits for it."""
+    """A function(step number) that trains a model with random weights for one step, and waits until it is done."""
     processes = Processes(pick_device(settings.device))
     model = Transformer(model_config).to(processes.device)
     model.compute_dtype = pick_dtype(settings.dtype, processes.device, model_config)
@@ -211,7 +211,7 @@ def train_and_score(config, number):
 
 
 def times_of(config, chain):
-    """step_seconds of this machine, measured once for all chains and kept in report/step_times.json."""
+    """The step_seconds of this machine, measured once for all chains and kept in report/step_times.json."""
     path = config.path("report/step_times.json")
     if not os.path.exists(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -221,10 +221,10 @@ def times_of(config, chain):
 
 
 def sweep(config):
-    """Train the rows of --sweep with each of --settings, and where they have branches with each of --branch_settings
-    and --shares; {row: {what was set: validation bpb, averaged}}.
+    """Train the rows of --sweep with each of --settings and, if they have branches, with each of --branch_settings and
+    --shares; {row: {its settings: validation bpb, averaged}}.
 
-    Every method gets the same settings, and the score is the one that training logs: validation text, not test text.
+    Every method gets the same settings. The score is the one in the training log: on validation text, not test text.
     """
     chain = chain_with(config, split_list(config.seeds)[0])
     chain.seed()
@@ -241,7 +241,7 @@ def sweep(config):
     for name, folders in found.items():
         if name not in {**plain, **mixed}:
             known = ", ".join([*plain, *mixed])
-            raise UserError(f"--sweep={config.sweep}: {name} is no row to sweep; choose from {known}")
+            raise UserError(f"--sweep={config.sweep}: {name} cannot be swept; choose from {known}")
         for text in map(str.strip, settings):
             flags = shlex.split(text)
             if name in plain:
@@ -268,7 +268,7 @@ def slug(text):
 
 
 def mean_rows(chains):
-    """compare.json's rows from the rows of each chain: means over the chains, with "std" beside them."""
+    """compare.json's rows, from the rows of each chain: means over the chains, plus "std"."""
     rows = []
     for same in zip(*chains, strict=True):
         assert len({row["name"] for row in same}) == 1, "the chains' rows differ"
@@ -279,14 +279,14 @@ def mean_rows(chains):
 
 
 def write_comparison(folder, found, contrasts):
-    """Write compare.json, compare.md and its pictures. contrasts: [(ours, theirs)], the primary ones; of those, and of
-    the tables of who is ahead, what rows there are allow (--rows)."""
+    """Write compare.json, compare.md and its pictures. contrasts: [(ours, theirs)], the primary ones. Leaves out those,
+    and tables of who is ahead, for which --rows left out a row."""
     rows, chains = found["rows"], found["chains"]
     names = {row["name"] for row in rows}
     missing = [pair for pair in contrasts if not names >= {*pair}]
     if len(chains) > 1:
         found["primary"] = tables.primary_contrasts(chains, [pair for pair in contrasts if pair not in missing])
-    write_json(os.path.join(folder, "compare.json"), found, indent=None)  # a line: it has a number for each window
+    write_json(os.path.join(folder, "compare.json"), found, indent=None)  # on one line: it has a number for each window
     pictured = {"avg": ("bpb", "spliced", "choice"), "wiki": ("accuracy",)}
     main = [(metric, name) for metric, name in tables.main_columns(rows) if metric in pictured.get(name, ())]
     shown = {f"{tables.METRICS[metric]}, {name.replace('avg', 'average')}": (metric, name) for metric, name in main}

@@ -1,11 +1,11 @@
-"""Where averaging hurts: each expert at home, with one group of its tensors replaced by the average over all models.
+"""Where averaging hurts: scores experts on their own domains with a group of tensors replaced by the models' average.
 
     python -m study.damage --experts=out/cpu/expert-code,out/cpu/expert-math,out/cpu/expert-wiki,out/cpu/seed
 
 The last of --experts is the seed model. A mixture averages everything but the feed-forward networks, so what an expert
-loses at home when its attention, norms and embeddings are averaged is what mixing breaks, and finetuning has to repair.
-The same with the seed's tensors in place of the average tells how much of an expert's learning sits in a group; the
-drift tells how far the experts moved it. Nothing is trained. Writes damage.json, damage.md and damage.png.
+loses on its own domain when its attention, norms and embeddings are averaged is what mixing breaks and finetuning has
+to repair. The same with the seed's tensors instead of the average shows how much an expert learned in a group; the
+drift shows how far the experts moved it. Nothing is trained. Writes damage.json, damage.md and damage.png.
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from train import bits_per_byte
 
 @dataclasses.dataclass
 class DamageConfig(ReadingConfig):
-    """Measure what averaging each group of tensors costs the experts at home."""
+    """Measure what averaging each group of tensors costs the experts on their own domains."""
 
-    experts: str = key("", "the branches of one seed, separated by commas, and last the seed itself")
+    experts: str = key("", "the branches of one seed, and last the seed itself, separated by commas")
     out_dir: str = key("out/cpu/report", "where damage.json, damage.md and damage.png go")
     split: str = key("val", "held-out text to score", HELD_OUT)
     eval_windows: int = key(32, "windows per domain", within="[1, inf)")
-    kinds: bool = key(True, "replace the tensors kind by kind, too")
-    layers: bool = key(True, "replace the tensors layer by layer, too")
+    kinds: bool = key(True, "also replace the tensors kind by kind")
+    layers: bool = key(True, "also replace the tensors layer by layer")
 
 
 MIXING = "all but feed-forward (mixing)"
@@ -43,7 +43,7 @@ SOUP = "everything (soup)"
 
 
 def groups_of(names, num_layers, kinds=True):
-    """{label: the set of tensor names that are replaced together}: by kind, then by layer (all but feed-forwards)."""
+    """{label: the set of names of tensors to replace together}: by kind, then by layer (all but feed-forwards)."""
     groups = {"nothing": set()}
     for name in names if kinds else ():
         groups.setdefault(group_of(name), set()).add(name)
@@ -70,13 +70,13 @@ def replace_groups(config, corpus, folders):
     homes = [max(mixture, key=mixture.get) for mixture in map(trained_on, folders[:-1])]
     experts = {domain: one for domain, one in zip(homes, branches, strict=True) if domain in corpus.domains}
     if not experts:
-        raise UserError(f"--domains={config.domains}: the branches are of {', '.join(homes)}; name some of these")
+        raise UserError(f"--domains={config.domains}: the branches are for {', '.join(homes)}; name some of these")
     size = config.split, config.sequence_length, config.eval_windows
     windows = {domain: corpus.windows(domain, *size) for domain in experts}
     model = place(Transformer.from_pretrained(folders[-1]), device, config.dtype)
 
     def at_home(names, replacement):
-        """{domain: its expert's bits per byte with the tensors `names` taken from `replacement`, "avg": their mean}."""
+        """{domain: its expert's bits per byte with tensors `names` from `replacement`, "avg": their mean}."""
         scores = {}
         for domain, expert in experts.items():
             for name, parameter in model.named_parameters():
@@ -96,7 +96,7 @@ def replace_groups(config, corpus, folders):
 
 
 def damage_table(found):
-    """The measured groups in Markdown: bits per byte at home, and how far the experts moved the group."""
+    """A Markdown table of the groups: bits per byte on the experts' domains, and how far they moved the group."""
     domains = list(found["nothing"]["averaged"])
     header = ["replaced by the average", *domains, "avg with the seed's instead", "drift"]
     body = []
@@ -114,7 +114,7 @@ def main():
     models = [ModelConfig.from_pretrained(folder) for folder in folders]
     for folder, model in zip(folders, models, strict=True):
         if model.num_local_experts or model != models[0]:
-            raise UserError(f"{folder} is no dense model of the shape of {folders[0]}; name branches of one seed")
+            raise UserError(f"{folder} is not a dense model shaped like {folders[0]}; name branches of one seed")
     corpus = Corpus(config.data_dir, config.domains)
     same_tokenizer([config.data_dir, *folders])
     corpus.check_vocabulary(folders[0], models[0].vocab_size)

@@ -1,10 +1,10 @@
-"""Every picture, and the only place that sets matplotlib up. Numbers come in ready; nothing is measured here."""
+"""Draws every picture; the only file that sets up matplotlib. It is given numbers and measures nothing."""
 
 import math
 import os
 import statistics
 
-os.environ["MPLBACKEND"] = "agg"  # files, no windows; a notebook has set another, which matplotlib may lack here
+os.environ["MPLBACKEND"] = "agg"  # to draw into files; a notebook may have set a backend that is missing here
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,8 +19,8 @@ plt.rcParams["figure.constrained_layout.use"] = True
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 STYLES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
 MARKERS = "os^Dvx"
-FAMILIES = ("btx", "dense", "upcycle", "btm", "seed", "")  # of the comparison's rows, by the start of their names
-MOST_NUMBERED = 12  # layers whose shares are written into the picture
+FAMILIES = ("btx", "dense", "upcycle", "btm", "seed", "")  # of the comparison's rows, by how their names begin
+MOST_NUMBERED = 12  # with more layers than this, shares are not written into the picture
 
 
 def in_words(name):
@@ -42,7 +42,7 @@ def name_rows(axis, names):
 
 
 def plot_point(axis, x, y, half, edge, digits, **style):
-    """A point with its interval x ± half; beyond the edge, an arrow stands there in its place, beside the value."""
+    """Draw a point with its interval x ± half; or, beyond the edge, an arrow at the edge and the value beside it."""
     if x <= edge:
         axis.errorbar(x, y, xerr=half, capsize=3, **style)
     else:
@@ -52,8 +52,8 @@ def plot_point(axis, x, y, half, edge, digits, **style):
 
 
 def log_axis(axis, low, high):
-    """An axis (axis.xaxis or axis.yaxis) in logarithmic scale with plain numbers: at 1, 2 and 5 times powers of ten, or
-    at a few more where that gives less than three."""
+    """Make an axis (axis.xaxis or axis.yaxis) logarithmic, with plain numbers at 1, 2 and 5 times powers of ten, or at
+    a few more if that gives fewer than three."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
     ticks = []
     for steps in ((1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
@@ -69,14 +69,14 @@ def log_axis(axis, low, high):
 
 
 def plot_curves(folders, domains, path):
-    """Bits per byte against training FLOPs on a log axis, each run starting where the training behind it ends: the
-    forgetting of the branches, the jump at mixing and the repair are in it.
+    """Bits per byte, on a log axis, against training FLOPs. Each run starts at the FLOPs already spent on its parents,
+    so you see the branches forget, the jump at mixing, and the repair.
 
     folders: {folder: run.json}.
     """
     read = [domain for domain in domains if domain != "avg"]
     logs = {folder: read_log(folder) for folder in folders}
-    for line in (line for log in logs.values() for line in log):  # a run looks at unread text, too
+    for line in (line for log in logs.values() for line in log):  # runs also score unread text
         line["bpb"]["avg"] = statistics.mean(line["bpb"][domain] for domain in read)
     figure, axes = plt.subplots(1, len(domains), figsize=(3.1 * len(domains), 3.4), sharex=True)
     for i, (folder, run) in enumerate(folders.items()):
@@ -98,7 +98,7 @@ def plot_curves(folders, domains, path):
 
 
 def plot_bpb(rows, domains, path):
-    """One panel per domain, one dot per model, its value beside it; the best is black. The axis is logarithmic, since
+    """One panel per domain, one dot per model with its value beside it; the best is black. The axis is logarithmic, as
     a forgotten domain costs several times the bits."""
     size = (2.7 * len(domains) + 1.6, 0.32 * len(rows) + 1.1)
     figure, axes = plt.subplots(1, len(domains), figsize=size, sharey=True)
@@ -112,7 +112,7 @@ def plot_bpb(rows, domains, path):
             axis.scatter(value, y, color=colour, zorder=2)
             axis.annotate(f"{value:.3f}", (value, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
         axis.set(title=domain if domain != "avg" else "average", xlabel="bits per byte")
-    name_rows(axes[0], [in_words(row["name"]) for row in rows])  # of all: they share the axis
+    name_rows(axes[0], [in_words(row["name"]) for row in rows])  # for all panels: they share the axis
     save(figure, path)
 
 
@@ -120,8 +120,8 @@ def plot_bpb(rows, domains, path):
 
 
 def plot_routing(models, path):
-    """Each expert's share of a layer's (token, expert) choices: a panel per model and domain, layers run to the right.
-    The middle tone is an even share, the darkest twice that or more. models: entries of routing.json."""
+    """Each expert's share of a layer's (token, expert) choices: a panel per model and domain, with layers from left to
+    right. The middle tone is an even share, the darkest twice that or more. models: entries of routing.json."""
     domains = list(models[0]["domains"])
     layers = len(models[0]["mutual_information"])
     heights = [0.26 * len(entry["experts"]) + 0.45 for entry in models]
@@ -154,8 +154,8 @@ def plot_routing(models, path):
 
 def plot_differences(chains, columns, path):
     """How far each row is behind BTX (to the right) or ahead of it, within each chain: the mean over the chains and its
-    95 % interval. chains: a list of rows for each; columns: {label: (metric, name)}. Rows that are too far behind to be
-    of interest (single experts, what is not finetuned) are left out, others stand at the edge, as an arrow."""
+    95 % interval. chains: a list of rows for each; columns: {label: (metric, name)}. Leaves out rows that are too far
+    behind to matter (single experts, models that were not finetuned); others beyond the edge become arrows."""
     names = [row["name"] for row in chains[0] if kind(row) not in ("btx", "expert", "soup", "mixed")]
     rows = math.ceil(len(columns) / 2)
     figure, axes = plt.subplots(rows, 2, figsize=(9, rows * (0.26 * len(names) + 1)), sharey=True, squeeze=False)
@@ -176,17 +176,17 @@ def plot_differences(chains, columns, path):
     save(figure, path)
 
 
-# the rows of that picture; what the others would add lies on top of these
+# the rows of plot_efficiency; the others would overlap with these
 EFFICIENT = {name: WORDS[name].replace(", same FLOPs", "") for name in WORDS if name.endswith("-cm")}
 EFFICIENT |= {name: WORDS[name] for name in ("seed", "upcycle-dm", "btx", "btx-paper", "btx-even", "btx-sample")}
 EFFICIENT["btm-share"] = "ensemble, fixed share, of BTX's branches"
 
 
 def plot_efficiency(rows, path):
-    """Scores against the parameters that a token runs through at inference, a dot for each row of EFFICIENT; the larger
-    the dot, the more training FLOPs. Above: the mean of bits per byte on text of one domain and where domains meet;
-    below: choices. Up is better in both; what is far worse than the seed stands at the edge with its number.
-    rows: compare.json's."""
+    """Scores against the parameters that a token uses at inference, a dot for each row of EFFICIENT: the larger the
+    dot, the more training FLOPs. Top: the mean of bits per byte on text of one domain and where domains meet; bottom:
+    multiple choice. Up is better in both; a model far worse than the seed is at the edge, with its number. rows:
+    compare.json's."""
     rows = [row for row in rows if row["name"] in EFFICIENT]
     panels = {"bits per byte: the mean of one domain and of where domains meet": mean_bits}
     if all(row.get("choice") for row in rows):
@@ -214,7 +214,7 @@ def plot_efficiency(rows, path):
             heights.append(y)
             names.append(words)
         for x, heights, names in labels:
-            names = names if score is mean_bits else names[::-1]  # as they stand, from above
+            names = names if score is mean_bits else names[::-1]  # in their order, from the top
             axis.annotate(
                 "\n".join(names),
                 (x, statistics.mean(heights)),
@@ -234,14 +234,14 @@ def plot_efficiency(rows, path):
 
 
 def mean_bits(row):
-    """A row's bits per byte, the mean of text of one domain and of windows that change it, where it has these."""
+    """A row's bits per byte: the mean over text of one domain and, if it has them, windows that switch domain."""
     averages = [row[metric]["avg"] for metric in ("bpb", "spliced") if row.get(metric)]
     return statistics.mean(averages)
 
 
 def plot_regime(lines, path):
-    """BTX's lead in bits per byte over training tokens per parameter: a panel for each rival, a line for each width.
-    Above zero BTX is ahead; the shade is the 95 % interval. lines: those of study.regime.lines_of."""
+    """BTX's lead in bits per byte against training tokens per parameter: a panel for each rival, a line for each width.
+    Above zero BTX is ahead; the shade is the 95 % interval. lines: from study.regime.lines_of."""
     rivals = list(dict.fromkeys(line["rival"] for line in lines))
     widths = list(dict.fromkeys(line["width"] for line in lines))
     figure, panels = plt.subplots(1, len(rivals), figsize=(4.2 * len(rivals), 3.6), sharey=True, squeeze=False)
@@ -264,8 +264,8 @@ def plot_regime(lines, path):
 
 
 def plot_ablations(rows, path):
-    """Average bits per byte of every row, best first, with the spread over random seeds; a line is top-2 at each
-    of the two budgets. Rows far behind the others stand at the edge, as an arrow."""
+    """Average bits per byte of every row, best first, with the spread over random seeds; two lines mark top-2 at the
+    two budgets. Rows far behind the others become arrows at the edge."""
     rows = sorted(rows, key=lambda row: row["bpb"]["avg"])
     values = [row["bpb"]["avg"] for row in rows]
     edge = values[0] + 4 * (values[len(values) // 2] - values[0]) + 0.02
@@ -286,7 +286,7 @@ def plot_ablations(rows, path):
 
 
 def plot_damage(found, path):
-    """Bits per byte at home with each group of tensors replaced by the average over the models, or by the seed's.
+    """Bits per byte on the experts' domains, with each group of tensors replaced by the models' average or the seed's.
     found: the groups of damage.json."""
     labels = list(found)
     figure, axis = plt.subplots(figsize=(8, 0.36 * len(labels) + 1.2))
@@ -303,8 +303,8 @@ def plot_damage(found, path):
 
 
 def plot_drift(points, path):
-    """What branches gain and what averaging takes of it, over how far they went. points: {size: [point]}, as
-    study.drift.point_of has them: "seed", "branch" and "averaged" in bits per byte, "lost" the share, "drift"."""
+    """What branches gain and how much of it averaging loses, against how far they moved. points: {size: [point]}, from
+    study.drift.point_of: "seed", "branch" and "averaged" in bits per byte, "lost" the share, "drift"."""
     figure, (bits, share) = plt.subplots(1, 2, figsize=(10, 4.4))
     for i, (size, some) in enumerate(points.items()):
         for j, rate in enumerate(sorted({point["rate"] for point in some})):
@@ -334,7 +334,7 @@ def plot_drift(points, path):
 
 
 def plot_experts_per_token(found, path):
-    """Bits per byte over the number of experts per token, and beside it the speed. found: "top_k" of open_ends.json."""
+    """Bits per byte, and speed, against the number of experts per token. found: "top_k" of open_ends.json."""
     figure, (score, speed) = plt.subplots(1, 2, figsize=(9, 3.4))
     ks = [int(k) for k in found["speed"]]
     for i, column in enumerate(found["rows"]["top-1"]):

@@ -1,12 +1,12 @@
-"""How far may branches go before averaging hurts? Branches of several lengths and rates, and what mixing costs each.
+"""How far may branches move before averaging hurts? Trains branches of several lengths and rates, and averages them.
 
     python -m study.drift --size=cpu --steps=25,100,400 --rates=1e-3,3e-3
     python -m study.drift --size=smollm --published=FOLDER --domains=code,law --tokens=4e4 --steps=20,80 --rates=3e-4
 
-All tensors of a branch train. study.damage then replaces what mixing averages, in each branch at home. A point is the
-share of a branch's gain over the seed that is lost so, over how far it moved those tensors. Writes drift.json and
-drift.md; with --draw=FOLDER,FOLDER it only draws drift.png from several folders' drift.json, a colour for each size of
-model.
+Branches train all of their tensors. study.damage then replaces those that mixing averages, and scores each branch on
+its own domain. A point is the share of the branches' gain over the seed that this loses, against how far they moved
+those tensors. Writes drift.json and drift.md; with --draw=FOLDER,FOLDER it only draws drift.png from several folders'
+drift.json, with a colour for each model size.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from study.tables import markdown_table, short
 class DriftConfig(StudyConfig):
     """Measure what averaging costs branches of several lengths and learning rates."""
 
-    published: str = key("", "a checkpoint that takes the seed's place; empty is the seed of out_dir")
+    published: str = key("", "a checkpoint to use as the seed; empty: the seed in out_dir")
     seed: int = key(1, "the random seed of the branches", within="[0, inf)")
-    tokens: float = key(0, "as study.chain's: sizes of steps and windows; 0 is as configured", within="[0, inf)")
-    steps: str = key("25,100,400", "lengths of the branches, in steps")
-    rates: str = key("1e-3,3e-3", "their learning rates")
+    tokens: float = key(0, "sets batches and windows, as in study.chain; 0: as configured", within="[0, inf)")
+    steps: str = key("25,100,400", "lengths of the branches in steps, separated by commas")
+    rates: str = key("1e-3,3e-3", "learning rates of the branches, separated by commas")
     eval_windows: int = key(32, "validation windows per domain", within="[1, inf)")
-    draw: str = key("", "folders whose drift.json to draw into out_dir/drift.png; nothing is trained then")
+    draw: str = key("", "train nothing; draw out_dir/drift.png from drift.json in these folders")
 
 
 def read_points(config):
@@ -43,7 +43,7 @@ def read_points(config):
     except ValueError:
         steps, rates = [], []
     if not (steps and rates) or min(steps) < 1 or min(rates) <= 0:
-        raise UserError("--steps must be whole numbers and --rates above 0, separated by commas")
+        raise UserError("--steps must be whole numbers and --rates numbers above 0, separated by commas")
     return steps, rates
 
 
@@ -61,17 +61,17 @@ def add_point(chain, folder, steps, rate, windows):
 
 
 def point_of(folder, steps, rate):
-    """A point of drift.json, from the damage.json of a length and rate."""
+    """A point of drift.json, from the damage.json for a length and rate."""
     groups = read_json(os.path.join(folder, "damage.json"), "delete it and run again")["groups"]
     seed, own = groups[SOUP]["seed"]["avg"], groups["nothing"]["averaged"]["avg"]
     mixed = groups[MIXING]["averaged"]["avg"]
-    lost = (mixed - own) / (seed - own) if own < seed else None  # of no gain there is no share
+    lost = (mixed - own) / (seed - own) if own < seed else None  # without a gain there is no share
     found = {"steps": steps, "rate": rate, "seed": seed, "branch": own, "averaged": mixed}
     return {**found, "lost": lost, "drift": groups[MIXING]["drift"], "groups": groups}
 
 
 def drift_table(points):
-    """A row for each length and rate; bits per byte at home."""
+    """A table with a row for each length and rate; bits per byte on the branches' own domains."""
     header = ["learning rate", "steps", "drift", "seed", "branch", "with averages", "of the gain lost"]
     rows = []
     for p in points:

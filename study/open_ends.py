@@ -1,9 +1,9 @@
-"""What the paper leaves open, each end asked of the pipeline's own chains, over several random seeds.
+"""Questions that the paper leaves open, each tried on the pipeline's own chains, with several random seeds.
 
-    python -m study.open_ends --ends=grow,unequal     # the seeds and branches of bash run.sh are used where they are
+    python -m study.open_ends --ends=grow,unequal     # uses the seeds and branches of bash run.sh if they exist
 
-Each end is a function below: it adds jobs to a chain, plain commands that also work when typed alone, and returns the
-cases to compare. docs/open_ends.md shows what came out. Writes open_ends.json and open_ends.md into out_dir/report.
+Each open end is a function below: it adds jobs to a chain, plain commands that you can also type yourself, and returns
+the cases to compare. docs/open_ends.md has the results. Writes open_ends.json and open_ends.md into out_dir/report.
 """
 
 import dataclasses
@@ -27,23 +27,23 @@ from study.compare import chain_with
 from study.draw import plot_experts_per_token
 from study.tables import half_width, markdown_table
 
-QUICK = ("--spliced_windows=0", "--task_problems=8")  # for the ends whose cases differ in bits per byte
+QUICK = ("--spliced_windows=0", "--task_problems=8")  # for ends that compare only bits per byte
 REBUILT = "all mixed anew, everything finetuned"
-WIDER = 4 / 3  # unequal branches: widths and steps of the middle one times 2 / 3, 1 and 4 / 3
-TIMED = 5  # rounds of the speed of each k
+WIDER = 4 / 3  # unequal branches: the middle one's width or steps, times 2 / 3, 1 and 4 / 3
+TIMED = 5  # rounds of timing each k
 
 
 @dataclasses.dataclass
 class OpenConfig(StudyConfig):
-    """Measure what the paper leaves open."""
+    """Try what the paper leaves open."""
 
-    ends: str = key("grow,unequal,top_k", "which ends: ENDS in study/open_ends.py")
-    seeds: str = key("1,2,3", "the random seeds, a chain each: 1 in out_dir, others in out_dir/seedN")
+    ends: str = key("grow,unequal,top_k", "which open ends to try; see ENDS in study/open_ends.py")
+    seeds: str = key("1,2,3", "the random seeds, with a chain each: 1 in out_dir, others in out_dir/seedN")
 
 
 class Case(NamedTuple):
-    """A model to score. label: its row, the mean over all cases of one label. shown: {column: (metric, domains)}, the
-    mean of a metric of results.json over some domains; or ("log", (folder, line)), the bits per byte of a run's log."""
+    """A model to score. label: its row, which is the mean over all cases with this label. shown: {column: (metric,
+    domains)}, the mean of a metric in results.json over domains; or ("log", (folder, line)), bits per byte in a log."""
 
     label: str
     folder: str
@@ -60,7 +60,7 @@ def average_and_each(domains):
 
 
 def finetuned(chain):
-    """({domain: its branch}, the mixture of all and the seed, the same finetuned): the pipeline's own."""
+    """The pipeline's own ({domain: its branch}, the mixture of all branches and the seed, the same finetuned)."""
     seed = chain.seed()
     experts = {domain: chain.branch(domain) for domain in chain.branched}
     mixed = chain.mix([*experts.values(), seed])
@@ -71,19 +71,19 @@ def finetuned(chain):
 
 
 def change(chain, mixture, folder, *flags, needs=()):
-    """mix.py --add or --remove."""
+    """Add a job that runs mix.py --add or --remove."""
     flags = f"--mixture={mixture}", f"--data_dir={chain.data}", *flags
     return chain.add(folder, "mix.py", "", *flags, needs=[mixture, *needs])
 
 
 def tune(chain, mixture, folder, domains, steps, *flags):
-    """So many steps of finetuning on some domains."""
+    """Add `steps` steps of finetuning on some domains."""
     flags = f"--max_steps={steps}", f"--eval_interval={steps}", f"--warmup_steps={max(1, steps // 20)}", *flags
     return chain.train(folder, "finetune.py", "finetune", mixture, ",".join(domains), *flags)
 
 
 def grow(chain):
-    """Each domain in turn joins a finetuned mixture of the others, and leaves one of all."""
+    """Each domain in turn joins a finetuned mixture of the others, and leaves a mixture of all."""
     seed, steps = chain.seed(), chain.budget.finetuning.max_steps
     experts, mixed, whole = finetuned(chain)
     cases = []
@@ -114,8 +114,8 @@ def grow(chain):
 
 @torch.no_grad()
 def resized(folder, width, out_dir):
-    """Write a dense model with feed-forwards of another width: the hidden units whose output weights are smallest are
-    left out, and new ones have output weights of zero, so that they change nothing before they are trained."""
+    """Write a dense model with feed-forwards of another width: drop the hidden units with the smallest output weights,
+    or add ones whose output weights are zero, so that they change nothing until they are trained."""
     config, tensors = ModelConfig.from_pretrained(folder), load_file(os.path.join(folder, "model.safetensors"))
     random = torch.Generator().manual_seed(0)
     for layer in range(config.num_hidden_layers):
@@ -133,12 +133,12 @@ def resized(folder, width, out_dir):
     settings = read_json(os.path.join(out_dir, "config.json"), "remove it") | {"intermediate_size": width}
     write_json(os.path.join(out_dir, "config.json"), settings, indent=2)
     save_file(tensors, os.path.join(out_dir, "model.safetensors"), {"format": "pt"})
-    os.remove(os.path.join(out_dir, "run.json"))  # it is no run's weights any more
+    os.remove(os.path.join(out_dir, "run.json"))  # these are no longer that run's weights
 
 
 def unequal(chain):
-    """More steps, or more hidden units, for the domain that is hardest (bits per byte of the seed, in the order of
-    --domains) and fewer for the easiest; and the other way round. All for the compute of equal branches."""
+    """More steps or more hidden units for the hardest domain and fewer for the easiest, and the other way round. All
+    with the compute of equal branches. --domains must be in order of the seed's bits per byte, hardest first."""
     seed, middle = chain.seed(), chain.budget.branch.max_steps
     width = chain.budget.dense_config.intermediate_size
     shown = average_and_each(chain.branched)
@@ -167,8 +167,8 @@ def unequal(chain):
 
 
 def unrecorded(chain):
-    """A copy of the seed that does not say what it was trained on: mix.py takes it as trained on what the others were,
-    whatever their domains are called."""
+    """A copy of the seed without a record of its training: mix.py then treats it as trained on the others' domains,
+    whatever their names."""
     folder = chain.config.path("open/generalist")
     if not os.path.exists(folder):
         shutil.copytree(chain.seed_folder, f"{folder}.tmp", ignore=shutil.ignore_patterns("run.json", "state.pt"))
@@ -177,8 +177,8 @@ def unrecorded(chain):
 
 
 def clusters(chain):
-    """Branches of found domains, made of the labelled ones' text, with as many tokens in all; the control is a random
-    split. The finetuning is that of labelled domains: it reads the same text."""
+    """Branches for domains discovered in the labelled domains' text, with as many tokens in total; a random split is
+    the control. The finetuning is that of the labelled domains: it reads the same text."""
     seed, shown = chain.seed(), average_and_each(chain.domains)
     steps = chain.budget.branch.max_steps * len(chain.branched)
     cases = [Case("a branch for each label", finetuned(chain)[-1], shown)]
@@ -186,7 +186,7 @@ def clusters(chain):
         path = chain.config.path(f"open/clusters/{method}-{k}")
         data = f"{path}/data"
         flags = f"--data_dir={chain.data}", f"--domains={','.join(chain.domains)}", f"--out_dir={data}"
-        # eight clusters may leave one without held-out text; of start 1 they do not
+        # eight clusters may leave one without held-out text; with seed 1 they do not
         flags += (f"--clusters={k}", f"--method={method}", f"--seed={chain.config.seed if k < 8 else 1}")
         chain.jobs.append(Job(f"open/clusters/{method}-{k}/data", ("-m", "data.discover", *flags)))
         experts = []
@@ -202,14 +202,14 @@ def clusters(chain):
 
 # ---- instruction finetuning ----
 
-CHATS = {"math": "math-chat", "wiki": "wiki-chat"}  # domains, and where their chats are
+CHATS = {"math": "math-chat", "wiki": "wiki-chat"}  # {domain: the domain of its chats}
 INSTRUCT = ("--loss_on=answers", "--splice=0", "--learning_rate=3e-4", "--eval_interval=1000")  # LOG.md
-INSTRUCT_STEPS = 150  # of a dense model; a mixture takes its FLOPs
+INSTRUCT_STEPS = 150  # for a dense model; a mixture gets the same FLOPs
 ROUTERS_ALONE = 0.05  # of the chats, as in BAR
 
 
 def instruct(chain, script, start, name, steps, *flags, domains=()):
-    """So many steps on the answers of chats. script: train.py for dense models, finetune.py for mixtures."""
+    """Add `steps` steps of training on the answers in chats. script: train.py (dense) or finetune.py (mixtures)."""
     stage = "finetune" if script == "finetune.py" else "expert"
     flags = (f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 10)}", *INSTRUCT, *flags)
     folder, text = chain.config.path(f"open/chats/{name}"), chain.config.path("open/chats/data")
@@ -217,8 +217,8 @@ def instruct(chain, script, start, name, steps, *flags, domains=()):
 
 
 def chats(chain):
-    """Dense training and Branch-Train-MiX, each instructed afterwards for the same FLOPs; routers alone; and branches
-    that are instructed before they are mixed, with routers alone on 5 % of the chats afterwards (BAR)."""
+    """Dense training and Branch-Train-MiX, each instruction-tuned afterwards with the same FLOPs; the same with only
+    routers trained; and branches instruction-tuned before mixing, then only routers, on 5 % of the chats (BAR)."""
     budget, path = chain.budget, chain.config.path
     written = ",".join(f"{chat}={path('open/chats/text')}/{domain}.jsonl" for domain, chat in CHATS.items())
     prepare = chain.config.stage("data"), f"--domains={written}", f"--out_dir={chain.data}"
@@ -229,7 +229,7 @@ def chats(chain):
     steps = round(INSTRUCT_STEPS * budget.dense_flops / budget.mixture_flops)
     few, alone = max(1, round(ROUTERS_ALONE * steps)), "--freeze=all-but-router"
     told = instruct(chain, "train.py", dense, "dense", INSTRUCT_STEPS, "--freeze=none")
-    # label: (the model, the run whose log says how it answers, the line of that log)
+    # label: (the model, the run whose log scores its answers, the line of that log)
     models = {"dense training": (dense, told, 0), "dense training, instructed": (told, told, -1)}
     told = instruct(chain, "finetune.py", whole, "btx", steps)
     models |= {"Branch-Train-MiX": (whole, told, 0), "Branch-Train-MiX, instructed": (told, told, -1)}
@@ -252,8 +252,8 @@ def chats(chain):
 
 
 def top_k(chain):
-    """The finetuned mixture with 1 to N experts per token; and for each domain with its own expert and the seed alone.
-    Another k needs no training: eval.py asks for it."""
+    """The finetuned mixture with 1 to N experts per token; and, for each domain, with only its own expert and the seed.
+    Changing k needs no training: eval.py sets it."""
     experts, _, whole = finetuned(chain)
     shown = average_and_each(chain.branched)
     cases = [Case(f"top-{k}", whole, shown) for k in range(1, len(experts) + 2)]
@@ -265,8 +265,8 @@ def top_k(chain):
 
 
 def speeds(folder, chain, windows=32):
-    """{k: thousands of tokens a second of a mixture's forward pass with k experts per token}: the median of rounds in
-    which all take turns, on one thread."""
+    """{k: thousands of tokens per second in a mixture's forward pass with k experts per token}, on one thread: the
+    median of rounds in which all k take turns."""
     torch.set_num_threads(1)
     ids = Corpus(chain.data).windows(chain.domains[0], "test", chain.scoring().sequence_length, windows)[0]
     models = {}
@@ -286,7 +286,7 @@ def speeds(folder, chain, windows=32):
 
 
 class End(NamedTuple):
-    """make: a function(chain) -> [Case]. base: the label that others are compared with. flags: of eval.py."""
+    """make: function(chain) -> [Case]. base: the label to compare the others with. flags: for eval.py."""
 
     make: object
     base: str
@@ -303,7 +303,7 @@ ENDS = {
 
 
 def score(chain, name, cases):
-    """Add the jobs that score an end's cases; returns the path of their results.json."""
+    """Add the jobs that score the cases of an open end; returns the path of their results.json."""
     folder = chain.config.path(f"open/{name}/scores")
     for label, model in dict.fromkeys((case.label, case.folder) for case in cases):
         row = row_name(label, model, chain)
@@ -336,8 +336,8 @@ def values_of(cases, rows, chain):
 
 
 def summary(chains, base):
-    """{label: {column: {"mean", "lead", "half"}}} over the random seeds. lead: the mean of base less the row, within a
-    chain; half: half of its 95 % interval, by Student's t. chains: a list of what values_of returns."""
+    """{label: {column: {"mean", "lead", "half"}}} over the random seeds. lead: the mean of base minus the row, within
+    each chain; half: half of its 95 % interval, by Student's t. chains: a list of results of values_of."""
     found = {}
     for label, columns in chains[0].items():
         for column in columns:
@@ -352,7 +352,7 @@ def summary(chains, base):
 
 
 def table(found):
-    """A table of `summary`: in each cell the mean, and behind it how far that is above or below the base's."""
+    """A table of `summary`: in each cell the mean and, in some columns, how far it is above or below the base's."""
     columns = list(dict.fromkeys(column for one in found.values() for column in one))
     rows = []
     for label, one in found.items():
@@ -371,7 +371,7 @@ def main():
     config = parse_study(OpenConfig, "open_ends")
     names = split_list(config.ends)
     if unknown := [name for name in names if name not in ENDS]:
-        raise UserError(f"--ends={config.ends}: {unknown[0]} is none of {', '.join(ENDS)}")
+        raise UserError(f"--ends={config.ends}: there is no {unknown[0]}; choose from {', '.join(ENDS)}")
     chains = []
     for number in split_list(config.seeds):
         chain = chain_with(config, number)

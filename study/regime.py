@@ -2,9 +2,9 @@
 
     bash run.sh cpu regime        # or, with the data prepared: python -m study.regime --size=cpu --seeds=4,5
 
-A point is a chain (study.chain) with the pipeline's configs but another width and budget: all steps, warm-up included,
-times a scale. Scores are bits per byte of test text. Writes regime.json and regime.png after each chain, and can be
-stopped and continued like every other stage. docs/regime.md has what was found.
+A point is a chain (study.chain) with the pipeline's configs at another width and budget: all steps, including warm-up,
+are multiplied by a scale. Scores are bits per byte of test text. Writes regime.json and regime.png after each chain;
+you can stop and continue it like every other stage. docs/regime.md has the results.
 """
 
 import dataclasses
@@ -25,26 +25,26 @@ RIVALS = {"upcycle-cm": "upcycling", "dense-cm": "dense training"}
 class RegimeConfig(StudyConfig):
     """Train chains over widths, budgets and random seeds, and compare."""
 
-    widths: str = key("32,64", "widths of the seed model, multiples of 16")
-    scales: str = key("0.25,0.5,1", "what all steps of the configs are multiplied with")
-    seeds: str = key("1,2,3", "random seeds of every point")
+    widths: str = key("32,64", "widths of the seed model, multiples of 16, separated by commas")
+    scales: str = key("0.25,0.5,1", "factors for all steps in the configs, separated by commas")
+    seeds: str = key("1,2,3", "the random seeds of every point, separated by commas")
 
 
 def points_of(config):
-    """[(width, scale)], the small chains first. UserError where it makes no sense."""
+    """[(width, scale)], small chains first. UserError for values that make no sense."""
     try:
         widths = [int(width) for width in split_list(config.widths)]
         scales = [float(scale) for scale in split_list(config.scales)]
         numbers = [int(number) for number in split_list(config.seeds)]
     except ValueError as error:
-        raise UserError(f"--widths, --scales and --seeds are numbers separated by commas: {error}") from None
+        raise UserError(f"--widths, --scales and --seeds must be numbers separated by commas: {error}") from None
     if not (widths and scales and numbers) or any(width < 16 or width % 16 for width in widths) or min(scales) <= 0:
         raise UserError("--widths must be multiples of 16, --scales above 0, and --seeds not empty")
     return sorted(((width, scale) for width in widths for scale in scales), key=lambda point: point[0] * point[1])
 
 
 def length_flags(config, stage, scale):
-    """A stage's flags, its steps and warm-up times a scale."""
+    """A stage's flags, with its steps and warm-up multiplied by a scale."""
     given = getattr(config, f"{stage}_flags")
     settings = read_settings(config, stage, *shlex.split(given))
     steps = max(1, round(settings.max_steps * scale))
@@ -52,7 +52,7 @@ def length_flags(config, stage, scale):
 
 
 def shape_flags(config, width):
-    """The seed model's shape at another width: heads of 16, feed-forwards in the config's proportion to the width."""
+    """The seed model's shape at another width: heads of size 16, feed-forwards in the same proportion to the width."""
     settings = read_settings(config, "seed")
     hidden = round(width * settings.intermediate_size / settings.hidden_size / 8) * 8
     heads = f"--num_attention_heads={width // 16} --num_key_value_heads={width // 16}"
@@ -92,7 +92,7 @@ def point_of(width, scale, chains):
 
 
 def lines_of(points):
-    """The lines of regime.png, one for each width and rival: BTX's lead in bits per byte over tokens per parameter."""
+    """The lines of regime.png, for each width and rival: BTX's lead in bits per byte against tokens per parameter."""
     lines = []
     for rival in RIVALS:
         for width in dict.fromkeys(point["width"] for point in points):
@@ -104,7 +104,7 @@ def lines_of(points):
 
 
 def regime_table(points):
-    """BTX's lead over its rivals, a row for each point: the mean and half of its 95 % interval."""
+    """A table of BTX's lead over its rivals, with a row for each point: the mean and half of its 95 % interval."""
     body = []
     for point in points:
         cells = [str(point["width"]), f"{point['scale']:g}", short(point["parameters"])]

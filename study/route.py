@@ -1,9 +1,9 @@
-"""What the routers learned: where each domain's tokens go, and how much that says about the domain.
+"""What the routers learned: where each domain's tokens go, and how much that reveals about the domain.
 
     python -m study.route --model=out/cpu/btx,out/cpu/btx-balanced --data_dir=out/cpu/data --out_dir=out/cpu/report
 
-Writes routing.json, the picture routing.png, and for the first model tokens-<domain>.html, a page with each token's
-experts. Nothing is sampled: a second run gives the same numbers.
+Writes routing.json, the picture routing.png and, for the first model, tokens-<domain>.html, pages that show each
+token's experts. Nothing is sampled: a second run gives the same numbers.
 Sizes: L layers, S tokens, E experts.
 """
 
@@ -32,7 +32,7 @@ PAGE_WINDOWS = 2  # windows on a domain's page of tokens
 
 @dataclasses.dataclass
 class RouteConfig(ReadingConfig):
-    """Measure and draw the routing of one or several mixtures."""
+    """Measure and draw the routing of one or more mixtures."""
 
     model: str = key("out/cpu/btx", "checkpoint folders of mixtures, separated by commas")
     out_dir: str = key("out/cpu/report", "where routing.json, the pictures and the pages go")
@@ -40,7 +40,7 @@ class RouteConfig(ReadingConfig):
 
 @torch.no_grad()
 def read_gates(model, windows):
-    """The gates (L, S, E) with which a mixture reads windows (count, T); S = count * T."""
+    """A mixture's gates (L, S, E) on windows (count, T); S = count * T."""
     batches = windows.to(model.cos.device).split(BATCH_SIZE)
     return torch.cat([model(batch).gates.flatten(1, 2).cpu() for batch in batches], dim=1)
 
@@ -49,28 +49,28 @@ def read_gates(model, windows):
 
 
 def share(gates):
-    """(L, E): the expert's share of all gates of a layer; of its (token, expert) choices for gates > 0."""
+    """(L, E): each expert's share of the sum of a layer's gates; given gates > 0, of its (token, expert) choices."""
     total = gates.double().sum(dim=1)  # (L, E)
     return total / total.sum(dim=-1, keepdim=True)
 
 
 def entropy(p):
-    """The entropy in bits of distributions along the last axis: 0 where one entry has all, log2 k where k share it."""
+    """The entropy in bits of distributions along the last axis: 0 if one entry has everything, log2 k if k share it."""
     return torch.special.entr(p).sum(dim=-1) / math.log(2)
 
 
 def gate_entropy(gates):
-    """(L,): the entropy of a token's gates, averaged over tokens. Gates are scaled to sum to 1 first, which those of a
+    """(L,): the entropy of a token's gates, averaged over tokens. Gates are first scaled to sum to 1, as those of a
     switch router do not."""
     gates = gates.double()
     return entropy(gates / gates.sum(dim=-1, keepdim=True)).mean(dim=-1)
 
 
 def mutual_information(weights):
-    """(L,): how many bits the expert tells about the domain, H(expert) - H(expert given domain).
+    """(L,): how many bits the expert reveals about the domain, H(expert) - H(expert given domain).
 
-    weights: (domains, L, E), p(expert | domain) of each layer. Domains count equally, so the value lies between 0 (all
-    domains spread alike) and log2 of the smaller of the numbers of domains and of experts.
+    weights: (domains, L, E), p(expert | domain) in each layer. Domains count equally, so the value is between 0 (all
+    domains are spread alike) and log2 of the number of domains or experts, whichever is smaller.
     """
     return entropy(weights.mean(dim=0)) - entropy(weights).mean(dim=0)
 
@@ -116,11 +116,11 @@ def read_routing(config, corpus, folders, ids):
         corpus.check_vocabulary(name, model.config.vocab_size)
         if config.sequence_length > model.max_length:
             length = f"--sequence_length={config.sequence_length}"
-            raise UserError(f"{length} is longer than {name} takes: {model.max_length}")
+            raise UserError(f"{length} is longer than {name} takes, {model.max_length} tokens")
         gates = {domain: read_gates(model, rows) for domain, rows in windows.items()}
         entries.append({"name": name, "id": identity, **routing_of(gates, model.config)})
         bits = ", ".join(f"{value:.3f}" for value in entries[-1]["mutual_information"])
-        print(f"{name}: the expert tells {bits} bits about the domain, layer by layer")
+        print(f"{name}: the expert reveals {bits} bits about the domain, layer by layer")
         if folder == folders[0]:
             os.makedirs(config.out_dir, exist_ok=True)
             for domain, rows in windows.items():
@@ -146,11 +146,11 @@ def main():
     if os.path.exists(path):
         found = read_json(path, "delete it and run again")
         if [entry["id"] for entry in found["models"]] == ids and {**found, **made_of} == found:
-            print(f"{path} is up to date, nothing to do")
+            print(f"{path} is up to date; nothing to do")
             return
     entries = read_routing(config, corpus, folders, ids)
     plot_routing(entries, os.path.join(config.out_dir, "routing.png"))
-    write_json(path, {"models": entries, **made_of}, indent=None)  # last: what it names is there
+    write_json(path, {"models": entries, **made_of}, indent=None)  # last, once everything that it names is there
 
 
 if __name__ == "__main__":

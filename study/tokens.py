@@ -2,8 +2,8 @@
 
     python -m study.tokens --model=out/cpu/btx --prompt="Question: Tom has 3 apples" --page=tokens.html
 
-A token is coloured by its *pair*: the two experts with the largest gates, in no order; with one expert per token,
-that expert alone. The page also has each token's gates, and how well the mixture and every expert alone foresaw it.
+A token is coloured by its *pair*: the two experts with the largest gates, in either order; with one expert per token,
+that expert alone. The page also shows each token's gates, and how well the mixture and each expert alone predicted it.
 Sizes: L layers, T tokens, E experts, V vocabulary.
 """
 
@@ -28,7 +28,7 @@ from sample import SampleConfig, continue_prompt
 def check_mixture(folder):
     """Raise UserError for a dense checkpoint."""
     if not ModelConfig.from_pretrained(folder).num_local_experts:
-        raise UserError(f"{folder} is a dense model without experts to show; mix some first (mix.py, finetune.py)")
+        raise UserError(f"{folder} is a dense model, without experts to show; mix some first (mix.py, finetune.py)")
 
 
 def extract_expert(model, e):
@@ -40,7 +40,7 @@ def extract_expert(model, e):
         layer, in_moe, inner = name.partition(".block_sparse_moe.")
         if not in_moe:
             weights[name] = weight
-        elif inner.startswith("experts."):  # all else in there is the router's
+        elif inner.startswith("experts."):  # everything else in there is the router's
             weights[f"{layer}.mlp.{names[inner.removeprefix('experts.')]}.weight"] = weight[e]
     dense.load_state_dict(weights)
     dense.compute_dtype = model.compute_dtype
@@ -48,19 +48,19 @@ def extract_expert(model, e):
 
 
 def list_pairs(config):
-    """[(0, 1), (0, 2), ...], the pairs that a token can have, or [(0,), (1,), ...] with one expert per token."""
+    """[(0, 1), (0, 2), ...], the possible pairs of a token, or [(0,), (1,), ...] with one expert per token."""
     return list(itertools.combinations(range(config.num_local_experts), min(2, config.num_experts_per_tok)))
 
 
 def top_pairs(gates, pairs):
-    """Which of `pairs` each token's largest gates are. gates: (..., E) -> integers (...)."""
+    """Which of `pairs` has each token's largest gates. gates: (..., E) -> integers (...)."""
     together = gates.double()[..., torch.tensor(pairs)].sum(dim=-1)  # (..., pairs): no other two have a larger sum
     return together.argmax(dim=-1)
 
 
 @torch.no_grad()
 def token_bits(model, ids):
-    """(bits (T,), Output) of a forward pass over a list of T ids; see trace for bits."""
+    """(bits (T,), Output) of a forward pass over a list of T ids; bits are as in `trace`."""
     row = torch.tensor([ids], device=model.cos.device)  # (1, T)
     output = model(row)
     nats = functional.cross_entropy(output.logits[0, :-1].float(), row[0, 1:], reduction="none")  # (T - 1,)
@@ -70,8 +70,8 @@ def token_bits(model, ids):
 def trace(model, texts):
     """What a mixture does with the T tokens of some texts, lists of ids: (gates (L, T, E), bits (1 + E, T)).
 
-    gates: with which a token is read. bits: -log2 of the probability of the token after those before it in its text, by
-    the mixture, then by each expert alone; nan for a text's first.
+    gates: those used on reading the token. bits: -log2 of the token's probability given those before it in its text, by
+    the mixture, then by each expert alone; nan for a text's first token.
     """
     results = [token_bits(model, ids) for ids in texts]
     gates = [output.gates[:, 0].cpu() for _, output in results]  # (L, T, E) each
@@ -83,7 +83,7 @@ def trace(model, texts):
 
 
 def visible(encoding, token):
-    """A token's text with line breaks and tabs marked; bytes that are no text, or would not show, as \\x1b."""
+    """A token's text, with line breaks and tabs marked; bytes that are not text, or would not show, as \\x1b."""
     text = encoding.decode_single_token_bytes(token).decode("utf-8", errors="backslashreplace")
     marks = {"\n": "↵\n", "\t": "→\t"}
     return "".join(marks.get(c) or printable(c) for c in text)
@@ -95,7 +95,7 @@ def expert_names(config):
 
 
 def write_page(path, title, model, encoding, texts):
-    """Write the page of some texts (lists of ids): tokens.html with the tokens and their numbers filled in."""
+    """Write a page for some texts (lists of ids): tokens.html, filled in with the tokens and their numbers."""
     gates, bits = trace(model, texts)
     pairs = list_pairs(model.config)
     data = {
@@ -113,7 +113,7 @@ def write_page(path, title, model, encoding, texts):
         "title": html.escape(title),
         "last_layer": str(model.config.num_hidden_layers - 1),
         "texts": "\n".join(shown),
-        # inside <script> only "<" could end the data early
+        # inside <script>, only "<" could end the data early
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     template = pathlib.Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

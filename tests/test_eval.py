@@ -444,7 +444,7 @@ def test_unread_text_is_scored_apart_and_a_row_may_have_another_name(rows, seed,
             assert len(row["bits"][domain]) == 7
     assert "'hail' is not among the domains" in error_line(run("eval.py", *flags, f"--model={seed}", "--unread=hail"))
     everything = ",".join(name for name in before if name != "avg")
-    assert "leaves no domain" in error_line(run("eval.py", *flags, f"--model={seed}", f"--unread={everything}"))
+    assert "names all domains" in error_line(run("eval.py", *flags, f"--model={seed}", f"--unread={everything}"))
 
 
 def test_a_folder_may_have_an_equals_sign(rows, seed, data, tmp_path):
@@ -507,7 +507,7 @@ def test_a_row_of_other_source_is_kept_and_said(seed, experts, data, tmp_path):
     found["rows"][0]["source"]["model.py"] = "another hash"
     path.write_text(json.dumps(found))
     said = must(run("eval.py", *flags, f"--model={seed},{experts[0]}")).out.splitlines()
-    line = f"{path}: seed was scored before model.py changed; --overwrite=True scores all rows anew"
+    line = f"{path}: seed was scored before model.py changed; --overwrite=True scores all rows again"
     assert [one for one in said if "changed" in one] == [line]
     assert read_json(path) == found
     again = must(run("eval.py", *flags, f"--model={seed},{experts[0]}", "--overwrite=True"))

@@ -119,9 +119,9 @@ def test_the_other_scripts_run_in_every_bash(shell, tmp_path):
     ("words", "more", "message"),
     [
         (["huge"], {}, "no config/huge; choose one of: cpu "),
-        (["cpu", "fast"], {}, "'fast' is no task; choose quick, "),
+        (["cpu", "fast"], {}, "there is no task 'fast'; choose quick, "),
         (["cpu"], {"DOMAINS": "  "}, "DOMAINS is blank"),
-        (["cpu"], {"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python is no command"),
+        (["cpu"], {"PYTHON": "/nowhere/python"}, "PYTHON=/nowhere/python is not a command"),
         (["cpu"], {"PYTHON": "false"}, "PYTHON=false is not Python 3.10 or newer"),
     ],
 )
@@ -194,7 +194,7 @@ def test_an_old_python_is_one_line_and_leaves_nothing(machine):
     machine.add("python3", "3.9.18")
     done, _ = machine.set_up()
     assert done.returncode == 2 and done.stderr == (
-        "error: Python 3.10 or newer is needed, Python 3.9.18 is here; install one\n"
+        "error: Python 3.10 or newer is needed, not Python 3.9.18; install one\n"
     )
     assert not (machine.place / ".venv").exists()
     machine.add("python3.12", "3.12.1")  # beside the old one

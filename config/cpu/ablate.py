@@ -1,4 +1,4 @@
-"""The variants of mixing, routing and finetuning, each from the experts that the pipeline trained."""
+"""The variants of mixing, routing and finetuning, all from the pipeline's experts."""
 
 steps = 70
 long_steps = 210

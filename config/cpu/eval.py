@@ -1,4 +1,4 @@
-"""Evaluation on 128 windows a domain and 80 problems a task: more would take longer than a branch."""
+"""Evaluation on 128 windows per domain and 80 problems per task: more would take longer than training a branch."""
 
 out_dir = "out/cpu/report"
 data_dir = "out/cpu/data"

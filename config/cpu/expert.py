@@ -1,10 +1,10 @@
-"""A branch of the seed; --domain, --out_dir and --init_from say which one."""
+"""A branch of the seed; --domain and --out_dir choose which one, --init_from the seed."""
 
 init_from = "out/cpu/seed"
 out_dir = "out/cpu/expert-code"
 data_dir = "out/cpu/data"
 domain = "code"
-freeze = "embeddings,attention,norms"  # averaging what branches share then harms nothing (docs/mixing.md)
+freeze = "embeddings,attention,norms"  # then averaging what branches share does no harm (docs/mixing.md)
 
 max_steps = 400
 batch_size = 8

@@ -1,6 +1,6 @@
 """BTX against dense training, sparse upcycling and Branch-Train-Merge, at equal tokens and at equal FLOPs."""
 
-# config/cpu's rates, over how much wider this is; nobody has swept them at this size
+# config/cpu's rates, scaled down for the larger width; nobody has swept them at this size
 branch_flags = "--learning_rate=6e-4"
 merge_flags = "--learning_rate=6e-4"
 paper_flags = "--learning_rate=3e-4 --router_learning_rate=1.0 --router_aux_loss_coef=0.01"

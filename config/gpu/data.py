@@ -1,4 +1,4 @@
-"""All the code there is, and as much generated text."""
+"""All the code there is, and as much text for each generated domain."""
 
 out_dir = "out/gpu/data"
 vocab_size = 4096

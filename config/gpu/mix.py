@@ -1,4 +1,4 @@
-"""The mixture of the three experts and the seed, which takes part as a generalist."""
+"""The mixture of the three experts and the seed, which joins as a generalist."""
 
 experts = "out/gpu/expert-code,out/gpu/expert-math,out/gpu/expert-wiki,out/gpu/seed"
 out_dir = "out/gpu/mixed"

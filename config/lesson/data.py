@@ -1,4 +1,4 @@
-"""The same three domains as config/cpu, less of them."""
+"""The same three domains as in config/cpu, with less text."""
 
 out_dir = "out/lesson/data"
 vocab_size = 512

@@ -1,4 +1,4 @@
-"""Evaluation on 64 windows a domain; the tasks are beyond models of this size, so few problems are asked."""
+"""Evaluation on 64 windows per domain, and on few problems: the tasks are too hard for models of this size."""
 
 out_dir = "out/lesson/report"
 data_dir = "out/lesson/data"

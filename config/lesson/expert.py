@@ -1,10 +1,10 @@
-"""A branch of the seed; --domain, --out_dir and --init_from say which one."""
+"""A branch of the seed; --domain and --out_dir choose which one, --init_from the seed."""
 
 init_from = "out/lesson/seed"
 out_dir = "out/lesson/expert-code"
 data_dir = "out/lesson/data"
 domain = "code"
-freeze = "embeddings,attention,norms"  # branches differ in their feed-forwards alone, so averaging the rest is harmless
+freeze = "embeddings,attention,norms"  # branches differ only in their feed-forwards, so averaging the rest is harmless
 
 max_steps = 600
 batch_size = 16

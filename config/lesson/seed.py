@@ -1,4 +1,4 @@
-"""The seed: 40 thousand parameters, a minute on a laptop, and long beside its branches."""
+"""The seed: 40 thousand parameters, a minute on a laptop, with many steps compared with its branches."""
 
 out_dir = "out/lesson/seed"
 data_dir = "out/lesson/data"

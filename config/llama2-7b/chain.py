@@ -1,3 +1,3 @@
-"""No rivals of BTX: each costs as much again. The paper's BTX took 926 GPU-days, its upcycling 1,007."""
+"""No rivals of BTX: each would cost as much again. The paper's BTX took 926 GPU-days, its upcycling 1,007."""
 
 rivals = False

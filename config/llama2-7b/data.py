@@ -1,4 +1,4 @@
-"""Public text in the seed's own tokens: as much of each domain as its largest reader takes, or all there is."""
+"""Public text, tokenized for the seed: of each domain as much as the largest stage reads, or all there is."""
 
 out_dir = "out/llama2-7b/data"
 tokens = 2.1e11

@@ -1,4 +1,4 @@
-"""Evaluation on 256 windows a domain; lm_eval asks the questions (README.md)."""
+"""Evaluation on 256 windows per domain; lm_eval asks the questions (README.md)."""
 
 out_dir = "out/llama2-7b/report"
 data_dir = "out/llama2-7b/data"

@@ -14,9 +14,9 @@ min_learning_rate = 0.1
 warmup_steps = 100
 weight_decay = 0.1
 checkpoint_activations = True
-shard_size = 0  # torchrun's processes share one copy of weights and optimizer
+shard_size = 0  # all torchrun processes share one copy of weights and optimizer
 eval_interval = 500
 eval_windows = 32
 save_interval = 500
 
-device = "cuda"  # a wheel that does not fit the driver is an error, not a run on the CPU
+device = "cuda"  # if torch does not fit the driver, fail instead of running on the CPU

@@ -1,4 +1,4 @@
-"""The branch for an encyclopedia: 42 B tokens, as in section 3.1 of the paper."""
+"""The branch for encyclopedic text: 42 B tokens, as in section 3.1 of the paper."""
 
 init_from = "hf:meta-llama/Llama-2-7b-hf"
 out_dir = "out/llama2-7b/expert-wikipedia"
@@ -14,9 +14,9 @@ min_learning_rate = 0.1
 warmup_steps = 100
 weight_decay = 0.1
 checkpoint_activations = True
-shard_size = 0  # torchrun's processes share one copy of weights and optimizer
+shard_size = 0  # all torchrun processes share one copy of weights and optimizer
 eval_interval = 500
 eval_windows = 32
 save_interval = 500
 
-device = "cuda"  # a wheel that does not fit the driver is an error, not a run on the CPU
+device = "cuda"  # if torch does not fit the driver, fail instead of running on the CPU

@@ -18,9 +18,9 @@ num_experts_per_tok = 2
 router_aux_loss_coef = 0.01
 balance = "gates"
 checkpoint_activations = True
-shard_size = 0  # torchrun's processes share one copy of weights and optimizer
+shard_size = 0  # all torchrun processes share one copy of weights and optimizer
 eval_interval = 500
 eval_windows = 32
 save_interval = 500
 
-device = "cuda"  # a wheel that does not fit the driver is an error, not a run on the CPU
+device = "cuda"  # if torch does not fit the driver, fail instead of running on the CPU

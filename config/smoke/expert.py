@@ -1,4 +1,4 @@
-"""A branch at toy size; --domain, --out_dir and --init_from say which one."""
+"""A branch at toy size; --domain and --out_dir choose which one, --init_from the seed."""
 
 init_from = "out/smoke/seed"
 out_dir = "out/smoke/expert-code"

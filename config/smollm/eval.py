@@ -1,4 +1,4 @@
-"""Evaluation on 256 windows a domain; lm_eval asks the questions (docs/real.md)."""
+"""Evaluation on 256 windows per domain; lm_eval asks the questions (docs/real.md)."""
 
 out_dir = "out/smollm/report"
 data_dir = "out/smollm/data"

@@ -1,4 +1,4 @@
-"""The mixture of the three branches and the seed. Its routers start from the branches' text: docs/real.md."""
+"""The mixture of the three branches and the seed; its routers start from the branches' text (docs/real.md)."""
 
 experts = "out/smollm/expert-code,out/smollm/expert-finemath,out/smollm/expert-wikipedia,hf:HuggingFaceTB/SmolLM2-135M"
 out_dir = "out/smollm/mixed"

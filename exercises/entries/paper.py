@@ -1,5 +1,5 @@
-"""BTX as printed: branches train all tensors, routers start at random, 15 % of the tokens are the finetuning's. Its rates
-are the best of six on random seed 100."""
+"""BTX as printed: branches train all tensors, routers start at random, finetuning reads 15 % of the tokens. The rates
+are the best of eight pairs on random seed 100."""
 
 method = "btx"
 train_flags = "--freeze=none --max_steps=633 --learning_rate=1.2e-2"

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): steps whose directions all count the same, for matrices and for stacks of them."""
+"""Muon (Jordan et al. 2024): updates with equal weight in all directions, for matrices and stacks of them."""
 
 import torch
 
@@ -12,8 +12,8 @@ def orthogonalize(gradient, steps=5):
 
         A = X X^T,   X <- a X + (b A + c A A) X
 
-    gradient: (..., rows, columns), every matrix of a stack by itself: an expert's step must not depend on the other
-    experts. Cheaper when X is the wide one, so a tall gradient is transposed, and back at the end. Norm: add 1e-7.
+    gradient: (..., rows, columns); treat every matrix of a stack separately: an expert's step must not depend on other
+    experts. It is cheaper if X is wide, so transpose a tall gradient, and back at the end. Add 1e-7 to the norm.
     """
     a, b, c = COEFFICIENTS
     tall = gradient.size(-2) > gradient.size(-1)
@@ -26,7 +26,7 @@ def orthogonalize(gradient, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized. For matrices and stacks of them; everything else is left to AdamW."""
+    """Orthogonalized momentum, for matrices and stacks of them; everything else is left to AdamW."""
 
     def __init__(self, parameters, lr=0.02, momentum=0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
         """For each parameter W (..., rows, columns) with gradient G, momentum m and buffer M, which starts at 0:
 
         M <- m M + G
-        W <- W - lr * sqrt(max(1, rows / columns)) * orthogonalize(G + m M)     (Nesterov's look ahead)
+        W <- W - lr * sqrt(max(1, rows / columns)) * orthogonalize(G + m M)     (Nesterov's look-ahead)
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -51,10 +51,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model):
-    """(names for Muon, names for AdamW): two lists that share nothing and name every parameter of a Transformer.
+    """(names for Muon, names for AdamW): two disjoint lists that together name every parameter of a Transformer.
 
-    Muon takes attention's matrices and the feed-forwards', stacks of experts included. Embeddings and head look up
-    rows rather than turn vectors, norms are vectors, and a router's row is an expert's alone.
+    Muon takes the matrices of attention and feed-forwards, including stacks of experts. The rest is AdamW's: embeddings
+    and head look up rows rather than transform vectors, norms are vectors, and each router row belongs to one expert.
     """
     muon, adamw = [], []
     for name, _ in model.named_parameters():

@@ -54,7 +54,7 @@ def test_a_switch_needs_no_value_and_a_path_may_begin_at_home(tmp_path, monkeypa
         ("overwrite = 1", 1, "overwrite must be bool"),
         ("name = 3", 1, "name must be str"),
         ("mode = 'slow'", 1, "mode must be one of 'fast', 'exact', got 'slow'"),
-        ("steps = 1\nname = 'a'\nsteps = 2", 3, "steps is set a second time (first on line 1)"),
+        ("steps = 1\nname = 'a'\nsteps = 2", 3, "steps is set twice (first on line 1)"),
         ("steps = 1\nimport os", 2, "only lines of the form `key = value`"),
         ("steps = len('abc')", 1, "steps must be a plain number, string or True/False"),
         ("name = f'{1}'", 1, "name must be a plain number, string or True/False"),
@@ -80,7 +80,7 @@ def test_a_wrong_file_names_its_line(text, line, words, tmp_path):
         (["--steps"], "write --steps=VALUE"),
         (["--overwrite=yes"], "overwrite must be bool"),
         (["--mode=slow"], "one of 'fast', 'exact'"),
-        (["--steps=1", "file.py"], "one config file comes first"),
+        (["--steps=1", "file.py"], "give one config file first"),
     ],
 )
 def test_a_wrong_flag_is_named(flags, words):

@@ -84,17 +84,17 @@ def change_config(folder, **changes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is none that model.py reads: llama, "),
+        ({"model_type": "gpt2"}, "model.py does not read model_type 'gpt2'; it reads llama, "),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "needs a positive factor, it is -2"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "needs a positive low_freq_factor, it is None"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -2}}, "needs a positive factor, not -2"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "needs a positive low_freq_factor, not None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"attention_bias": True}, "attention_bias true"),
         ({"mlp_bias": True}, "mlp_bias true"),
         ({"sliding_window": 16}, "sliding_window 16"),
         ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
         ({"quantization_config": {"quant_method": "gptq"}}, 'quantization_config {"quant_method": "gptq"}'),
-        ({"head_dim": "wide"}, "head_dim must be a whole number of at least 1, it is 'wide'"),
+        ({"head_dim": "wide"}, "head_dim must be a whole number of at least 1, not 'wide'"),
         ({"head_dim": 16}, "has shape"),
         ({"intermediate_size": 56}, "has shape"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2."),
@@ -179,7 +179,7 @@ def test_another_tokenizer(seed, other_data, tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "words"),
-    [("", "nothing to mix"), ("{seed}", "there are only 1 experts"), ("{seed},{mixed}", "is a mixture already")],
+    [("", "nothing to mix"), ("{seed}", "there are only 1 experts"), ("{seed},{mixed}", "is already a mixture")],
 )
 def test_nothing_fit_to_mix(names, words, seed, mixed, tmp_path):
     names = names.format(seed=seed, mixed=mixed)
@@ -205,7 +205,7 @@ def cut(path):
 BROKEN_DATA = {  # the file: (what happens to it, what is said)
     "train.bin": (cut, "train.bin has"),
     "val.bin": (cut, "copy the folder again"),
-    "meta.json": (lambda path: path.write_text("{}"), "meta.json is no meta.json of this project"),
+    "meta.json": (lambda path: path.write_text("{}"), "meta.json is not a meta.json of this project"),
 }
 
 
@@ -256,12 +256,12 @@ def test_shapes_and_batches_that_do_not_fit(seed, mixed, data, tmp_path):
     for command, words in (
         ([*train, "--num_attention_heads=5"], "hidden_size must be"),
         ([*train, "--num_key_value_heads=3"], "multiple of num_key_value_heads"),
-        ([*train, "--batch_size=6"], "--batch_size=6 is no multiple of --micro_batch_size=4"),
+        ([*train, "--batch_size=6"], "--batch_size=6 is not a multiple of --micro_batch_size=4"),
         (finetune, "--init_from is empty"),
         ([*finetune, f"--init_from={seed}"], "is a dense model"),
         ([*finetune, f"--init_from={mixed}", "--num_experts_per_tok=4"], "between 1 and the model's 3"),
-        ([*finetune, f"--init_from={mixed}", "--freeze=tail"], "freeze must be one of"),
-        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "this model has no head of its own"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=tail"], "is not a part of a model; choose from"),
+        ([*finetune, f"--init_from={mixed}", "--freeze=head"], "this model has no separate head"),
         ([*train, "--freeze=embeddings,attention,norms,experts"], "leaves nothing to train"),
     ):
         assert words in error_line(run(*command))
@@ -283,7 +283,7 @@ def test_sampling(seed, mixed):
         assert first.startswith("Question: Tom") and first == must(run("sample.py", f"--model={folder}", *flags)).out
         assert first != must(run("sample.py", f"--model={folder}", *flags, "--seed=2", "--temperature=2.0")).out
     assert "--prompt is empty" in error_line(run("sample.py", f"--model={seed}", "--prompt="))
-    assert "the model takes 128" in error_line(run("sample.py", f"--model={seed}", f"--prompt={'x ' * 200}"))
+    assert "the model takes only 128" in error_line(run("sample.py", f"--model={seed}", f"--prompt={'x ' * 200}"))
 
 
 # ---- weights and shapes that nobody should compute with ----
@@ -302,7 +302,7 @@ def test_poisoned_weights_are_named(value, foreign, data, tmp_path):
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 4] = value
     save_file(tensors, foreign / "model.safetensors")
     for done in all_readers(foreign, data, tmp_path):
-        assert "model.layers.1.self_attn.q_proj.weight holds NaN or infinity" in error_line(done)
+        assert "model.layers.1.self_attn.q_proj.weight contains NaN or infinity" in error_line(done)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.float64])
@@ -348,7 +348,7 @@ def test_a_model_whose_vocabulary_is_not_the_datas(data, tmp_path):
     flags = f"--data_dir={data}", "--sequence_length=32", f"--out_dir={tmp_path}/out"
     assert "64 entries" in error_line(run("eval.py", f"--model={tmp_path}/small", *flags))
     message = error_line(run("train.py", *SHORT, f"--init_from={tmp_path}/small", *flags))
-    assert "token 319, the model has 64 entries" in message
+    assert "token 319, but the model has 64 entries" in message
 
 
 # ---- keys have ranges, files have encodings ----
@@ -415,7 +415,7 @@ def test_keys_have_ranges(script, data, mixed, seed, tmp_path):
         (b"max_steps = " + 5000 * b"(" + 5000 * b")" + b"\n", "config.py"),
         (b"max_steps = " + 3000 * b"-" + b"1\n", "config.py"),
         (b"max_steps = 9" + 4999 * b"9" + b"\n", "config.py"),
-        (b"out_dir = 'a\\x1b[31mb'\n", "holds a control character"),
+        (b"out_dir = 'a\\x1b[31mb'\n", "contains a control character"),
     ],
 )
 def test_config_files_of_every_kind(text, words, tmp_path):
@@ -429,7 +429,7 @@ def test_a_byte_order_mark_is_no_matter(flags, tmp_path):
 
 
 def test_names_cannot_reach_the_terminal(seed, tmp_path):
-    assert "holds a control character" in error_line(run("sample.py", "--model=\x1b[31mred"))
+    assert "contains a control character" in error_line(run("sample.py", "--model=\x1b[31mred"))
     assert "\x1b" not in error_line(run("sample.py", "--modell\x1b[31m=x"))
 
 

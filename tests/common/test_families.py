@@ -95,7 +95,7 @@ def test_stacked_experts_as_transformers_5_holds_them_and_mergekit_writes_them(f
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     assert_equal_logits(tmp_path, theirs)
     rewrite_config(tmp_path, intermediate_size=16, moe_intermediate_size=16)
-    with pytest.raises(UserError, match=r"gate_up_proj has shape \(\d, \d+, 32\), config.json says"):
+    with pytest.raises(UserError, match=r"gate_up_proj has shape \(\d, \d+, 32\), but config.json says"):
         Transformer.from_pretrained(str(tmp_path))
 
 
@@ -195,10 +195,10 @@ def test_keys_of_mixtures_mean_nothing_in_a_dense_model(tmp_path):
 
 
 OTHERS = {
-    "pytorch_model.bin": "pickles are there",
-    "adapter_model.safetensors": "a LoRA adapter is there; merge it first",
-    "model.fp16.safetensors": "other safetensors files are there; rename one to model.safetensors",
-    "model-Q4_0.gguf": "a GGUF file is there",
+    "pytorch_model.bin": "there are pickles",
+    "adapter_model.safetensors": "there is a LoRA adapter; merge it first",
+    "model.fp16.safetensors": "there are other safetensors files; rename one to model.safetensors",
+    "model-Q4_0.gguf": "there is a GGUF file",
 }
 
 
@@ -252,15 +252,15 @@ def test_stop_tokens_that_are_missing_are_those_of_transformers(tmp_path):
         ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob false"),
         ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers [0]"),
-        ("mixtral", {"num_local_experts": 0}, "num_local_experts must be a whole number of at least 1, it is 0"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts must be a whole number of at least 1, not 0"),
         ("mistral", {"sliding_window": 8}, "sliding_window 8"),
         ("llama3", {"rope_parameters": {**LLAMA3, "low_freq_factor": 9}}, "low_freq_factor below high_freq_factor"),
-        ("llama", {"rope_parameters": "fast"}, "rope_parameters must be a table, it is 'fast'"),
-        ("mixtral", {"num_experts_per_tok": 2.0}, "num_experts_per_tok must be int, it is 2.0"),
-        ("mixtral", {"router_aux_loss_coef": None}, "router_aux_loss_coef must be float or int, it is None"),
-        ("qwen3-moe", {"expert_names": 3}, "expert_names must be list, it is 3"),
-        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be bool, it is 'false'"),
-        ("llama", {"eos_token_id": "</s>"}, "eos_token_id must be int or list or NoneType, it is '</s>'"),
+        ("llama", {"rope_parameters": "fast"}, "rope_parameters must be a table, not 'fast'"),
+        ("mixtral", {"num_experts_per_tok": 2.0}, "num_experts_per_tok must be int, not 2.0"),
+        ("mixtral", {"router_aux_loss_coef": None}, "router_aux_loss_coef must be float or int, not None"),
+        ("qwen3-moe", {"expert_names": 3}, "expert_names must be list, not 3"),
+        ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings must be bool, not 'false'"),
+        ("llama", {"eos_token_id": "</s>"}, "eos_token_id must be int or list or NoneType, not '</s>'"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(family, change, words, tmp_path):
@@ -312,5 +312,5 @@ def test_a_mixture_of_seeds_is_what_transformers_reads(family, kind, tmp_path):
 def test_an_adapter_that_transformers_would_add_is_refused(tmp_path):
     written_by_transformers(FAMILIES["llama"], tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a LoRA adapter, too; merge it first"):
+    with pytest.raises(UserError, match="also holds a LoRA adapter; merge it first"):
         Transformer.from_pretrained(str(tmp_path))

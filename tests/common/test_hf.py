@@ -171,7 +171,7 @@ def test_infinity_is_found_and_a_large_sum_is_none(seed, tmp_path):
         if fine:
             Transformer.from_pretrained(str(tmp_path))
         else:
-            assert f"{name} holds NaN or infinity" in error_line(
+            assert f"{name} contains NaN or infinity" in error_line(
                 run("mix.py", f"--experts={tmp_path},{tmp_path}", f"--out_dir={tmp_path}/mixed-{value}")
             )
 
@@ -227,7 +227,7 @@ def test_a_published_model_is_branched_mixed_and_sampled(hub, data):
 
 @pytest.mark.parametrize("name", ["hf:", "hf:seed", "hf:../seed", "hf:a/b/c", "hf:a/b@", "hf:a/.."])
 def test_what_names_no_model(name, hub):
-    assert f"{name} names no model of the Hugging Face Hub" in error_line(run("sample.py", f"--model={name}"))
+    assert f"{name} does not name a model on the Hub" in error_line(run("sample.py", f"--model={name}"))
 
 
 def test_without_a_network(tmp_path, monkeypatch):

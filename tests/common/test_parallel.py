@@ -121,7 +121,7 @@ def test_a_state_moves_between_numbers_of_processes(flags, alone, tmp_path):
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
     message = error_line(run(*command))
-    assert "state.pt is damaged (shards." in message and "not as it was written" in message
+    assert "state.pt is damaged (shards." in message and "has changed since it was written" in message
     part.write_bytes(whole)
 
     done = run_process(*command, hook=SIGNAL_AT_STEP.format(step=3, signal=int(signal.SIGTERM)))
@@ -139,7 +139,7 @@ def test_a_process_that_dies_leaves_a_message_and_a_run_to_resume(flags, alone, 
         done = run_ranks(2, *command, hook=hook, hook_rank=dead)
         assert done[dead].code == -signal.SIGKILL
         message = error_line(done[1 - dead])
-        assert f"process {1 - dead} lost touch with the others" in message and "the same command goes on" in message
+        assert f"process {1 - dead} lost touch with the others" in message and "the same command to resume" in message
         assert read_json(folder / "run.json")["step"] == step
     all_must(run_ranks(2, *command))
     agree(folder, alone["train.py"])
@@ -442,7 +442,7 @@ def test_a_port_that_is_taken_is_one_line(data, tmp_path):
         hook = f"import os; os.environ.update({ {name: str(value) for name, value in place.items()} })"
         flags = *SHAPE, *SHORT, f"--data_dir={data}", f"--out_dir={tmp_path}/run"
         message = error_line(run_process("train.py", *flags, hook=hook))
-    assert f"processes cannot meet at 127.0.0.1:{port}" in message and "--master_port" in message
+    assert f"processes cannot connect at 127.0.0.1:{port}" in message and "--master_port" in message
 
 
 @pytest.mark.parametrize("size", ["", "abc", "2"])

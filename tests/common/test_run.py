@@ -114,7 +114,7 @@ def test_another_config_is_refused(flags, data, tmp_path):
     os.mkdir(tmp_path / "photos")
     (tmp_path / "photos" / "cat.jpg").write_text("a cat")
     message = error_line(run("train.py", *flags, "--overwrite=True", f"--out_dir={tmp_path}/photos"))
-    assert "not of a run" in message and os.listdir(tmp_path / "photos") == ["cat.jpg"]
+    assert "do not belong to a run" in message and os.listdir(tmp_path / "photos") == ["cat.jpg"]
 
 
 def test_a_finished_run_can_be_trained_further(flags, data, mixed, tmp_path):
@@ -126,7 +126,7 @@ def test_a_finished_run_can_be_trained_further(flags, data, mixed, tmp_path):
         before = read(folder / "model.safetensors")
         message = error_line(run(*command, f"--out_dir={folder}", "--max_steps=8"))
         assert "config.max_steps 4 -> 8" in message
-        offered = re.search(r"; (--init_from=\S+) with another --out_dir .*, --overwrite=True discards", message)[1]
+        offered = re.search(r"use (--init_from=\S+) with another --out_dir; --overwrite=True discards", message)[1]
         must(run(*command, "--max_steps=8", offered, f"--out_dir={longer}"))
         assert read(folder / "model.safetensors") == before
         assert read_log(longer)[0]["bpb"] == read_log(folder)[-1]["bpb"]
@@ -138,7 +138,7 @@ def test_an_unfinished_run_is_finished_with_its_own_settings(flags, data, tmp_pa
     run_process(*command, hook=SIGNAL_AT_STEP.format(step=3, signal=int(signal.SIGTERM)))
     message = error_line(run(*command, "--max_steps=40"))
     assert "config.max_steps 12 -> 40" in message and "--init_from" not in message
-    assert message.endswith("the settings it began with finish it, --overwrite=True discards it")
+    assert message.endswith("to finish it, use the settings it began with; --overwrite=True discards it")
     must(run(*command))
 
 
@@ -176,7 +176,7 @@ model.Transformer.forward = forward_or_nan
 def test_a_learning_rate_beyond_reason_stops_too(flags, tmp_path):
     beyond_reason = "--learning_rate=1e30", "--save_interval=1"
     message = error_line(run("train.py", *flags, *beyond_reason, f"--out_dir={tmp_path}/run"))
-    assert "step " in message and "last good checkpoint" in message
+    assert "step " in message and "if any, is still good" in message
     assert all(parameter.isfinite().all() for parameter in Transformer.from_pretrained(f"{tmp_path}/run").parameters())
 
 
@@ -304,11 +304,11 @@ def test_a_finished_run_is_used_with_one_line_when_source_has_changed(flags, cop
     before = os.stat(copy / "model.safetensors").st_mtime_ns, read(copy / "run.json")
     for _ in range(2):
         done = must(run(*command))
-        line = f"{copy}: made before model.py changed; --overwrite=True makes it anew"
+        line = f"{copy}: made before model.py changed; --overwrite=True makes it again"
         assert said_of_source(done, copy) == [line] and "nothing to do" in done.out
     assert before == (os.stat(copy / "model.safetensors").st_mtime_ns, read(copy / "run.json"))
     change_source(copy, "common/corpus.py")
-    line = f"{copy}: made before common/corpus.py and model.py changed; --overwrite=True makes it anew"
+    line = f"{copy}: made before common/corpus.py and model.py changed; --overwrite=True makes it again"
     assert said_of_source(must(run(*command)), copy) == [line]
     assert said_of_source(must(run(*command, "--overwrite=True")), copy) == []
     assert said_of_source(must(run(*command)), copy) == []
@@ -321,7 +321,7 @@ def test_a_resumed_run_has_a_leg_for_each_source(flags, seed, tmp_path):
     assert run_process(*command, hook=SIGNAL_AT_STEP.format(step=6, signal=int(signal.SIGTERM))).code == 143
     before = change_source(folder, "model.py")
     done = must(run_process(*command))
-    line = f"{folder}: made before model.py changed; --overwrite=True makes it anew"
+    line = f"{folder}: made before model.py changed; --overwrite=True makes it again"
     assert said_of_source(done, folder) == [line] and "finished" in done.out
     legs = read_json(folder / "run.json")["source"]
     assert [leg["step"] for leg in legs] == [0, 7] and legs[0]["files"]["model.py"] == "another hash"
@@ -388,7 +388,7 @@ def test_edits_of_the_method_are_said_at_every_stage(data, tmp_path, monkeypatch
     for command, folder in ((train, "seed"), (mix, "mixed")):
         said = do(*command)
         assert said.count("changed") == 1 and "nothing to do" in said
-        assert f"{folder}: made before model.py changed; --overwrite=True makes it anew\n" in said
+        assert f"{folder}: made before model.py changed; --overwrite=True makes it again\n" in said
     said = do(*evaluate)
     assert said.count("changed") == 1 and "seed was scored before model.py changed; --overwrite=True" in said
     assert read_json(tmp_path / "report" / "results.json") == row
@@ -572,7 +572,7 @@ def test_a_flipped_bit_in_the_state_is_noticed(flags, copy):
     for place in (len(whole) // 3, len(whole) // 2, 2 * len(whole) // 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         message = error_line(resume(flags, copy))
-        assert "state.pt is damaged" in message and "delete it to start the run anew" in message
+        assert "state.pt is damaged" in message and "delete it to start the run again" in message
 
 
 @pytest.mark.parametrize(
@@ -618,4 +618,4 @@ def test_a_run_json_of_another_form_is_named(change, seed, data, tmp_path):
     copy = shutil.copytree(seed, tmp_path / "copy")
     (copy / "run.json").write_text(json.dumps({**read_json(copy / "run.json"), **change}))
     done = run("train.py", *SHORT, f"--data_dir={data}", f"--init_from={copy}", f"--out_dir={tmp_path}/run")
-    assert "run.json is no run.json of this project" in error_line(done)
+    assert "run.json is not a run.json of this project" in error_line(done)

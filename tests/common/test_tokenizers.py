@@ -333,6 +333,6 @@ def test_no_tokenizer_where_one_is_asked_for(tmp_path):
 def test_a_tiktoken_json_of_another_form_is_named(content, seed, data, tmp_path):
     copy = shutil.copytree(seed, tmp_path / "copy")
     (copy / "tiktoken.json").write_text(content)
-    assert "is no tiktoken.json of this project" in error_line(run("sample.py", f"--model={copy}", "--prompt=Tom"))
+    assert "is not a tiktoken.json of this project" in error_line(run("sample.py", f"--model={copy}", "--prompt=Tom"))
     flags = f"--init_from={copy}", f"--data_dir={data}", f"--out_dir={tmp_path}/run"
-    assert "is no tiktoken.json of this project" in error_line(run("train.py", *SHORT, *flags))
+    assert "is not a tiktoken.json of this project" in error_line(run("train.py", *SHORT, *flags))

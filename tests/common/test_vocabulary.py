@@ -134,7 +134,7 @@ def test_text_ends_where_that_of_transformers_does(file, seed, tmp_path):
 def test_text_that_is_cut_at_the_models_length_says_so(seed, btx, tmp_path):
     """In one line; and nothing where there was room."""
     length, asked = len(load_tokenizer(seed).encode_ordinary("Question: Tom")), "--max_new_tokens=500"
-    line = f"cut after {128 - length} of {asked}: the model takes 128 tokens, the prompt has {length}\n"
+    line = f"cut after {128 - length} of {asked}: the model takes 128 tokens and the prompt has {length}\n"
     flags = "--prompt=Question: Tom", "--device=cpu", "--temperature=0", "--num_samples=3"
     for script, folder, more in (("sample.py", seed, ()), ("study/tokens.py", btx, (f"--page={tmp_path}/page.html",))):
         assert must(run(script, f"--model={folder}", *flags, *more, asked)).err == line

@@ -265,7 +265,7 @@ def test_what_is_wrong_is_one_line(chats, seed, btx, tmp_path):
     folder = shutil.copytree(chats, tmp_path / "data")
     (folder / "math-chat" / "train.answers.bin").write_bytes(b"1")
     flags = *SHORT, "--loss_on=answers", f"--data_dir={folder}", f"--init_from={seed}", f"--out_dir={tmp_path}/other"
-    assert "train.answers.bin is missing or has another size" in error_line(
+    assert "train.answers.bin is missing or does not match train.bin in size" in error_line(
         run("train.py", *flags, "--domain=math-chat")
     )
 
@@ -370,7 +370,7 @@ def test_a_long_conversation_loses_its_oldest_turns(seed, talk, capsys):
     assert len(prompts) == 9 and prompts[8][: len(parts[0])] != parts[0]
     captured = capsys.readouterr()
     assert captured.out == "So\n" * 9 and captured.err.count("the oldest turns are forgotten") == 1
-    with pytest.raises(UserError, match=r"this message makes .* the model takes 120; shorten it"):
+    with pytest.raises(UserError, match=r"this message has .* there is room for 120; shorten it"):
         talk(seed, ["x y " * 100])
 
 

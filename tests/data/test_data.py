@@ -549,10 +549,10 @@ def test_one_short_file_of_ones_own_is_cut_for_all_splits(tmp_path, monkeypatch,
     ("arguments", "expected"),
     [
         (["--domains=poems=nowhere"], ["nowhere does not exist"]),
-        (["--domains=cod"], ["'cod'", "the built-in ones are code, math, wiki, cpp, english (your own: cod=FOLDER)"]),
+        (["--domains=cod"], ["'cod'", "code, math, wiki, cpp, english (for your own text: cod=FOLDER)"]),
         (["--domains=../x=config"], ["cannot name a folder"]),
         (["--domains=code,code"], ["twice"]),
-        (["--domains=math", "--max_bytes=0"], ["(math) has no end"]),
+        (["--domains=math", "--max_bytes=0"], ["(math) never ends"]),
         (["--max_bytes=-1"], ["max_bytes"]),
         (["--vocab_size=256"], ["vocab_size=256", "257"]),
         (["--tokenizer=bert"], ["--tokenizer=bert: there is no tokenizer; give bpe, a folder that has one"]),
@@ -605,7 +605,7 @@ def test_held_out_files_that_are_copies_are_left_out(smoke, tmp_path):
         texts = {"train": [first], "val": list(held_out), "test": [reverse]}
         domain = Domain("english", str(tmp_path / f"english-{stays}"), {}, {}, iter(()), [], texts)
         if not stays:
-            with pytest.raises(UserError, match="all of val is copies of train"):
+            with pytest.raises(UserError, match="all of val is copied from train"):
                 write_domain(domain, load_tokenizer(smoke), config)
             continue
         write_domain(domain, load_tokenizer(smoke), config)

@@ -231,4 +231,4 @@ def test_other_folders_are_left_alone(discover, source, tmp_path):
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    assert "files that are not of data.discover" in error_line(discover("--overwrite"))
+    assert "files that data.discover did not write" in error_line(discover("--overwrite"))

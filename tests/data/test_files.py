@@ -87,8 +87,8 @@ def renamed(write):
 
 BROKEN = {
     "cut line": ("jsonl", write_lines, cut_line, "b.jsonl:900: expected a JSON object, found Unterminated string"),
-    "cut gzip": ("jsonl.gz", as_gzip, cut_gzip, "b.jsonl.gz cannot be read beyond row "),
-    "cut parquet": ("parquet", as_parquet, cut_parquet, "b.parquet cannot be read beyond row 0 ("),
+    "cut gzip": ("jsonl.gz", as_gzip, cut_gzip, "b.jsonl.gz cannot be read after row "),
+    "cut parquet": ("parquet", as_parquet, cut_parquet, "b.parquet cannot be read after row 0 ("),
     "renamed": ("jsonl", write_lines, renamed(write_lines), "b.jsonl:1: there is no \"text\" among 'body'; name the"),
     "renamed in parquet": (
         "parquet",
@@ -120,7 +120,7 @@ def test_the_same_command_continues(remedy, broken, data, tmp_path, monkeypatch)
     folder, mend, words = broken
     arguments = folder, tmp_path / "out", data, "--tokens=1e9"
     message = error_line(public(*arguments))
-    assert words in message and "the same command continues" in message
+    assert words in message and "run the same command to continue" in message
     note = read_json(tmp_path / "out" / "web" / "progress.json")
     kept = sum(note["splits"][split]["documents"] for split in SPLITS)
     assert 900 <= kept < 1800
@@ -171,7 +171,7 @@ def test_files_that_were_read_must_stay_as_they_were(data, tmp_path):
     write_lines(folder / "a.jsonl", rows[:99])
     assert "a.jsonl has changed since it was read; put it back" in error_line(public(*arguments))
     os.remove(folder / "a.jsonl")
-    assert "a.jsonl was read and is gone; put it back" in error_line(public(*arguments))
+    assert "a.jsonl has been read, and is now gone; put it back" in error_line(public(*arguments))
     write_lines(folder / "a.jsonl", rows[:100])
     write_lines(folder / "b.jsonl", rows[100:])
     must(public(*arguments))
@@ -289,12 +289,12 @@ def test_special_tokens_are_tokens_where_the_text_is_said_to_have_them(script, c
 def test_chats_without_a_template_or_without_transformers(data, chatty, tmp_path, monkeypatch):
     write_lines(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats(60)])
     out = must(prepare(tmp_path / "chats.jsonl", tmp_path / "out", data)).out
-    assert '60 chats were written as "Question:" and "Answer:", for the tokenizer has no chat template' in out
+    assert '60 chats were written as "Question:" and "Answer:", because the tokenizer has no chat template' in out
     a, b = chats(1)[0]
     assert f"Question: {a['content']}\nAnswer: {b['content']}\n" in everything(tmp_path / "out")
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     out = must(prepare(tmp_path / "chats.jsonl", tmp_path / "other", chatty[0])).out
-    assert "in the ChatML form, for the tokenizer's chat template needs the package transformers" in out
+    assert "in the ChatML form, because the tokenizer's chat template needs the package transformers" in out
     text = f"<|im_start|>user\n{a['content']}<|im_end|>\n<|im_start|>assistant\n{b['content']}<|im_end|>\n"
     tokens = np.concatenate([tokens_of(tmp_path / "other", "web", split) for split in SPLITS])
     assert text in load_tokenizer(tmp_path / "other").decode(tokens.tolist())
@@ -306,7 +306,7 @@ def test_a_chat_that_the_template_refuses(chatty, tmp_path):
     (folder / "chat_template.jinja").write_text(template)
     write_lines(tmp_path / "c.jsonl", [{"messages": chat} for chat in [*chats(5), chats(1)[0][:1]]])
     message = error_line(prepare(tmp_path / "c.jsonl", tmp_path / "out", folder))
-    assert "c.jsonl:6: the chat template refuses this chat (two turns, please); mend or remove the file" in message
+    assert "c.jsonl:6: the chat template refuses this chat (two turns, please); fix or remove the file" in message
 
 
 # ---- markers, copies ----
@@ -320,7 +320,7 @@ def test_markers_end_documents(script, suffix, data, tmp_path):
     path = tmp_path / f"stories.{suffix}"
     path.write_text(text if suffix == "txt" else json.dumps({"text": text}) + "\n")
     out = must(script(path, tmp_path / "out", data)).out
-    assert "300 end-of-document markers in the text end documents there" in out
+    assert "300 end-of-document markers in the text were taken as ends of documents" in out
     assert everything(tmp_path / "out") == sorted(stories)
     train = tokens_of(tmp_path / "out", "web", "train").tolist()
     assert train.count(load_tokenizer(data).eot_token) == len(documents(tmp_path / "out")["train"])
@@ -343,7 +343,7 @@ def test_the_same_text_is_on_one_side_and_counts_once(data, tmp_path):
     for number in range(200):
         (tmp_path / "source" / f"{number}.txt").write_text(texts[number % 20] + "\n" * (number // 100))
     out = must(prepare(tmp_path / "source", tmp_path / "out", data)).out
-    assert "180 of 200 documents repeat another one and were left out" in out
+    assert "180 of 200 documents repeat another and were left out" in out
     assert [text.strip() for text in everything(tmp_path / "out")] == sorted(texts)
 
     near = [f"{word} {text}" for text in some_texts(200, words=60) for word in ("Once", "Twice")]
@@ -351,13 +351,13 @@ def test_the_same_text_is_on_one_side_and_counts_once(data, tmp_path):
     out = must(prepare(tmp_path / "near.jsonl", tmp_path / "other", data)).out
     meta, found = read_json(tmp_path / "other" / "web" / "meta.json"), documents(tmp_path / "other")
     copies = meta["val"]["copies"] + meta["test"]["copies"]
-    assert f"{copies} held-out documents stand in great part in the training text" in out and copies > 10
+    assert f"{copies} held-out documents are largely contained in the training text" in out and copies > 10
     train = {text.split(" ", 1)[1] for text in found["train"]}
     assert not train & {text.split(" ", 1)[1] for split in ("val", "test") for text in found[split]}
 
     write_lines(tmp_path / "all.jsonl", [{"text": f"{n} {some_texts(1)[0]}"} for n in range(100)])
     out = must(prepare(tmp_path / "all.jsonl", tmp_path / "all", data)).out
-    assert "all of val repeats runs of tokens of train, and stays" in out
+    assert "all of val repeats text from train, and was kept" in out
 
 
 # ---- names, vocabularies, and what else a folder may hold ----
@@ -367,7 +367,7 @@ def test_the_same_text_is_on_one_side_and_counts_once(data, tmp_path):
 def test_names_that_no_domain_can_have(name, data, tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": text} for text in some_texts(60)])
     flags = f"--out_dir={tmp_path}/out", f"--tokenizer={data}"
-    words = "has a meaning of its own" if name in ("avg", "all") else "cannot name a folder"
+    words = "has a special meaning" if name in ("avg", "all") else "cannot name a folder"
     assert words in error_line(run("data/public.py", f"--source={tmp_path}/a.jsonl", f"--domain={name}", *flags))
     if "," not in name:
         assert words in error_line(run("data/prepare.py", f"--domains={name}={tmp_path}/a.jsonl", *flags))
@@ -418,18 +418,18 @@ def unreadable(path):
 HOSTILE = {
     "latin": ("b.txt", lambda path: path.write_bytes(b"caf\xe9"), "b.txt is not UTF-8 text"),
     "latin lines": ("b.jsonl", lambda path: path.write_bytes(b'{"text": "caf\xe9"}\n'), "b.jsonl is not UTF-8 text"),
-    "NUL": ("b.txt", lambda path: path.write_bytes(b"a\nb\0c"), "b.txt:2: a NUL byte"),
-    "UTF-16 unmarked": ("b.txt", lambda path: path.write_bytes("abc".encode("utf-16-le")), "b.txt:1: a NUL byte"),
+    "NUL": ("b.txt", lambda path: path.write_bytes(b"a\nb\0c"), "b.txt:2: contains a NUL byte"),
+    "UTF-16 unmarked": ("b.txt", lambda path: path.write_bytes("abc".encode("utf-16-le")), "b.txt:1: contains a NUL"),
     "NULs at the end": ("b.jsonl", lambda path: path.write_bytes(b'{"text": "a"}\n\0\0\0\0'), "b.jsonl:2: expected a"),
-    "dangling": ("b.txt", lambda path: path.symlink_to("nowhere"), "b.txt is no file, or a link that leads to none"),
-    "circle": ("b.txt", lambda path: path.symlink_to("b.txt"), "b.txt is no file, or a link that leads to none"),
-    "pipe": ("b.txt", os.mkfifo, "b.txt is no file, or a link that leads to none"),
+    "dangling": ("b.txt", lambda path: path.symlink_to("nowhere"), "b.txt is not a file, or a broken link"),
+    "circle": ("b.txt", lambda path: path.symlink_to("b.txt"), "b.txt is not a file, or a broken link"),
+    "pipe": ("b.txt", os.mkfifo, "b.txt is not a file, or a broken link"),
     "surrogate": ("b.jsonl", lambda path: path.write_text('{"text": "\\ud800"}\n'), "b.jsonl:1: expected a string or"),
     "number": ("b.jsonl", lambda path: path.write_text('{"text": 3}\n'), 'expected a string or a chat under "text", f'),
     "list": ("b.jsonl", lambda path: path.write_text("[1, 2]\n"), "b.jsonl:1: expected a JSON object with a string"),
     "deep": ("b.jsonl", lambda path: path.write_text("[" * 100_000 + "\n"), "b.jsonl:1: expected a JSON object"),
-    "no gzip": ("b.txt.gz", lambda path: path.write_text("plain"), "b.txt.gz cannot be read beyond row 0 (Not a gz"),
-    "locked": ("b.txt", unreadable, "b.txt cannot be read beyond row 0 (Permission denied)"),
+    "no gzip": ("b.txt.gz", lambda path: path.write_text("plain"), "b.txt.gz cannot be read after row 0 (Not a gz"),
+    "locked": ("b.txt", unreadable, "b.txt cannot be read after row 0 (Permission denied)"),
 }
 
 
@@ -461,7 +461,7 @@ def test_what_does_not_matter_is_read_past(data, tmp_path):
         (folder / name).write_text("")
     (folder / "._a.txt").write_bytes(b"\x00\x05\x16\x07")
     out = must(prepare(folder, tmp_path / "out", data)).out
-    assert "not read, being of other kinds: c.jsonl.part (1)" in out
+    assert "files of other kinds, not read: c.jsonl.part (1)" in out
     assert everything(tmp_path / "out") == sorted(texts)
 
 
@@ -472,7 +472,7 @@ def test_a_folder_of_parquet_has_other_files_beside_it(data, tmp_path):
     as_parquet(tmp_path / "source" / "data" / "a.parquet", [{"text": text, "n": 1} for text in texts])
     (tmp_path / "source" / "README.md").write_text("A data set.")
     out = must(public(tmp_path / "source", tmp_path / "out", data)).out
-    assert "not read, being of other kinds: README.md (1)" in out and everything(tmp_path / "out") == sorted(texts)
+    assert "files of other kinds, not read: README.md (1)" in out and everything(tmp_path / "out") == sorted(texts)
     assert {split_of(text) for text in texts} == set(SPLITS)
 
 

@@ -172,7 +172,7 @@ def test_what_is_missing_is_one_line(tmp_path, monkeypatch):
 
     assert "'sed' is not one of text, seed, questions" in fails("--make=text,sed")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "dict-gcide comes by apt-get, which this system lacks" in fails("--make=text")
+    assert "dict-gcide needs apt-get, which this system lacks" in fails("--make=text")
     write(tmp_path / "apt-get", "#!/bin/sh\necho W: old >&2\necho E: No such package >&2\nexit 100\n")
     (tmp_path / "apt-get").chmod(0o755)
     reason = "dict-gcide cannot be downloaded (E: No such package); check the network, or run apt-get update"

@@ -73,7 +73,7 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path):
     notes = tmp_path / "notes"
     broken = Job("broken", ("-c", "import sys; print('error: no such data'); sys.exit(2)"))
     jobs = [broken, job("a", notes), job("child", notes, ("broken",)), job("b", notes, ("a",))]
-    with pytest.raises(UserError, match=r"broken failed \(error: no such data\); .*logs/broken.log has all of it"):
+    with pytest.raises(UserError, match=r"broken failed \(error: no such data\); see .*logs/broken.log"):
         run_jobs(jobs, str(tmp_path), slots=2)
     assert notes.read_text().splitlines() == ["a begins", "a ends", "b begins", "b ends"]
 
@@ -112,7 +112,7 @@ run_jobs([Job("a", ("-c", code)), Job("b", ("-c", "print(1)"), ("a",))], {str(tm
 
 
 def test_a_domain_is_read_or_unread():
-    with pytest.raises(UserError, match="--unread=mail,law: law is one of --domains, too"):
+    with pytest.raises(UserError, match="--unread=mail,law: law is also in --domains"):
         ChainConfig(domains="code,law", unread="mail,law")
 
 
@@ -197,9 +197,9 @@ def test_run_sh_hands_data_to_all_that_it_starts(given, task, size, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--out_dir=a,b", "use no comma"),
-        ("--flags=--dtype='float32", "no closing quotation; write it as in a shell"),
-        ("--domains=", "no domain is left for a branch"),
+        ("--out_dir=a,b", "use a name without commas"),
+        ("--flags=--dtype='float32", "no closing quotation; quote it as in a shell"),
+        ("--domains=", "no domain is left to branch on"),
     ],
 )
 def test_settings_that_no_chain_can_use(flag, words):

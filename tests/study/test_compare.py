@@ -172,7 +172,7 @@ def test_rows_that_are_asked_for(config, out, results, monkeypatch):
     assert all(every[name] == arguments for name, arguments in some.items())
     left_out = {name for name in every if re.fullmatch(".*(-tm|upcycle-dm|btx-sample|btx-even)", name)}
     assert every.keys() - some.keys() == left_out | {name for name in every if name.startswith("compare/even/")}
-    with pytest.raises(UserError, match="soup is none of dense-dm, upcycle-dm, btx-paper"):
+    with pytest.raises(UserError, match="no row soup; choose from dense-dm, upcycle-dm, btx-paper"):
         compare.baselines(dataclasses.replace(config, rows="btx-paper,soup"), compare.chain_with(config, "3"))
 
 
@@ -396,7 +396,7 @@ def test_the_sweep_over_branches_and_shares(config, out, results, monkeypatch):
 
 
 def test_rows_that_nobody_sweeps(config, out, results):
-    with pytest.raises(UserError, match="soup is no row to sweep; choose from dense-cm"):
+    with pytest.raises(UserError, match="soup cannot be swept; choose from dense-cm"):
         compare.sweep(dataclasses.replace(config, sweep="soup"))
 
 
@@ -530,7 +530,7 @@ def test_higher_accuracy_is_ahead():
 
 @pytest.mark.parametrize("contrasts", ["btx", "btx:soup:seed", "btx:rain"])
 def test_contrasts_that_are_no_pairs_of_rows(contrasts):
-    with pytest.raises(UserError, match=f"--contrasts: '{contrasts}' is no pair of rows"):
+    with pytest.raises(UserError, match=f"--contrasts: '{contrasts}' is not a pair of rows"):
         compare.CompareConfig(contrasts=f"btx:soup,{contrasts}")
 
 

@@ -153,7 +153,7 @@ def test_the_picture(tmp_path):
 
 def test_an_end_that_is_none(tmp_path):
     done = run("study/open_ends.py", "--ends=grow,shrink", f"--out_dir={tmp_path}")
-    assert "error: --ends=grow,shrink: shrink is none of grow, unequal, top_k" in done.err
+    assert "error: --ends=grow,shrink: there is no shrink; choose from grow, unequal, top_k" in done.err
 
 
 def test_branches_of_clusters_read_as_much_as_those_of_labels(recipes, tmp_path):

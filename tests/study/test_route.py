@@ -264,7 +264,7 @@ def test_tokens_of_a_continuation(btx, seed, tmp_path):
 def test_route_writes_what_it_says(btx, mixed, seed, data, tmp_path):
     size = f"--data_dir={data}", "--sequence_length=32", "--eval_windows=5", "--device=cpu", "--threads=1"
     done = must(run("study/route.py", f"--model={btx},{mixed}", f"--out_dir={tmp_path}", *size))
-    assert "btx: the expert tells" in done.out
+    assert "btx: the expert reveals" in done.out
     found = read_json(tmp_path / "routing.json")
     assert [entry["name"] for entry in found["models"]] == ["btx", "mixed"]
     for name in ("routing.png", "tokens-math.html", "tokens-rain.html"):
