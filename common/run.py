@@ -415,7 +415,7 @@ def read_sums(folder):
             if found["names"] != names:
                 raise UserError(f"{path} is for {', '.join(found['names'])}, but {folder} has {', '.join(names)}")
             return found
-    raise UserError(f"neither {folder} nor the mixture behind it has {SUMS}; mix again with --router_init=ridge")
+    raise UserError(f"{folder} has no {SUMS}, nor has its parent; mix again with --router_init=ridge")
 
 
 # ---- the training state ----
