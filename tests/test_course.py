@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import glob
 import io
 import json
 import os
@@ -272,6 +273,19 @@ def test_nothing_solved_is_handed_out(handed_out):
     for name, body in solved.items():
         assert [path for path, text in found.items() if body in text] == [], name
     assert set(json.loads(read(handed_out / "exercises" / "predictions.json")).values()) == {"?"}
+
+
+def test_pages_that_are_handed_out_link_to_what_is_there(handed_out):
+    pages = glob.glob("**/*.md", root_dir=handed_out, recursive=True)
+    assert {"docs/lecture.md", "exercises/README.md", "AGENTS.md"} <= {*pages}
+    for page in pages:
+        text = re.sub(r"^```.*?^```", "", source(handed_out / page), flags=re.M | re.S)
+        for link in re.findall(r"\]\(([^)\s#]+)", text):
+            there = os.path.join(handed_out, os.path.dirname(page), link)
+            assert link.startswith("https://") or os.path.exists(there), f"{page}: {link}"
+    lecture, course = source(handed_out / "docs" / "lecture.md"), source(handed_out / "exercises" / "README.md")
+    assert "![Four tokens" in lecture and "](regime.md)" in lecture and "](variants.md)" not in lecture
+    assert "solution/" not in course and "](../docs/lecture.md)" in course
 
 
 def test_what_is_handed_out_scores_nothing(handed_out, total):
