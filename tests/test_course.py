@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -384,6 +385,30 @@ def test_the_first_entries_spend_the_budget(name, monkeypatch):
         for one in (entry, leaderboard.Entry())
     )
     assert 0.999 * most <= flops <= most
+
+
+def test_the_board_comes_from_its_runs_and_entries_have_the_best_rates_tried():
+    found = json.loads(source("results/lesson/leaderboard.json"))
+    board = found["test"]
+    means = {name: statistics.mean(scores) for name, scores in board.items()}
+    best = min(means, key=means.get)
+    lines = re.findall(
+        r"^\| \[(\w+)\]\(entries/\w+\.py\).*? \| (\S+) \| ?(.*?) ?\|$", source("exercises/README.md"), re.M
+    )
+    assert [name for name, *_ in lines] == sorted(means, key=means.get)
+    for name, score, saved in lines:
+        assert score == f"{means[name]:.4f}" and len(board[name]) == len(found["seeds"]) == 3
+        if name == best:
+            assert not saved and not found["saved_against_upcycle"].get(best)
+            continue
+        one = found["saved_against_upcycle"][name]
+        assert one["lead"] == pytest.approx(means[best] - means[name], abs=2e-4)
+        assert saved == f"{one['lead']:+.4f} ± {one['half']:.4f}"
+    for name, tried in found["tried_with_seed_100_on_val"].items():
+        entry = parse(leaderboard.Entry, [os.path.join(ROOT, "exercises", "entries", f"{name}.py")])
+        chosen = min(tried, key=lambda one: one["bpb"])
+        for stage in {"train", "finetune"} & {*chosen}:
+            assert f"--learning_rate={chosen[stage]}" in getattr(entry, f"{stage}_flags").split()
 
 
 def made_up(name, bits):
