@@ -79,6 +79,7 @@ RIDGE = 1e-2  # lambda, as a share of the states' mean square
 RIDGE_SCALE = 3.0  # logit margin of a clearly recognised domain; larger values commit harder and learn less
 # keys of config.json that no tensor's shape depends on: --config_from chooses where experts differ
 CHOICES = ("bos_token_id", "eos_token_id", "max_position_embeddings", "rope_theta", "rope_scaling", "rms_norm_eps")
+SETTLED = ("method", "router_init", "keep", "num_experts_per_tok")  # a mixture has its own, so --mixture takes none
 STRANGER = 0.5  # a cosine of embeddings below this means unrelated models; no branch has come near it
 
 
@@ -326,16 +327,14 @@ def check_options(config):
     variants = {"--split": config.split > 1, "--blend": config.blend, "--drop": config.drop > 0}
     variants[f"--router_init={config.router_init}"] = config.router_init in FROM_TEXT
     chosen = [name for name, present in variants.items() if present]
-    given = f"--method={config.method}", f"--router_init={config.router_init}"
-    if config.mixture and (anew := [*chosen, *({*given} & {"--method=soup", "--router_init=zero"})]):
+    others = [name for name in SETTLED if getattr(config, name) != getattr(MixConfig, name)]
+    if config.mixture and (anew := [*chosen, *(f"--{name}={getattr(config, name)}" for name in others)]):
         raise UserError(f"{anew[0]} does not go with --mixture; leave it out")
     if config.method == "soup" and chosen:
         raise UserError(f"{' and '.join(chosen)}: a soup has no experts; use --method=btx")
     if config.blend and len(chosen) > 1:
-        others = " and ".join(name for name in chosen if name != "--blend")
-        raise UserError(
-            f"--blend makes each expert from chunks of all of them, so it does not go with {others}; give one of them"
-        )
+        rest = " and ".join(name for name in chosen if name != "--blend")
+        raise UserError(f"--blend makes each expert from chunks of all: it does not go with {rest}; give one of them")
 
 
 def read_parents(config, folders):

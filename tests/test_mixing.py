@@ -348,6 +348,8 @@ CHANGES = {
     "--mixture={two} --add={rain} --split=2": "--split does not go with --mixture",
     "--mixture={two} --add={rain} --method=soup": "--method=soup does not go with --mixture",
     "--mixture={two} --add={rain} --router_init=zero": "--router_init=zero does not go with --mixture",
+    "--mixture={two} --add={rain} --num_experts_per_tok=3": "--num_experts_per_tok=3 does not go with --mixture",
+    "--mixture={two} --add={rain} --keep=embeddings": "--keep=embeddings does not go with --mixture",
     "--mixture={two} --add={math}": "already has an expert expert-math",
     "--mixture={two} --add={two}": "is already a mixture",
     "--mixture={two} --remove=rain": "--remove=rain: {two} has expert-math, seed",
