@@ -403,9 +403,10 @@ def write_sums(folder, sums):
 
 
 def read_sums(folder):
-    """The fields of the mix.Regression in the folder of a mixture, or of the one it was finetuned from."""
+    """The fields of the mix.Regression in the folder of a mixture, or of one that it was finetuned from."""
     names = list(read_config(folder)["expert_names"])
-    for place in (folder, *(read_run(folder) or {"recipe": {"parents": {}}})["recipe"]["parents"]):
+    places = [folder]
+    for place in places:  # back along the finetunings, each of which has one parent
         path = os.path.join(place, SUMS)
         if os.path.exists(path):
             try:
@@ -415,7 +416,9 @@ def read_sums(folder):
             if found["names"] != names:
                 raise UserError(f"{path} is for {', '.join(found['names'])}, but {folder} has {', '.join(names)}")
             return found
-    raise UserError(f"{folder} has no {SUMS}, nor has its parent; mix again with --router_init=ridge")
+        parents = (read_run(place) or {"recipe": {"parents": {}}})["recipe"]["parents"]
+        places += parents if len(parents) == 1 else ()
+    raise UserError(f"{folder} has no {SUMS}, nor have those it was finetuned from; mix with --router_init=ridge")
 
 
 # ---- the training state ----
