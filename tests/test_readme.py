@@ -248,6 +248,8 @@ def test_the_open_ends_come_from_their_chains(path):
         assert open_ends.summary(one["chains"], one["base"]) == one["rows"] and len(one["chains"]) == 3
         table = open_ends.table(one["rows"])
         assert table in read(path.replace(".json", ".md"))
+        if not path.startswith("results/cpu"):
+            continue  # the page says it in a sentence
         [(columns, _, *lines)] = [lines for lines in shown if any(line[0] == one["base"] for line in lines)]
         names = [line[0] for line in lines]
         assert len(names) >= 3 and part(table, *columns, rows=names) in page
