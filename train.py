@@ -77,6 +77,10 @@ class TrainConfig:
     overwrite: bool = key(False, "start over, discarding the run in --out_dir")
 
 
+# keys of the model's shape
+SHAPE = {field.name for field in dataclasses.fields(ModelConfig)} & {
+    field.name for field in dataclasses.fields(TrainConfig)
+}
 # keys that do not affect a run's result, so a run may be resumed or repeated with other values
 NOT_IN_RECIPE = ("overwrite", "device", "threads", "compile", "save_interval")
 NOT_IN_RECIPE += ("shard_size", "expert_parallel", "checkpoint_activations")
@@ -95,11 +99,10 @@ def build_model(config, corpus):
     """The model a run starts from: the checkpoint --init_from, or random weights of the configured shape."""
     if config.init_from:
         return Transformer.from_pretrained(config.init_from)
-    shape = {field.name for field in dataclasses.fields(ModelConfig)} & dataclasses.asdict(config).keys()
     tokens = {"vocab_size": corpus.encoding.n_vocab, "eos_token_id": corpus.encoding.eot_token}
     torch.manual_seed(config.seed)
     try:
-        return Transformer(ModelConfig(**tokens, **{name: getattr(config, name) for name in shape}))
+        return Transformer(ModelConfig(**tokens, **{name: getattr(config, name) for name in SHAPE}))
     except ValueError as error:
         raise UserError(f"no model has these sizes: {error}") from None
 
@@ -204,6 +207,9 @@ def validation_scores(model, windows, token_bytes):
 
 def check_sizes(config, corpus, model, processes):
     """Raise UserError unless sequences and tokens fit the model, and batches divide over the processes."""
+    for name in sorted(SHAPE) if config.init_from else ():
+        if getattr(config, name) not in (getattr(TrainConfig, name), has := getattr(model.config, name)):
+            raise UserError(f"--{name}={getattr(config, name)}: {config.init_from} has {has}; leave it out")
     if config.sequence_length > model.max_length:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than the model's "

@@ -7,6 +7,7 @@ An entry is a config file with the keys of Entry. Its models are in out/leaderbo
 random seed N. All entries share the seed model of a random seed, so that they are compared within a random seed.
 """
 
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -18,13 +19,25 @@ from common.errors import UserError, command, read_json
 from common.run import read_run, total_cost
 from finetune import FinetuneConfig
 from mix import MixConfig
+from model import ROUTERS
 from study import tables
 from study.chain import StudyConfig, chain_of, flops_per_token, tokens_of
 from train import TrainConfig
 
-FIXED = ("out_dir", "init_from", "experts", "mixture", "data_dir", "domain", "seed", "overwrite")  # not for entries
+FIXED = (
+    "out_dir",
+    "init_from",
+    "experts",
+    "mixture",
+    "data_dir",
+    "domain",
+    "seed",
+    "overwrite",
+    "method",
+)  # no flags of entries
 METHODS = ("btx", "dense", "upcycle")
-ALPHA = 0.05  # a record needs a smaller p value
+ALPHA = 0.05  # a record needs a smaller p value,
+LEAST_SEEDS = 3  # and so many random seeds
 
 
 @dataclasses.dataclass
@@ -39,6 +52,8 @@ class Entry:
     def __post_init__(self):
         if self.train_flags and self.method == "upcycle":
             raise UserError("train_flags: sparse upcycling trains no branches; use finetune_flags")
+        if self.method == "dense" and (self.mix_flags or self.finetune_flags):
+            raise UserError("mix_flags, finetune_flags: dense training mixes nothing; use train_flags")
         for name, cls in {"train": TrainConfig, "mix": MixConfig, "finetune": FinetuneConfig}.items():
             flags = getattr(self, f"{name}_flags").split()
             if wrong := [flag for flag in flags if flag[:2] != "--" or flag[2:].partition("=")[0] in FIXED]:
@@ -71,7 +86,9 @@ def planned_flops(chain, entry):
         return tokens_of(budget.dense) * budget.dense_flops
     settings = [] if entry.method == "upcycle" else [chain.config.stage("mix")]
     k = parse(MixConfig, [*settings, *entry.mix_flags.split()]).num_experts_per_tok
-    mixed = dataclasses.replace(budget.mixed_config, num_experts_per_tok=budget.finetuning.num_experts_per_tok or k)
+    router = budget.finetuning.router
+    k = ROUTERS[router].experts_per_token(budget.finetuning.num_experts_per_tok or k, len(chain.branched) + 1)
+    mixed = dataclasses.replace(budget.mixed_config, num_experts_per_tok=k, router=router)
     finetuning = budget.finetuning_tokens * flops_per_token(budget.finetuning, mixed, budget.finetuning.freeze)
     branches = budget.flops - budget.finetuning_tokens * budget.mixture_flops
     return finetuning if entry.method == "upcycle" else branches + finetuning
@@ -88,8 +105,8 @@ def report_of(split):
     return "report" if split == "test" else f"report-{split}"
 
 
-def add(chain, name, entry, split):
-    """Add the entry's jobs and the one that scores it on held-out text; returns its model's folder."""
+def add(chain, name, entry):
+    """Add the jobs that train the entry; returns its model's folder."""
     start, budget = chain.seed(), chain.budget
     folder, parts = chain.config.path(f"entries/{name}"), chain.config.path(f"parts/{name}")
     mixed, mix_flags = f"{parts}/mixed", entry.mix_flags.split()
@@ -100,9 +117,17 @@ def add(chain, name, entry, split):
     else:
         experts = [chain.branch(domain, folder=f"{parts}/expert-{domain}") for domain in chain.branched]
         chain.finetune(chain.mix([*experts, start], *mix_flags, folder=mixed), folder=folder)
-    report = (f"--split={split}", f"--out_dir={chain.config.path(report_of(split))}")
-    chain.add_score(f"scores/{name}-{split}", ("eval.py",), f"--model={folder}", *report, needs=[folder])
     return folder
+
+
+def score(chain, name, model, split):
+    """The rows of all entries with this chain's random seed, when the entry has been scored on held-out text."""
+    report = chain.config.path(report_of(split))
+    flags = f"--model={model}", f"--split={split}", f"--out_dir={report}"
+    chain.jobs = []  # those that trained are done
+    chain.add_score(f"scores/{name}-{split}", ("eval.py",), *flags, needs=())
+    chain.run()
+    return read_json(os.path.join(report, "results.json"), "run again")["rows"]
 
 
 def verdict(name, chains, split="test"):
@@ -120,26 +145,34 @@ def verdict(name, chains, split="test"):
         return f"{line}\n{best} has {others[best]:.4f}; a test needs two random seeds"
     [found] = tables.primary_contrasts(chains, [(name, best)])
     words = "a new record" if found["lead"] > 0 and found["p"] < ALPHA else "not a record"
+    words = words if len(chains) >= LEAST_SEEDS else f"a record needs {LEAST_SEEDS} random seeds"
     words = words if split == "test" else "validation text sets no record"
     against = f"{found['lead']:+.4f} ± {found['half']:.4f} saved against {best} ({others[best]:.4f})"
     return f"{line}\n{against}, p = {found['p']:.4f}: {words}"
 
 
 def main():
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        with contextlib.suppress(SystemExit):
+            parse(Entry, ["--help"])
+        parse(BoardConfig, ["--help"])
     if not sys.argv[1:] or sys.argv[1].startswith("-"):
         raise UserError("name an entry first, such as exercises/entries/ours.py")
     name = os.path.basename(sys.argv[1]).removesuffix(".py")
     entry, config = parse(Entry, sys.argv[1:2]), parse(BoardConfig, sys.argv[2:])
-    chains = [chain_for(config, entry, number) for number in split_list(config.seeds)]
+    numbers = split_list(config.seeds)
+    if not numbers or len({*numbers}) < len(numbers):
+        raise UserError(f"--seeds={config.seeds}: name random seeds, each once, such as 1,2,3")
+    chains = [chain_for(config, entry, number) for number in numbers]
     most = chain_for(config, Entry(), chains[0].config.seed).budget.flops
     check(name, planned_flops(chains[0], entry), most)
     found = []
     for chain in chains:
-        model = add(chain, name, entry, config.split)
+        model = add(chain, name, entry)
         chain.run()
         behind = {run: cost for run, cost in read_run(model)["history"].items() if run != chain.seed_folder}
         check(name, total_cost(behind)["flops"], most)  # from the logs: flags may have changed the plan
-        found.append(read_json(chain.config.path(f"{report_of(config.split)}/results.json"), "run again")["rows"])
+        found.append(score(chain, name, model, config.split))
     print(verdict(name, found, config.split))
 
 

@@ -125,6 +125,9 @@ def write_report(folder, results):
     plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
     text = ["# Results\n", without_note(tables.headline_table(rows)) + tables.stale_line(rows)]
     text += [f"\nbpb: bits per byte on held-out text ({results['config']['split']}), lower is better.\n"]
+    named = {row["name"]: tables.WORDS.get(row["name"], row["name"]) for row in rows}
+    legend = [f"`{name}` is {words}" for name, words in named.items() if name != words]
+    text += [f"{'; '.join(legend)}.\n"] if legend else []
     text += ["![bits per byte](bpb.png)\n", *score_sections(rows)]
     if results["baselines"]:
         text += ["Scores of guesses, made without a model:\n", *tables.baseline_lines(results["baselines"]), ""]

@@ -155,7 +155,9 @@ def mark_stale(row):
     """Put under "stale" of a row of results.json which source files have changed since it was scored, or since any leg
     of the runs behind it that are still on disk; None where one of these has no record of its source."""
     legs = [row.get("source")]
-    for record in map(read_run, row["runs"]):
+    runs = [record for record in map(read_run, row["runs"]) if record is not None]
+    mixed = {parent for record in runs for parent in record["recipe"]["parents"]} - {*row["runs"]}
+    for record in (*runs, *map(read_run, sorted(mixed))):
         if record is not None:
             legs += [leg["files"] for leg in record.get("source", [{"files": {}}])]
     row["stale"] = sorted({name for files in legs for name in changed_files(files)}) if all(legs) else None

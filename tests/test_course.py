@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import ROOT, SHORT, must, read, read_json, read_log, run
+from helpers import ROOT, SHORT, error_line, must, read, read_json, read_log, run
 
 import model
 from common.config import parse
@@ -365,9 +365,41 @@ def test_what_is_fixed_is_not_for_an_entry(flags):
         leaderboard.Entry(train_flags=flags)
 
 
-def test_upcycling_has_no_branches():
+def test_upcycling_has_no_branches_and_dense_training_no_mixture():
     with pytest.raises(UserError, match="trains no branches; use finetune_flags"):
         leaderboard.Entry(method="upcycle", train_flags="--max_steps=4")
+    with pytest.raises(UserError, match="mixes nothing; use train_flags"):
+        leaderboard.Entry(method="dense", finetune_flags="--max_steps=4")
+    with pytest.raises(UserError, match="may not set --method=soup"):
+        leaderboard.Entry(mix_flags="--method=soup")
+
+
+def test_random_seeds_count_once(chain_configs, tmp_path):
+    entry = os.path.join(ROOT, "exercises", "entries", "ours.py")
+    for seeds in ("", "3,4,3"):
+        said = board(chain_configs, tmp_path / "out", entry, f"--seeds={seeds}")
+        assert "name random seeds, each once" in error_line(said)
+
+
+def test_a_router_that_asks_more_experts_spends_more(chain_configs):
+    """Soft routing asks three of three experts where top-2 asks two, switch one."""
+    config = leaderboard.BoardConfig(configs=chain_configs, domains="math,rain")
+    flops = {}
+    for router in ("topk", "soft", "switch"):
+        entry = leaderboard.Entry(finetune_flags=f"--router={router}")
+        chain = leaderboard.chain_for(config, entry, 3)
+        flops[router] = leaderboard.planned_flops(chain, entry)
+    assert flops["soft"] - flops["topk"] == pytest.approx(flops["topk"] - flops["switch"], rel=1e-6)
+    assert flops["switch"] < flops["topk"] == pytest.approx(chain.budget.flops)
+
+
+def test_what_took_too_much_is_not_scored(chain_configs, in_this_process, monkeypatch, tmp_path):
+    """An entry that the plan takes for cheap: its logs tell, and no later entry meets it."""
+    (tmp_path / "sly.py").write_text(f"train_flags = '{SMALL}'\nfinetune_flags = '--max_steps=7'\n")
+    monkeypatch.setattr(chain_file, "flops_per_token", lambda *_: 1.0)
+    said = board(chain_configs, tmp_path / "out", tmp_path / "sly.py")
+    assert "FLOPs after the seed; the budget is" in error_line(said)
+    assert os.path.exists(tmp_path / "out/seed3/entries/sly") and not os.path.exists(tmp_path / "out/seed3/report")
 
 
 @pytest.mark.parametrize("name", ["ours", "paper", "dense", "upcycle"])
@@ -431,6 +463,7 @@ def test_a_record_takes_a_paired_test():
     assert float(saved) == pytest.approx(0.2) and float(p) == pytest.approx(0.0742, abs=0.004)
     assert words == "not a record"
     assert leaderboard.verdict("new", chains([0.2, 0.2, 0.21])).endswith(": a new record")
+    assert leaderboard.verdict("new", chains([0.2, 0.2])).endswith(": a record needs 3 random seeds")
     assert leaderboard.verdict("new", chains([0.2, 0.2, 0.21]), "val").endswith(": validation text sets no record")
     assert leaderboard.verdict("new", chains([-0.2, -0.2, -0.21])).endswith(": not a record")
 

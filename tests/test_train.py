@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHAPE, SHORT, TOKENS, meta_of, must, read_json, read_log, run, same_bits, weights
+from helpers import ROOT, SHAPE, SHORT, TOKENS, error_line, meta_of, must, read_json, read_log, run, same_bits, weights
 from test_routing import random_model, shape
 
 from common.config import parse
@@ -270,7 +270,9 @@ def test_a_share_smaller_than_the_micro_batch_is_taken_at_once():
         parts = [part for one in ranks for part in Processes.micro_batches(one, 64, 32)]
         assert parts == [(start, start + size) for start in range(0, 64, size)]
     corpus = SimpleNamespace(check_vocabulary=lambda *arguments: None)
-    sizes = SimpleNamespace(sequence_length=32, batch_size=64, micro_batch_size=32, shard_size=1, expert_parallel=1)
+    sizes = SimpleNamespace(
+        init_from="", sequence_length=32, batch_size=64, micro_batch_size=32, shard_size=1, expert_parallel=1
+    )
     check_sizes(sizes, corpus, Transformer(shape()), SimpleNamespace(world=8))
 
 
@@ -351,3 +353,13 @@ def test_torchrun(data, seed, tmp_path):
     done = subprocess.run([*TORCHRUN, "train.py", *flags], cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert read_json(tmp_path / "run" / "run.json")["finished"]
+
+
+def test_a_shape_beside_a_checkpoint_of_another_is_an_error_line(seed, data, tmp_path):
+    """It would have been ignored; a flag that agrees with the checkpoint is fine."""
+    flags = f"--init_from={seed}", f"--data_dir={data}", f"--out_dir={tmp_path}/run", *SHORT
+    has = read_json(os.path.join(seed, "config.json"))["hidden_size"]
+    assert f"--hidden_size=64000: {seed} has {has}; leave it out" in error_line(
+        run("train.py", *flags, "--hidden_size=64000")
+    )
+    must(run("train.py", *flags, f"--hidden_size={has}", "--max_steps=1"))

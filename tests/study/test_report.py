@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -83,6 +84,21 @@ def test_a_run_without_a_record_of_its_source(results, btx, tmp_path):
         (tmp_path / "run.json").write_text(json.dumps(old))
         assert stale_with([str(tmp_path)]) is None
     assert stale_with([str(tmp_path / "gone")]) == []
+
+
+def test_a_row_is_stale_when_mix_py_has_changed_since_its_mixing(results, btx, tmp_path):
+    """The mixture between branches and finetuning trains nothing, so it is none of the row's runs."""
+    [mixed] = read_json(os.path.join(btx, "run.json"))["recipe"]["parents"]
+    record = read_json(os.path.join(mixed, "run.json"))
+    record["source"][0]["files"]["mix.py"] = "another"
+    shutil.copytree(mixed, tmp_path / "mixed")
+    (tmp_path / "mixed" / "run.json").write_text(json.dumps(record))
+    tuned = read_json(os.path.join(btx, "run.json"))
+    tuned["recipe"]["parents"] = {str(tmp_path / "mixed"): ""}
+    (tmp_path / "run.json").write_text(json.dumps(tuned))
+    row = {**results["rows"][1], "runs": [str(tmp_path)]}
+    tables.mark_stale(row)
+    assert row["stale"] == ["mix.py"]
 
 
 def test_what_is_stale_of_a_mean():
