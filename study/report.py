@@ -126,7 +126,7 @@ def write_report(folder, results):
     text = ["# Results\n", without_note(tables.headline_table(rows)) + tables.stale_line(rows)]
     text += [f"\nbpb: bits per byte on held-out text ({results['config']['split']}), lower is better.\n"]
     named = {row["name"]: tables.WORDS.get(row["name"], row["name"]) for row in rows}
-    legend = [f"`{name}` is {words}" for name, words in named.items() if name != words]
+    legend = [f"`{name}`: {words}" for name, words in named.items() if name != words]
     text += [f"{'; '.join(legend)}.\n"] if legend else []
     text += ["![bits per byte](bpb.png)\n", *score_sections(rows)]
     if results["baselines"]:
