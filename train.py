@@ -208,8 +208,9 @@ def validation_scores(model, windows, token_bytes):
 def check_sizes(config, corpus, model, processes):
     """Raise UserError unless sequences and tokens fit the model, and batches divide over the processes."""
     for name in sorted(SHAPE) if config.init_from else ():
-        if getattr(config, name) not in (getattr(TrainConfig, name), has := getattr(model.config, name)):
-            raise UserError(f"--{name}={getattr(config, name)}: {config.init_from} has {has}; leave it out")
+        asked, has = getattr(config, name), getattr(model.config, name)
+        if asked not in (has, getattr(TrainConfig, name)):
+            raise UserError(f"--{name}={asked}: {config.init_from} has {has}; leave it out")
     if config.sequence_length > model.max_length:
         raise UserError(
             f"--sequence_length={config.sequence_length} is longer than the model's "

@@ -159,4 +159,7 @@ def build(folder):
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit("error: name the folder that the site goes into: python .github/pages.py FOLDER")
-    build(pathlib.Path(sys.argv[1]))
+    try:
+        build(pathlib.Path(sys.argv[1]))
+    except OSError as error:
+        raise SystemExit(f"error: {error.filename}: {error.strerror}; name a new folder for the site") from None

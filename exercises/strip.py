@@ -12,6 +12,8 @@ import ast
 import glob
 import json
 import os
+import pathlib
+import re
 import shutil
 import sys
 
@@ -116,6 +118,20 @@ def make_copy(folder, solution=False):
         with open(target, "w", encoding="utf-8") as file:
             file.write(strip(text, EXERCISES[path]) if path in EXERCISES else open_answers(text))
     shutil.copyfile(os.path.join(ROOT, "exercises", "AGENTS.md"), os.path.join(folder, "AGENTS.md"))
+
+
+def cut_pages(folder):
+    """Cut a copy's Markdown pages to what students need: no part for staff, and links to what the copy lacks become
+    plain words."""
+    for page in pathlib.Path(folder).rglob("*.md"):
+
+        def kept(match, page=page):
+            words, target = match[1], match[2].partition("#")[0]
+            return match[0] if ":" in target or (page.parent / target).exists() else words
+
+        text = page.read_text(encoding="utf-8").partition("\n## For staff")[0]
+        text = re.sub(r"(?<!!)\[([^][]*)\]\(([^()\s]+)\)", kept, text)  # a link, but no picture
+        page.write_text(f"{text.rstrip()}\n", encoding="utf-8")
 
 
 def open_answers(text):

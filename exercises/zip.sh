@@ -17,18 +17,7 @@ cp exercises/{README.md,predictions.md,grade.sh,lesson.sh,leaderboard.sh,grade.p
 cp exercises/tests/*.py "$copy/exercises/tests"
 cp exercises/entries/*.py "$copy/exercises/entries"
 cp config/lesson/expected.json "$copy/config/lesson"
-"$python" - "$copy" << 'END'
-# Pages as students see them: without the part for staff, and links to what is not in the zip become plain words.
-import pathlib, re, sys
-
-def kept(match):
-    words, target = match[1], match[2].partition("#")[0]
-    return match[0] if ":" in target or (page.parent / target).exists() else words
-
-for page in pathlib.Path(sys.argv[1]).rglob("*.md"):
-    text = page.read_text(encoding="utf-8").partition("\n## For staff")[0]
-    page.write_text(re.sub(r"(?<!!)\[([^][]*)\]\(([^()\s]+)\)", kept, text).rstrip() + "\n", encoding="utf-8")
-END
+"$python" -c "import sys; from exercises.strip import cut_pages; cut_pages(sys.argv[1])" "$copy"
 "$python" -m zipfile -c "$scratch/made.zip" "$copy"
 mv "$scratch/made.zip" out/nanobtx-exercises.zip
 echo "wrote out/nanobtx-exercises.zip; unzip it and run in its folder: bash exercises/grade.sh"

@@ -14,7 +14,7 @@ from common.errors import UserError, command, read_json, write_atomically, write
 from common.run import LOG, read_run
 from eval import read_results
 from study import tables
-from study.draw import plot_bpb, plot_curves
+from study.draw import in_words, plot_bpb, plot_curves
 
 RESAMPLED = """In bits per byte, with the interval that holds 95 % of the differences when the scored windows are drawn
 anew; bold where zero is outside. It knows which text was scored, not what another random seed of training would do."""
@@ -125,7 +125,7 @@ def write_report(folder, results):
     plot_bpb(rows, domains, os.path.join(folder, "bpb.png"))
     text = ["# Results\n", without_note(tables.headline_table(rows)) + tables.stale_line(rows)]
     text += [f"\nbpb: bits per byte on held-out text ({results['config']['split']}), lower is better.\n"]
-    named = {row["name"]: tables.WORDS.get(row["name"], row["name"]) for row in rows}
+    named = {row["name"]: in_words(row["name"]) for row in rows}
     legend = [f"`{name}`: {words}" for name, words in named.items() if name != words]
     text += [f"{'; '.join(legend)}.\n"] if legend else []
     text += ["![bits per byte](bpb.png)\n", *score_sections(rows)]

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from common.run import changed_files, read_run
+from common.run import ancestors, changed_files, read_run
 
 DEAD = 0.01  # an expert that gets a smaller share of a layer's choices is dead
 AT_HOME = 3  # percent: how much worse than an expert a model may be in the expert's own domain
@@ -155,9 +155,8 @@ def mark_stale(row):
     """Put under "stale" of a row of results.json which source files have changed since it was scored, or since any leg
     of the runs behind it that are still on disk; None where one of these has no record of its source."""
     legs = [row.get("source")]
-    runs = [record for record in map(read_run, row["runs"]) if record is not None]
-    mixed = {parent for record in runs for parent in record["recipe"]["parents"]} - {*row["runs"]}
-    for record in (*runs, *map(read_run, sorted(mixed))):
+    behind = dict.fromkeys(folder for run in row["runs"] for folder in ancestors(run))  # mixtures, too
+    for record in map(read_run, behind):
         if record is not None:
             legs += [leg["files"] for leg in record.get("source", [{"files": {}}])]
     row["stale"] = sorted({name for files in legs for name in changed_files(files)}) if all(legs) else None

@@ -5,6 +5,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -223,3 +224,8 @@ def tokens_of(data, domain, split):
 
 def val_tokens(data, domain):
     return tokens_of(data, domain, "val")
+
+
+def prose(text):
+    """A Markdown page without its fenced blocks, where # is a comment and brackets are code."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from helpers import ROOT, SHORT, error_line, must, read, read_json, read_log, run
+from helpers import ROOT, SHORT, error_line, must, prose, read, read_json, read_log, run
 
 import model
 from common.config import parse
@@ -280,8 +280,7 @@ def test_pages_that_are_handed_out_link_to_what_is_there(handed_out):
     pages = glob.glob("**/*.md", root_dir=handed_out, recursive=True)
     assert {"docs/lecture.md", "exercises/README.md", "AGENTS.md"} <= {*pages}
     for page in pages:
-        text = re.sub(r"^```.*?^```", "", source(handed_out / page), flags=re.M | re.S)
-        for link in re.findall(r"\]\(([^)\s#]+)", text):
+        for link in re.findall(r"\]\(([^)\s#]+)", prose(source(handed_out / page))):
             there = os.path.join(handed_out, os.path.dirname(page), link)
             assert link.startswith("https://") or os.path.exists(there), f"{page}: {link}"
     lecture, course = source(handed_out / "docs" / "lecture.md"), source(handed_out / "exercises" / "README.md")

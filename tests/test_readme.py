@@ -10,6 +10,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from helpers import prose
 
 from common.config import parse
 from data.prepare import DataConfig
@@ -290,11 +291,6 @@ def test_what_the_open_ends_say_in_words():
 def test_readme_quotes_the_method():
     quoted = re.findall(r"```python\n(.*?)```", read("README.md"), re.S)
     assert quoted and quoted[0] == inspect.getsource(mix)
-
-
-def prose(text):
-    """A page without its fenced blocks, where # is a comment and brackets are code."""
-    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
 
 
 def anchors(text):

@@ -11,7 +11,7 @@ import sys
 import urllib.parse
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, prose, read
 
 SCRIPT = os.path.join(ROOT, ".github", "pages.py")
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -82,12 +82,6 @@ def test_all_that_pages_name_is_there(site, pages):
             assert not anchor or anchor in pages[name].ids, f"{path} names {address}"
 
 
-def written(path, code=r"^```.*?^```|`[^`]*`"):
-    """A Markdown page without its code, where brackets are code."""
-    with open(os.path.join(ROOT, path), encoding="utf-8") as file:
-        return re.sub(code, "", file.read(), flags=re.M | re.S)
-
-
 SOURCES = sorted(["README.md", "LOG.md", "CONTRIBUTING.md", *glob.glob("docs/*.md", root_dir=ROOT)])
 SOURCES += ["exercises/README.md", "exercises/predictions.md", "exercises/AGENTS.md", "results/run/report.md"]
 
@@ -95,7 +89,8 @@ SOURCES += ["exercises/README.md", "exercises/predictions.md", "exercises/AGENTS
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_page_has_the_links_headings_and_tables_of_its_markdown(pages, source):
     path = source.replace("README.md", "index.html").replace(".md", ".html")
-    page, text = pages[path], written(source)
+    page, prose_of_it = pages[path], prose(read(os.path.join(ROOT, source)).decode())
+    text = re.sub(r"`[^`]*`", "", prose_of_it)  # where brackets are code, too
     ours = [link for link, in_nav in page.links if not in_nav]
     assert len(ours) == text.count("](")
     for said, made in zip(re.findall(r"\]\(([^)\s]+)", text), ours, strict=True):
@@ -109,7 +104,7 @@ def test_a_page_has_the_links_headings_and_tables_of_its_markdown(pages, source)
     shown = "".join(page.words)
     for heading in re.findall(r"^#+ +(.+?) *$", text, re.M):
         assert all(word in shown for word in re.findall(r"\w+", heading))
-    rules = re.findall(r"^ *\|[ :|-]*--[ :|-]*\|$", written(source, "^```.*?^```"), re.M)
+    rules = re.findall(r"^ *\|[ :|-]*--[ :|-]*\|$", prose_of_it, re.M)
     assert page.tables == ["div"] * len(rules)  # a box of its own, in which it scrolls
 
 
@@ -139,3 +134,9 @@ def test_a_link_that_leads_nowhere_is_an_error():
     render = runpy.run_path(SCRIPT)["render"]
     with pytest.raises(SystemExit, match=r"docs/a.md links to gone.md"):
         render(pathlib.Path("docs/a.md"), "[gone](gone.md)")
+
+
+def test_a_file_in_the_folders_place_is_an_error_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path / "file"], capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch(r"error: .*file.*; name a new folder for the site\n", done.stderr)
